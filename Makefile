@@ -1,0 +1,33 @@
+# make demo: the bundled model on the bundled picture; installs the core only, no torch.
+# make test: everything installed, all tests. make lint: style and types.
+PYTHON ?= python3
+
+.PHONY: demo test lint format clean
+
+demo: .venv-demo/installed
+	.venv-demo/bin/vit-reciprocam demo
+
+test: .venv/installed
+	.venv/bin/pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv-demo/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,56 @@
+"""See what a Vision Transformer looks at, for the price of one forward pass.
+
+`ReciproCAM` explains a PyTorch model; `load` and `explain` go from a file to a saliency map.
+Importing this package loads neither torch nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vit_reciprocam import errors
+
+if TYPE_CHECKING:
+    from vit_reciprocam.classifier import Classifier, explain, load
+    from vit_reciprocam.explanation import Explanation
+    from vit_reciprocam.images import Preprocess
+    from vit_reciprocam.reciprocam import ReciproCAM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Classifier",
+    "Explanation",
+    "Preprocess",
+    "ReciproCAM",
+    "__version__",
+    "errors",
+    "explain",
+    "load",
+]
+
+_HOMES = {
+    "Classifier": "classifier",
+    "Explanation": "explanation",
+    "Preprocess": "images",
+    "ReciproCAM": "reciprocam",
+    "explain": "classifier",
+    "load": "classifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__name__):
+            raise
+        raise errors.MissingDependencyError(f"vit_reciprocam.{name}", "torch") from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,183 @@
+"""timm's models by name: listing, loading, their preprocessing and class names."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters.timm import split
+from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.images import Preprocess
+
+__all__ = ["describe", "list_names", "load_timm"]
+
+
+def load_timm(
+    name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
+    """A timm model in evaluation mode, its preprocessing, and its class names where known.
+
+    Raises:
+        ModelError: If timm has no such model or it cannot be explained.
+        WeightsError: If local weights do not fit it.
+        DownloadError: If the published weights cannot be fetched.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f". Closest: {', '.join(close)}" if close else ""
+        raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
+    if weights is not None:
+        model = _create_with(name, Path(weights), options)
+    else:
+        model = _download(name, options)
+    return model.eval(), _preprocess(model), _class_names(model)
+
+
+def _outline(name: str, options: dict[str, Any]) -> nn.Module:
+    """The model without weights or memory, to learn of it."""
+    try:
+        model: nn.Module = timm.create_model(name, **options, device="meta")
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ModelError(f"timm cannot create {name!r} with options {options}: {error}") from error
+    return model
+
+
+def _download(name: str, options: dict[str, Any]) -> nn.Module:
+    split(_outline(name, options))  # refuse what cannot be explained before fetching it
+    if not timm.is_model_pretrained(name):
+        raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
+    try:
+        with _quiet("huggingface_hub"):
+            model: nn.Module = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # hub clients raise errors of many unrelated kinds
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise DownloadError(
+            f"the weights of {name!r} could not be fetched: {reason}. Without network, pass a "
+            "local file: --weights model.safetensors on the command line, weights= in Python"
+        ) from error
+    return model
+
+
+@contextlib.contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Without a library's warnings of each retry; the error at the end says it all."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    state = _read_weights(path)
+    outline: Any = _outline(name, options)
+    classifier = outline.pretrained_cfg.get("classifier")
+    first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
+    head = state.get(f"{first}.weight")
+    if "num_classes" not in options and head is not None and head.ndim:
+        options = {**options, "num_classes": len(head)}  # fine-tuned for other classes
+    split(_outline(name, options))
+    model: nn.Module = timm.create_model(name, **options)
+    have, want = set(state), set(model.state_dict())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in model.state_dict().items()
+        if key in have and state[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", sorted(want - have)),
+            ("unknown", sorted(have - want)),
+            ("of another shape", shapes),
+        )
+        if keys
+    ]
+    if problems:
+        raise WeightsError(
+            f"{path} does not fit {name!r}: keys {'; '.join(problems)}. Is it another variant?"
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"no such weights file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip errors share no base
+        raise WeightsError(
+            f"{path} cannot be read as weights ({type(error).__name__}): pass a .safetensors file, "
+            "or a .pth file that holds tensors only"
+        ) from error
+    for nest in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise WeightsError(f"{path} does not hold a state dict, a mapping from names to tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _preprocess(model: VisionTransformer) -> Preprocess:
+    config = resolve_model_data_config(model)
+    if config["crop_mode"] not in ("center", "squash"):
+        raise ModelError(f"preprocessing with crop mode {config['crop_mode']!r} is not supported")
+    return Preprocess(
+        size=tuple(model.patch_embed.img_size or config["input_size"][1:]),
+        resize="squash" if config["crop_mode"] == "squash" else "shortest",
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...] | None:
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+
+
+def list_names(pattern: str = "*") -> list[str]:
+    """Names of timm models: its plain Vision Transformers for "*", else of all its models.
+
+    Raises:
+        InputError: If none fits.
+    """
+    if pattern == "*":
+        return [*timm.list_models(module="deit"), *timm.list_models(module="vision_transformer")]
+    names = list(timm.list_models(pattern))
+    if not names:
+        raise InputError(f"timm {timm.__version__} has no model that fits {pattern!r}")
+    return names
+
+
+def describe(name: str) -> tuple[str, str]:
+    """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
+    try:
+        because = split(_outline(name, {})).direct_because
+    except ModelError as error:
+        return "-", str(error)
+    return ("direct", because) if because else ("closed-form", "")

@@ -1,0 +1,242 @@
+"""From a name to a model with all that it needs, and from a picture to its explanation."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, check_choice
+from vit_reciprocam.explanation import Explanation
+from vit_reciprocam.images import ImageSource, Preprocess, read_image
+from vit_reciprocam.masks import Masking
+from vit_reciprocam.targets import find_class, top_classes
+
+__all__ = [
+    "ASSETS",
+    "Classifier",
+    "describe_timm",
+    "explain",
+    "load",
+    "parse_targets",
+    "timm_names",
+]
+
+ASSETS = Path(__file__).parent / "assets"
+SPECS = ("demo", "timm:NAME")
+
+Explainer = Callable[[np.ndarray, Any], Explanation]
+"""Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with what stands around it.
+
+    Attributes:
+        name: The spec that it was loaded by.
+        model: The PyTorch module, or for the demo model its `OnnxExplainer`.
+        preprocess: From a picture to the model's input.
+        num_classes: C.
+        class_names: One a class, or None where not known.
+        make_explainer: Settings of `ReciproCAM` -> a function that explains a preprocessed batch.
+    """
+
+    name: str
+    model: Any = dataclasses.field(repr=False)
+    preprocess: Preprocess
+    num_classes: int
+    class_names: tuple[str, ...] | None = dataclasses.field(repr=False)
+    make_explainer: Callable[..., Explainer] = dataclasses.field(repr=False)
+
+
+def load(
+    spec: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> Classifier:
+    """Load a classifier with its preprocessing and class names.
+
+    Args:
+        spec: "demo", the bundled model (needs no torch), or "timm:NAME".
+        weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
+            the model's published weights from the hub.
+        class_names: One a class; by default those of the ImageNet variant the model was trained on.
+        device: Where a PyTorch model goes.
+        options: For `timm.create_model`, such as `img_size=(384, 512)`.
+
+    Raises:
+        ModelError: If there is no such model, or it is not supported, with the reason.
+        WeightsError: If the weights do not fit the model; the message names keys.
+        DownloadError: If the published weights cannot be fetched.
+        MissingDependencyError: If the model's library is not installed.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "demo" and not name:
+        if weights is not None or class_names is not None or device != "cpu" or options:
+            raise InputError(
+                "the demo model has its own weights and classes and runs on the CPU: load it "
+                "without options"
+            )
+        return _load_demo()
+    if kind == "timm" and name:
+        hub = _timm_hub(f"model {spec!r}")
+        model, preprocess, known_names = hub.load_timm(name, weights=weights, options=options)
+        names = known_names if class_names is None else tuple(class_names)
+        if names is not None and len(names) != model.num_classes:
+            raise InputError(
+                f"{len(names)} class names given for a model of {model.num_classes} classes"
+            )
+        return _torch_classifier(spec, _moved(model, device), preprocess, names)
+    raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
+
+
+def explain(
+    images: ImageSource | Sequence[ImageSource],
+    classifier: Classifier,
+    *,
+    top: int | None = None,
+    targets: str | int | Sequence[str | int] | None = None,
+    **settings: Any,
+) -> Explanation:
+    """Explain pictures: read, prepare, compute; the result keeps the pictures to draw on.
+
+    Args:
+        images: Files, PIL images or uint8 arrays (H, W, 3); one or several, in one batch.
+        classifier: From `load`.
+        top: Explain each picture's `top` most probable classes; by default 1.
+        targets: Instead of `top`: a class by name or index, several of them, or "all"; for every
+            picture.
+        settings: Of `ReciproCAM`: kernel, class_token, layer, score, path.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        UnknownClassError: If there is no such class; the message offers the closest.
+        InputError: If a setting does not fit.
+    """
+    several = isinstance(images, (list, tuple))
+    sources: Sequence[ImageSource] = images if several else [images]  # type: ignore[assignment, list-item]
+    if not sources:
+        raise InputError("images is empty: pass at least one picture")
+    pictures = [read_image(source) for source in sources]
+    batch = np.stack([classifier.preprocess(picture) for picture in pictures])
+    explainer = classifier.make_explainer(**settings)
+    result = explainer(batch, parse_targets(classifier, top=top, targets=targets))
+    return dataclasses.replace(
+        result,
+        settings={**result.settings, "model": classifier.name},
+        class_names=classifier.class_names,
+        pictures=tuple(classifier.preprocess.region(picture) for picture in pictures),
+        sources=tuple(_source_name(source, number) for number, source in enumerate(sources)),
+    )
+
+
+def parse_targets(classifier: Classifier, *, top: int | None = None, targets: Any = None) -> Any:
+    """What an explainer takes as targets, of what a user of `explain` writes.
+
+    Raises:
+        UnknownClassError: If there is no such class.
+        InputError: If `top` is out of range or stands beside `targets`.
+    """
+    if targets is None:
+        count = 1 if top is None else top
+        if not 1 <= count <= classifier.num_classes:
+            raise InputError(
+                "top must be between 1 and the number of classes, "
+                f"{classifier.num_classes}; got {count}"
+            )
+        return lambda logits: top_classes(logits, count)
+    if top is not None:
+        raise InputError("pass top or targets, not both")
+    if hasattr(targets, "tolist"):  # NumPy and torch
+        targets = targets.tolist()
+    if isinstance(targets, str) and targets == "all":
+        return "all"
+    wanted = targets if isinstance(targets, (list, tuple)) else [targets]
+    if not wanted:
+        raise InputError("targets is empty: pass a class, several, or 'all'")
+    names = classifier.class_names or classifier.num_classes
+    return [[find_class(target, names) for target in wanted]]
+
+
+def _source_name(source: ImageSource, number: int) -> str:
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or f"image-{number}")
+    return f"image-{number}" if isinstance(source, np.ndarray) else str(source)
+
+
+def _load_demo() -> Classifier:
+    from vit_reciprocam.onnx.runtime import OnnxExplainer
+
+    model = OnnxExplainer(ASSETS / "demo.onnx")
+
+    def make_explainer(
+        *, score: str = "probability", path: str = "auto", **masking: Any
+    ) -> Explainer:
+        check_choice("path", path, ("auto", "closed-form"))
+        model.check_settings(Masking(**masking), score)
+        return model
+
+    metadata = model.metadata
+    names = metadata.class_names
+    return Classifier("demo", model, metadata.preprocess, len(names), names, make_explainer)
+
+
+def timm_names(pattern: str) -> list[str]:
+    """Names of timm models that fit a pattern.
+
+    Raises:
+        MissingDependencyError: If timm is not installed.
+        InputError: If none fits.
+    """
+    names: list[str] = _timm_hub("listing timm's models").list_names(pattern)
+    return names
+
+
+def describe_timm(name: str) -> tuple[str, str]:
+    """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
+    path, why = _timm_hub(name).describe(name)
+    return path, why
+
+
+def _timm_hub(what: str) -> Any:
+    try:
+        from vit_reciprocam.adapters import timm_hub
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(what, "torch") from error
+    return timm_hub
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"the model cannot go to device {device!r}: {reason}") from error
+
+
+def _torch_classifier(
+    spec: str, model: Any, preprocess: Preprocess, class_names: tuple[str, ...] | None
+) -> Classifier:
+    import torch
+
+    from vit_reciprocam.reciprocam import ReciproCAM
+
+    def make_explainer(**settings: Any) -> Explainer:
+        explainer = ReciproCAM(model, **settings)
+
+        def run(batch: np.ndarray, targets: Any) -> Explanation:
+            return explainer(torch.from_numpy(batch).to(next(model.parameters())), targets)
+
+        return run
+
+    return Classifier(spec, model, preprocess, model.num_classes, class_names, make_explainer)

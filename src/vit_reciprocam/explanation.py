@@ -1,0 +1,364 @@
+"""The result: maps, scores and the prediction they explain, and what can be done with them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import html
+import io
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_reciprocam import render
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.files import write_folder
+
+__all__ = ["Explanation", "min_max", "softmax"]
+
+_SCHEMA = 1
+_MOST_DRAWN = 12
+_LIBRARIES = ("vit-reciprocam", "numpy", "pillow", "torch", "timm", "onnxruntime")
+
+
+def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Maps from scores: each (h, w) scaled to [0, 1], and which of them are degenerate.
+
+    A constant score says nothing about where, so its map is zeros and it is marked; "constant"
+    allows for the rounding of float32.
+
+    Args:
+        scores: (..., h, w).
+
+    Returns:
+        Maps (..., h, w) float32, and bool (...).
+    """
+    low = scores.min(axis=(-2, -1), keepdims=True)
+    high = scores.max(axis=(-2, -1), keepdims=True)
+    flat = high - low <= 4 * np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
+    maps = (scores - low).astype(np.float32, copy=False)
+    maps /= np.where(flat, np.inf, high - low)
+    return maps, flat[..., 0, 0]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float32."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities.astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Saliency maps of B images for K classes each, and the prediction they explain; read-only.
+
+    Attributes:
+        scores: (B, K, h, w) float32: the target's softmax probability with only that window kept
+            (or its logit, see `settings["score"]`). Comparable between classes and images, as
+            `maps` are not.
+        logits: (B, C) float32 of the unmasked images.
+        probs: (B, C) float32, their softmax.
+        targets: (B, K) int64, the explained classes.
+        path: "closed-form" or "direct": how the scores were computed.
+        settings: What was run: method, model, kernel, class_token, layer, score.
+        class_names: One a class, where known.
+        pictures: For each image the region that the model saw, RGB, where known.
+        sources: For each image its file name, where known.
+    """
+
+    scores: np.ndarray
+    logits: np.ndarray
+    probs: np.ndarray
+    targets: np.ndarray
+    path: str
+    settings: Mapping[str, Any]
+    class_names: tuple[str, ...] | None = None
+    pictures: tuple[Image.Image, ...] | None = field(default=None, repr=False)
+    sources: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Make the arrays and settings read-only, without touching the caller's."""
+        for name in ("scores", "logits", "probs", "targets"):
+            array = getattr(self, name).view()
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the fields: a read-only mapping cannot be pickled itself."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _rebuild, (values | {"settings": dict(self.settings)},)
+
+    @cached_property
+    def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
+        maps, degenerate = min_max(self.scores)
+        maps.flags.writeable = degenerate.flags.writeable = False
+        return maps, degenerate
+
+    @property
+    def maps(self) -> np.ndarray:
+        """(B, K, h, w) float32: each map of `scores` scaled to [0, 1], zeros where degenerate."""
+        return self._min_max[0]
+
+    @property
+    def degenerate(self) -> np.ndarray:
+        """(B, K) bool: the score is the same for every patch, so the map says nothing."""
+        return self._min_max[1]
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The targets' class names, K for each of the B images."""
+        return tuple(tuple(self.name(target) for target in row) for row in self.targets)
+
+    def name(self, class_index: int) -> str:
+        """A class's name, or "class 7" where names are not known."""
+        if self.class_names is None:
+            return f"class {class_index}"
+        return self.class_names[class_index]
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return len(self.scores)
+
+    def __getitem__(self, image: int) -> Explanation:
+        """One image's explanation, with B = 1."""
+        if not -len(self) <= image < len(self):
+            raise IndexError(f"image {image} of an explanation of {len(self)} image(s)")
+        one = slice(image % len(self), image % len(self) + 1)
+        return dataclasses.replace(
+            self,
+            scores=self.scores[one],
+            logits=self.logits[one],
+            probs=self.probs[one],
+            targets=self.targets[one],
+            pictures=self.pictures and self.pictures[one],
+            sources=self.sources and self.sources[one],
+        )
+
+    def __repr__(self) -> str:
+        """Shapes and the first image's targets; the arrays would fill the screen."""
+        images, targets, rows, columns = self.scores.shape
+        shown = ", ".join(
+            f"{name} {self.probs[0, target]:.1%}"
+            for name, target in list(zip(self.names[0], self.targets[0], strict=True))[:3]
+        )
+        more = ", …" if targets > 3 or images > 1 else ""
+        return (
+            f"Explanation({images} image(s) × {targets} target(s), grid {rows}×{columns}, "
+            f"{self.path}: {shown}{more})"
+        )
+
+    # --- pictures -------------------------------------------------------------------------
+
+    def overlay(
+        self,
+        target: int = 0,
+        *,
+        image: int = 0,
+        picture: Image.Image | None = None,
+        colormap: str = "viridis",
+        opacity: float = 0.55,
+    ) -> Image.Image:
+        """One map over its picture.
+
+        Args:
+            target: Which of the K targets, by position.
+            image: Which of the B images.
+            picture: What to draw on; by default the region that the model saw.
+            colormap: viridis, inferno, cividis, jet or gray.
+            opacity: Of the map, 0 to 1.
+
+        Raises:
+            InputError: If there is no such target or image, or no picture to draw on.
+        """
+        images, targets = self.targets.shape
+        if not (0 <= target < targets and 0 <= image < images):
+            raise InputError(
+                f"overlay target {target} of image {image}: there are {targets} target(s) and "
+                f"{images} image(s), "
+                "counted from 0"
+            )
+        if picture is None:
+            picture = self._picture(image)
+        return render.overlay(
+            picture.convert("RGB"), self.maps[image, target], colormap=colormap, opacity=opacity
+        )
+
+    def grid(
+        self, *, image: int = 0, colormap: str = "viridis", opacity: float = 0.55
+    ) -> Image.Image:
+        """The picture and each target's overlay side by side, with class and probability.
+
+        Of more than 12 targets the 12 most probable are drawn.
+
+        Raises:
+            InputError: As `overlay`.
+        """
+        drawn = self._drawn(image)
+        pictures, captions = [self._picture(image)], ["what the model saw"]
+        if len(drawn) < self.targets.shape[1]:
+            captions = [f"top {len(drawn)} of {self.targets.shape[1]} targets"]
+        for position in drawn:
+            target = self.targets[image, position]
+            pictures.append(self.overlay(position, image=image, colormap=colormap, opacity=opacity))
+            flat = " (no preference)" if self.degenerate[image, position] else ""
+            captions.append(f"{self.probs[image, target]:.1%} {_short(self.name(target))}{flat}")
+        return render.panels(pictures, captions)
+
+    def show(self) -> None:
+        """Show the grid of each image: in a notebook inline, elsewhere in the system's viewer.
+
+        Raises:
+            InputError: If there are no pictures to draw on.
+        """
+        grids = [self.grid(image=image) for image in range(len(self))]
+        try:
+            from IPython import get_ipython
+
+            in_notebook = get_ipython() is not None
+        except ImportError:
+            in_notebook = False
+        for grid in grids:
+            if in_notebook:
+                from IPython.display import display
+
+                display(grid)
+            else:
+                grid.show()
+
+    def _repr_html_(self) -> str:
+        if self.pictures is None:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        figures = []
+        for image in range(len(self)):
+            data = base64.b64encode(_png(self.grid(image=image))).decode()
+            names = ", ".join(self.names[image][target] for target in self._drawn(image))
+            alt = html.escape(f"Saliency maps: {names}")
+            source = f"data:image/png;base64,{data}"
+            figures.append(f'<img style="max-width:100%" alt="{alt}" src="{source}">')
+        return "<br>".join(figures)
+
+    def _drawn(self, image: int) -> list[int]:
+        """Positions of the targets to draw: all in their order, or the most probable."""
+        targets = self.targets[image]
+        if len(targets) <= _MOST_DRAWN:
+            return list(range(len(targets)))
+        best = np.argsort(-self.probs[image, targets], kind="stable")[:_MOST_DRAWN]
+        return [int(position) for position in best]
+
+    def _picture(self, image: int) -> Image.Image:
+        if self.pictures is None:
+            raise InputError(
+                "this explanation was made from tensors and has no pictures to draw on: pass "
+                "picture= to overlay, "
+                "or make it with vit_reciprocam.explain, which keeps them"
+            )
+        return self.pictures[image]
+
+    # --- files ----------------------------------------------------------------------------
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        colormap: str = "viridis",
+        opacity: float = 0.55,
+    ) -> Path:
+        """Write overlays and grids (PNG), `maps.npz`, and last `manifest.json`: what was run.
+
+        An earlier explanation in the same place is replaced; other files stay. A folder without a
+        manifest is one whose writing was cut short. Of more than 12 targets the 12 most probable
+        are drawn; `maps.npz` has all.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: If a file of somebody else's stands in the way.
+        """
+        maps = io.BytesIO()
+        names = ("maps", "scores", "targets", "logits", "probs")
+        np.savez_compressed(maps, **{name: getattr(self, name) for name in names})
+        files = {"maps.npz": maps.getvalue()}
+        records = []
+        for image in range(len(self)):
+            record = self.record(image)
+            prefix = f"{image}-" if len(self) > 1 else ""
+            if self.pictures is not None:
+                record["grid"] = f"{prefix}grid.png"
+                grid = self.grid(image=image, colormap=colormap, opacity=opacity)
+                files[record["grid"]] = _png(grid)
+                for target in self._drawn(image):
+                    picture = self.overlay(target, image=image, colormap=colormap, opacity=opacity)
+                    about = record["targets"][target]
+                    about["overlay"] = f"{prefix}{target + 1}-{_slug(_short(about['name']))}.png"
+                    files[about["overlay"]] = _png(picture)
+            records.append(record)
+        manifest = {
+            "schema": _SCHEMA,
+            "settings": dict(self.settings),
+            "path": self.path,
+            "grid": list(self.scores.shape[2:]),
+            "versions": _versions(),
+            "maps": "maps.npz",
+            "images": records,
+        }
+        folder = Path(directory)
+        write_folder(folder, files, manifest)
+        return folder
+
+    def record(self, image: int = 0) -> dict[str, Any]:
+        """One image's prediction and targets as plain JSON values."""
+
+        def described(target: int) -> dict[str, Any]:
+            return {
+                "index": int(target),
+                "name": self.name(int(target)),
+                "probability": float(self.probs[image, target]),
+            }
+
+        return {
+            "source": self.sources[image] if self.sources else None,
+            "prediction": described(int(self.probs[image].argmax())),
+            "targets": [
+                described(int(target)) | {"degenerate": bool(flat)}
+                for target, flat in zip(self.targets[image], self.degenerate[image], strict=True)
+            ],
+        }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
+
+
+def _short(name: str) -> str:
+    """The first of a class's comma-separated synonyms."""
+    return name.split(",")[0].strip()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "unnamed"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _rebuild(values: dict[str, Any]) -> Explanation:
+    return Explanation(**values)

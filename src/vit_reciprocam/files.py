@@ -1,0 +1,83 @@
+"""Writing results: files whole or not at all, and only over what this package wrote."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_reciprocam.errors import InputError
+
+__all__ = ["GENERATOR", "holds_results", "is_ours", "write_atomically", "write_folder"]
+
+GENERATOR = "vit-reciprocam"
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name and move it into place: nobody ever sees half of it."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file was written by this package."""
+    return _read(path).get("generator") == GENERATOR
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a folder is one that `write_folder` wrote, also one cut short."""
+    return is_ours(folder / MANIFEST) or is_ours(folder / PARTIAL)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    """Write files and last `manifest.json`, which lists them.
+
+    What an earlier call wrote there is replaced; anything else is left alone. Until the manifest
+    is there, `manifest.partial.json` says whose the files are.
+
+    Raises:
+        InputError: If a file of somebody else's has one of the names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    complete, partial = folder / MANIFEST, folder / PARTIAL
+    earlier: set[str] = set()
+    for path in (complete, partial):
+        if is_ours(path):
+            earlier |= {path.name, *_read(path).get("files", [])}
+    foreign = [n for n in (MANIFEST, *files) if n not in earlier and (folder / n).exists()]
+    if foreign:
+        raise InputError(
+            f"{folder / foreign[0]} was not written by {GENERATOR}, so it is not replaced: save to "
+            "another folder, or move it away"
+        )
+    names = {"generator": GENERATOR, "files": sorted({*files, *earlier} - {MANIFEST, PARTIAL})}
+    write_atomically(partial, _json(names))
+    complete.unlink(missing_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    for name in earlier - {MANIFEST, PARTIAL, *files}:
+        (folder / Path(name).name).unlink(missing_ok=True)
+    write_atomically(complete, _json({"generator": GENERATOR, **manifest, "files": sorted(files)}))
+    partial.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,242 @@
+"""Reading pictures, and preparing them for a model exactly as its training library would."""
+
+from __future__ import annotations
+
+import glob
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vit_reciprocam.errors import ImageError, check_choice
+from vit_reciprocam.files import holds_results
+
+__all__ = ["ImageSource", "Preprocess", "find_images", "read_image"]
+
+ImageSource = str | Path | Image.Image | np.ndarray
+"""A file, a PIL image, or an RGB or grey array of uint8, (H, W, 3) or (H, W)."""
+
+_MOST_RESIZED = 100_000_000
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files from files, folders and globs; a file named twice counts once.
+
+    Folders are searched whole, in name order, but for folders that hold saved explanations. A path
+    that does not exist is kept, for `read_image` to refuse.
+
+    Raises:
+        ImageError: If a folder or glob holds no picture.
+    """
+    found: dict[Path, None] = {}
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+            results = {folder for folder in {p.parent for p in files} if holds_results(folder)}
+            files = [p for p in files if p.is_file() and p.parent not in results]
+            if not files:
+                raise ImageError(f"no pictures in folder {path} ({', '.join(sorted(_SUFFIXES))})")
+        elif glob.has_magic(str(given)) and not path.exists():
+            names = glob.iglob(str(given), recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
+            matches = sorted(Path(name) for name in names)
+            files = [p for p in matches if p.is_file()]
+            if not files:
+                raise ImageError(f"no file matches {given}")
+        else:
+            files = [path]
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """An upright RGB picture of 8 bits a channel.
+
+    The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits,
+    and of an animation the first frame is taken.
+
+    Raises:
+        ImageError: If it is not a picture, is damaged, or has more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, "the picture")
+    if not isinstance(source, (str, Path)):
+        raise ImageError(
+            "an image must be a file name, a PIL image or a uint8 array (H, W, 3), "
+            f"got {type(source).__name__}"
+        )
+    path = Path(source)
+    if not path.exists():
+        raise ImageError(f"no such file: {path}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty (0 bytes)")
+    return _decode(path, str(path))
+
+
+def _decode(source: Path | Image.Image, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                return _to_rgb(source, name)
+            with Image.open(source) as image:
+                return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{name} is too large to decode safely: more than {Image.MAX_IMAGE_PIXELS} pixels. If "
+            "you trust it, raise the limit: PIL.Image.MAX_IMAGE_PIXELS in Python, --max-pixels on "
+            "the command line"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not a picture in a format that Pillow can read") from error
+    except Exception as error:  # damaged data makes Pillow's decoders raise all kinds
+        raise ImageError(f"{name} is damaged or cannot be read: {error}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if (
+        array.dtype != np.uint8
+        or array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] != 3)
+    ):
+        raise ImageError(
+            "an image array must be uint8 of shape (H, W, 3) or (H, W), "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"an image array must not be empty, got shape {array.shape}")
+    return Image.fromarray(array).convert("RGB")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels: {image.width}x{image.height}")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name} has grey values outside 0 to 65535; scale it to 8 or 16 bits")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError(
+            f"{name} has floating-point pixels, which say not where white is; save it as 8-bit"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, centre crop, scale to [0, 1], normalise: what stands before most image classifiers.
+
+    Gives the same numbers as timm's evaluation transform (and so torchvision's), without torch.
+
+    Attributes:
+        size: What the model takes, (height, width) in pixels.
+        resize: "shortest" scales so that the crop fits, keeping the aspect; "squash" scales both
+            sides alone.
+        crop_pct: Share of the resized picture's side that the crop keeps.
+        interpolation: nearest, bilinear, bicubic or lanczos.
+        mean: A channel's mean, of values in [0, 1].
+        std: A channel's standard deviation.
+    """
+
+    size: tuple[int, int]
+    resize: str = "shortest"
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            InputError: If one does not exist.
+        """
+        check_choice("resize", self.resize, ("shortest", "squash"))
+        check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """The model's input of an RGB picture: float32 (3, height, width)."""
+        pixels = np.asarray(self.view(image), dtype=np.float32) / np.float32(255)
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The pixels that the model sees, (height, width), before normalisation."""
+        width, height = self._resized(image)
+        resized = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
+        top, left = self._corner(width, height)
+        return resized.crop((left, top, left + self.size[1], top + self.size[0]))
+
+    def region(self, image: Image.Image) -> Image.Image:
+        """The part of the picture that the model sees, at the picture's own resolution."""
+        width, height = self._resized(image)
+        top, left = self._corner(width, height)
+        across, down = image.width / width, image.height / height
+        box = (
+            left * across,
+            top * down,
+            (left + self.size[1]) * across,
+            (top + self.size[0]) * down,
+        )
+        x0, y0, x1, y1 = (round(edge) for edge in box)
+        return image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """From what `to_dict` gave, also after a journey through JSON."""
+        loaded: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**loaded)
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height after the resize, as timm and torchvision compute them."""
+        want_h, want_w = (math.floor(side / self.crop_pct) for side in self.size)
+        if self.resize == "squash":
+            return want_w, want_h
+        if want_h == want_w:
+            short, long = sorted(image.size)
+            scaled = int(want_h * long / short)
+            width, height = (want_w, scaled) if image.width <= image.height else (scaled, want_h)
+        else:
+            ratio = min(image.height / want_h, image.width / want_w)
+            width, height = round(image.width / ratio), round(image.height / ratio)
+        if width * height > _MOST_RESIZED:
+            raise ImageError(
+                f"a picture of {image.width}x{image.height} pixels is too long and thin: resized "
+                f"for this model it would be {width}x{height}; crop it"
+            )
+        return width, height
+
+    def _corner(self, width: int, height: int) -> tuple[int, int]:
+        """Top and left of the centre crop, as torchvision rounds them."""
+        return round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)

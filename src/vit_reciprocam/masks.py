@@ -1,0 +1,114 @@
+"""The masks of ViT-ReciproCAM: one for each patch, keeping a small window of the grid around it.
+
+Byun & Lee 2023, section 3. A mask multiplies the tokens after the first LayerNorm of the last
+encoder block.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vit_reciprocam.errors import check_choice
+
+__all__ = ["KERNELS", "LAYERS", "Masking", "Place", "kernel_window", "mask_matrix", "window_sizes"]
+
+KERNELS: dict[str, np.ndarray] = {
+    "gaussian": np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16,
+    "dirac": np.ones((1, 1)),
+}
+"""Kernel name -> its weights, an odd number of rows and columns."""
+
+LAYERS = ("norm1", "block")
+"""Where tokens can be masked."""
+
+
+class Place(NamedTuple):
+    """One weight of a kernel, and where it lies: rows down and columns right of the centre."""
+
+    down: int
+    right: int
+    level: float
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is kept for each patch, and where the network is cut.
+
+    Attributes:
+        kernel: "gaussian", 3x3 (the paper's default), or "dirac", the patch alone.
+        class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
+        layer: "norm1" masks the LayerNorm's output and leaves the skip path untouched; "block"
+            masks the output of the previous block, so that both the skip path and the LayerNorm see
+            it (Table 4).
+    """
+
+    kernel: str = "gaussian"
+    class_token: bool = True
+    layer: str = "norm1"
+
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            InputError: If one does not exist.
+        """
+        check_choice("kernel", self.kernel, KERNELS)
+        check_choice("layer", self.layer, LAYERS)
+
+
+@functools.cache
+def kernel_window(kernel: str) -> tuple[Place, ...]:
+    """The places of a kernel's weights that are not zero, row by row."""
+    weights = KERNELS[kernel]
+    middle_row, middle_column = weights.shape[0] // 2, weights.shape[1] // 2
+    return tuple(
+        Place(int(row) - middle_row, int(column) - middle_column, float(weights[row, column]))
+        for row, column in np.argwhere(weights)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def window_sizes(grid: tuple[int, int], kernel: str) -> np.ndarray:
+    """How many patches each mask keeps, (h, w): less at the border, where the kernel is cropped."""
+    height, width = grid
+    kept = np.zeros(grid)
+    for down, right, _ in kernel_window(kernel):
+        rows = slice(max(0, -down), max(0, height - max(0, down)))
+        columns = slice(max(0, -right), max(0, width - max(0, right)))
+        kept[rows, columns] += 1
+    kept.flags.writeable = False
+    return kept
+
+
+def mask_matrix(
+    grid: tuple[int, int],
+    masking: Masking,
+    *,
+    prefix_tokens: int = 1,
+    patches: range | None = None,
+) -> np.ndarray:
+    """The masks M of the paper, (N, T) float64 with N = h·w and T = prefix + N.
+
+    Row n holds the kernel centred on patch n, cropped at the border and not renormalised; the
+    prefix columns are 1, or 0 with the class token off (the paper's ablation, Table 3).
+
+    Args:
+        grid: Patch grid (h, w).
+        masking: Kernel and class token; the layer makes no difference here.
+        prefix_tokens: Tokens before the patches: class, distillation, registers.
+        patches: Whose masks, by default all N.
+    """
+    height, width = grid
+    rows = range(height * width) if patches is None else patches
+    masks = np.zeros((len(rows), height, width))
+    for mask, patch in zip(masks, rows, strict=True):
+        for place in kernel_window(masking.kernel):
+            row, column = patch // width + place.down, patch % width + place.right
+            if 0 <= row < height and 0 <= column < width:
+                mask[row, column] = place.level
+    prefix = np.full((len(rows), prefix_tokens), float(masking.class_token))
+    return np.concatenate([prefix, masks.reshape(len(rows), height * width)], axis=1)

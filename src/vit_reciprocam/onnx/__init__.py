@@ -1,0 +1,1 @@
+"""Explanations in ONNX: files that give prediction and maps, and their runtime."""

@@ -1,0 +1,258 @@
+"""ViT-ReciproCAM: gradient-free, attention-free saliency maps (Byun & Lee 2023).
+
+Cut the network at the first LayerNorm of its last encoder block: X = G(images), F = norm(X),
+logits = H(F, X). For each patch n keep only a small window of tokens around it, M[n], and read each
+class's probability:
+
+    S[b, c, n] = softmax(H(F[b] * M[n], X[b]))[c]                                  (equations 2 to
+    4)
+
+The skip path X stays as it is. There are two ways to the same S: the direct path runs H once a
+mask, for any H; the closed form rewrites H exactly for heads that read prefix tokens only, at about
+the price of one H.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters import check_mode, split_model
+from vit_reciprocam.closed_form import closed_form_rows
+from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
+from vit_reciprocam.explanation import Explanation, softmax
+from vit_reciprocam.masks import Masking, mask_matrix
+from vit_reciprocam.split import Split
+from vit_reciprocam.targets import resolve_targets
+
+__all__ = ["ReciproCAM"]
+
+_NOT_FINITE = (
+    "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
+    "float32 if it is in half precision"
+)
+
+
+class ReciproCAM:
+    """Explains the predictions of a Vision Transformer; the model is left as it is.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("test_vit").eval()
+        >>> explainer = ReciproCAM(model)
+        >>> e = explainer(torch.zeros(2, 3, 160, 160), targets=[3, 7])
+        >>> e.maps.shape, e.path
+        ((2, 1, 10, 10), 'closed-form')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kernel: str = "gaussian",
+        class_token: bool = True,
+        layer: str = "norm1",
+        score: str = "probability",
+        path: str = "auto",
+        memory_limit: int | None = None,
+    ) -> None:
+        """Prepare to explain a supported model.
+
+        Args:
+            model: A classifier in evaluation mode, on any device.
+            kernel: The window kept around each patch: "gaussian", 3x3 (the paper's default), or
+                "dirac".
+            class_token: False also masks the prefix tokens (the paper's ablation).
+            layer: Where tokens are masked: "norm1" (the paper's default) or "block".
+            score: "probability", the paper's, or "logit", without the softmax.
+            path: "auto" takes the closed form where it holds, and the result's `path` says what
+                ran; "closed-form" raises where it does not hold; "direct" always runs H once a
+                mask.
+            memory_limit: About how many bytes a chunk of masks may take, beside the model and the
+                result; never less than one mask for all images. By default 32 MiB on the CPU, where
+                larger chunks fall out of its caches and are slower, and 1 GiB elsewhere.
+
+        Raises:
+            InputError: If a setting is not one of its choices.
+            ModelError: If the model is not supported, with the reason.
+            ClosedFormError: If `path` is "closed-form" where it does not hold, with the reason.
+        """
+        check_choice("score", score, ("probability", "logit"))
+        check_choice("path", path, ("auto", "closed-form", "direct"))
+        if memory_limit is not None and memory_limit <= 0:
+            raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit}")
+        self.model = model
+        self.masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
+        self.score = score
+        self.path = path
+        self.memory_limit = memory_limit
+        self._choose_path(split_model(model))
+        self._modules = tuple(model.modules())
+        self._check_mode()
+
+    def __call__(self, images: Float[Tensor, "B ch H W"], targets: Any = None) -> Explanation:
+        """Explain a batch of images.
+
+        Args:
+            images: Preprocessed, on the model's device and of its dtype.
+            targets: None = each image's top-1 | int for all | "all" | (B,) one an image | (B, K);
+                (1, K) broadcasts | a function of the unmasked logits (B, C) that gives one of
+                these.
+
+        Returns:
+            Maps, scores and the unmasked prediction, as NumPy arrays.
+
+        Raises:
+            InputError: If the images or targets do not fit the model.
+            ModelError: If the model is in training mode with random layers, or gives NaN.
+        """
+        scores, logits, chosen, path = self._run(images, targets)
+        return Explanation(
+            scores=_numpy(scores),
+            logits=logits,
+            probs=softmax(logits),
+            targets=chosen,
+            path=path,
+            settings={
+                "method": "reciprocam",
+                "model": type(self.model).__name__,
+                "kernel": self.masking.kernel,
+                "class_token": self.masking.class_token,
+                "layer": self.masking.layer,
+                "score": self.score,
+            },
+        )
+
+    def scores(
+        self, images: Float[Tensor, "B ch H W"], targets: Any = None
+    ) -> Float[Tensor, "B K h w"]:
+        """The scores alone, a tensor on the model's device; arguments and errors of `__call__`.
+
+        Returns:
+            float32, or float64 for a float64 model.
+        """
+        return self._run(images, targets)[0]
+
+    @torch.no_grad()
+    def _run(self, images: Tensor, targets: Any) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
+        """Scores (B, K, h, w), logits (B, C), targets (B, K) and the path that ran."""
+        split = split_model(self.model)
+        path = self._choose_path(split)
+        self._check_mode()
+        _check_images(self.model, images)
+        grid = split.grid(tuple(images.shape))
+        x = split.stem(images)
+        prepare = closed_form_rows if path == "closed-form" else _direct_rows
+        rows = prepare(split, x, grid, self.masking)
+        count = 1 + grid[0] * grid[1]
+        chunks = math.ceil(count / self._rows_at_once(split, path, x))
+        bounds = [count * chunk // chunks for chunk in range(chunks + 1)]
+        for start, stop in itertools.pairwise(bounds):
+            values = rows(start, stop)  # (B, stop - start, C)
+            if start == 0:
+                logits = _numpy(values[:, 0].clone())
+                if not np.isfinite(logits).all():
+                    raise ModelError(_NOT_FINITE.format("logits"))
+                chosen = resolve_targets(targets, logits)
+            values = _wide(values)
+            if self.score == "probability":
+                values = values.softmax(dim=-1)
+            if not isinstance(targets, str):  # "all" wants every class, in order
+                index = torch.from_numpy(chosen[:, None]).to(values.device)
+                values = values.take_along_dim(index, dim=-1)
+            if start == 0:
+                scores = values if chunks == 1 else values.new_empty(len(x), count, values.shape[2])
+            if chunks > 1:
+                scores[:, start:stop] = values
+        if not scores.sum().isfinite():
+            raise ModelError(_NOT_FINITE.format("scores under the masks"))
+        return scores[:, 1:].transpose(1, 2).unflatten(2, grid), logits, chosen, path
+
+    def _choose_path(self, split: Split) -> str:
+        if self.path == "closed-form" and split.direct_because:
+            raise ClosedFormError(
+                f"the closed form does not hold for this model: {split.direct_because}. "
+                "Use path='auto' or path='direct'"
+            )
+        return "direct" if self.path == "direct" or split.direct_because else "closed-form"
+
+    def _check_mode(self) -> None:
+        """Refuse a model whose output is random: its maps would be other than its predictions'."""
+        if any(module.training for module in self._modules):
+            check_mode(self.model)
+
+    def _rows_at_once(self, split: Split, path: str, x: Tensor) -> int:
+        """How many masks fit the limit, at about 20 widths for each token that H computes."""
+        images, tokens, width = x.shape
+        computed = split.readout if path == "closed-form" and split.readout else tokens
+        limit = self.memory_limit or (2**25 if x.device.type == "cpu" else 2**30)
+        return max(1, limit // (images * computed * 20 * width * x.element_size()))
+
+
+def _direct_rows(
+    split: Split, x: Float[Tensor, "B T D"], grid: tuple[int, int], masking: Masking
+) -> Callable[[int, int], Tensor]:
+    """The definition, H once a mask; the same rows as `closed_form_rows`."""
+    tokens = x.shape[1]
+    normed = split.norm(x) if masking.layer == "norm1" else x
+
+    def rows(start: int, stop: int) -> Tensor:
+        patches = range(max(start, 1) - 1, stop - 1)
+        masks = mask_matrix(grid, masking, prefix_tokens=split.prefix_tokens, patches=patches)
+        if start == 0:
+            masks = np.concatenate([np.ones((1, tokens)), masks])
+        masked = normed[:, None] * torch.from_numpy(masks).to(x)[:, :, None]
+        masked = masked.flatten(0, 1)
+        if masking.layer == "norm1":
+            logits: Tensor = split.rest(masked, x.repeat_interleave(stop - start, dim=0))
+        else:
+            logits = split.rest(split.norm(masked), masked)
+        return logits.view(len(x), stop - start, -1)
+
+    return rows
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32, so that half precision costs no more than it must."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise InputError(
+            "images must be a torch.Tensor of preprocessed images (B, 3, H, W), got "
+            f"{type(images).__name__}. For files, PIL images and arrays use vit_reciprocam.explain"
+        )
+    if images.ndim != 4:
+        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        raise InputError(f"images must be (B, 3, H, W), got {tuple(images.shape)}{hint}")
+    if not len(images):
+        raise InputError("images is an empty batch")
+    parameter = next(model.parameters())
+    if images.device != parameter.device:
+        raise InputError(
+            f"images are on {images.device} and the model on {parameter.device}: "
+            "move them with images.to(device)"
+        )
+    if images.dtype != parameter.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise InputError(
+            f"images are {images.dtype} and the model {parameter.dtype}: "
+            "convert them with images.to(dtype)"
+        )
+    total = images.sum(dtype=torch.promote_types(images.dtype, torch.float32))
+    if not total.isfinite():  # one pass over the pixels; which images, only then
+        broken = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            numbers = ", ".join(map(str, broken))
+            raise InputError(f"images hold NaN or infinity: image(s) {numbers} of the batch")

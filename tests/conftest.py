@@ -1,0 +1,75 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+# The model families of the method: names are test ids, values are what differs from a plain ViT.
+MODELS = {
+    "plain": {},
+    "registers": {"reg_tokens": 3},
+    "distilled": {"distilled": True},
+    "qk_norm": {"qk_norm": True},
+    "layer_scale": {"init_values": 0.5},
+    "no_qkv_bias": {"qkv_bias": False},
+    "clip": {"pre_norm": True, "norm_layer": "layernorm"},
+    "scale_norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "deit3": {"no_embed_class": True, "init_values": 1e-1},
+    "one_block": {"depth": 1},
+    "all_at_once": {"reg_tokens": 2, "qk_norm": True, "init_values": 0.3, "pre_norm": True},
+}
+
+
+def tiny_model(*, grid=(2, 3), seed=0, distilled=False, spread=0.3, **options):
+    """A seeded ViT with patches of 4 pixels whose weights are large enough for masks to matter."""
+    torch.manual_seed(seed)
+    cls = VisionTransformerDistilled if distilled else VisionTransformer
+    settings = {
+        "img_size": (4 * grid[0], 4 * grid[1]),
+        "patch_size": 4,
+        "embed_dim": 12,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
+    model = cls(**(settings | options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += spread * torch.randn_like(parameter)
+    return model
+
+
+def tiny_images(grid=(2, 3), count=2, seed=1):
+    return torch.randn(
+        count, 3, 4 * grid[0], 4 * grid[1], generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real weights and photographs that lies beside the repository."""
+    if not SHARED.is_dir():
+        if os.environ.get("VIT_RECIPROCAM_REQUIRE_DATA"):
+            pytest.fail(f"VIT_RECIPROCAM_REQUIRE_DATA is set, but there is no {SHARED}")
+        pytest.skip(f"needs the shared data in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def deit_tiny_weights(shared_data):
+    return shared_data / "models" / "deit_tiny_patch16_224" / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def reference_images(shared_data):
+    """The eight reference crops, preprocessed, and their labels."""
+    with np.load(shared_data / "reference" / "chefer2021.npz") as data:
+        pixels, labels = data["pixels"], data["label"]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images - mean[:, None, None]) / std[:, None, None], labels

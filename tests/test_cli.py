@@ -1,0 +1,225 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import vit_reciprocam
+from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.cli import app
+from vit_reciprocam.scenes import CLASSES, draw_scene
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for seed in range(3):
+        draw_scene(seed).image.save(folder / f"{seed}.png")
+    return folder
+
+
+def explain_demo(*arguments):
+    return run("explain", "--model", "demo", *arguments)
+
+
+# --- explain -----------------------------------------------------------------------------------
+
+
+def test_explain_a_folder(scenes, tmp_path):
+    result = explain_demo(scenes, "--target", "top3", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "0.png" in result.stdout
+    report = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert [len(record["targets"]) for record in report["images"]] == [3, 3, 3]
+    assert report["failures"] == []
+    for record in report["images"]:
+        folder = Path(record["folder"])
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for target in manifest["images"][0]["targets"]:
+            assert (folder / target["overlay"]).exists()
+
+
+def test_json_is_the_only_thing_on_stdout(scenes, tmp_path):
+    result = explain_demo(scenes, "--json", "--out", tmp_path / "out")
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert {record["path"] for record in report["images"]} == {"closed-form"}
+    seen = [record["prediction"]["name"] for record in report["images"]]
+    present = [{list(CLASSES)[label] for label in draw_scene(seed).labels} for seed in range(3)]
+    assert [name in names for name, names in zip(seen, present, strict=True)] == [True] * 3
+
+
+def test_targets_by_name_and_index(scenes, tmp_path):
+    arguments = ("--target", "fish", "--target", "2", "--json", "--out", tmp_path / "out")
+    record = json.loads(explain_demo(scenes / "0.png", *arguments).stdout)["images"][0]
+    assert [target["name"] for target in record["targets"]] == ["fish", "cup"]
+
+
+def test_pictures_of_one_name_get_folders_of_their_own(scenes, tmp_path):
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "more" / "0.png")
+    arguments = (scenes / "0.png", tmp_path / "more" / "0.png", "--json", "--out", tmp_path / "out")
+    folders = [record["folder"] for record in json.loads(explain_demo(*arguments).stdout)["images"]]
+    assert folders == [str(tmp_path / "out" / name) for name in ("0", "0-2")]
+
+
+def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):
+    (scenes / "broken.png").write_text("no picture")
+    result = explain_demo(scenes, tmp_path / "none.png", "--json", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert len(report["images"]) == 3
+    assert [failure["source"] for failure in report["failures"]] == [
+        str(scenes / "broken.png"),
+        str(tmp_path / "none.png"),
+    ]
+    assert "broken.png is not a picture" in result.stderr
+    assert "no such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.png"], "no such file: none.png"),
+        (["*.none"], "no file matches *.none"),
+        (["{scene}", "--target", "fisch"], "no class is called 'fisch'. Closest: 3 (fish)"),
+        (["{scene}", "--target", "12"], "class 12 does not exist: the model has 12 classes"),
+        (["{scene}", "--target", "top1", "--target", "fish"], "--target top1 stands alone"),
+        (["{scene}", "--target", "top13"], "top must be between 1 and the number of classes, 12"),
+        (["{scene}", "--kernel", "dirac"], "fixed when it was exported"),
+        (["{scene}", "--kernel", "box"], "kernel must be one of 'gaussian', 'dirac'; got 'box'"),
+        (["{scene}", "--colormap", "hot"], "colormap must be one of"),
+        (["{scene}", "--model", "demoo"], "model must be one of 'demo', 'timm:NAME'"),
+        (["{scene}", "--max-pixels", "100"], "more than 100 pixels"),
+        (["{scene}", "--opacity", "2"], "opacity"),
+        (["{scene}", "--device", "cuda"], "runs on the CPU"),
+        (["{scene}", "--target", "top0"], "top must be between 1 and"),
+        (["{scene}", "--model", "timm:test_vit.nope", "--weights", "w"], "no such weights file"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    given = [argument.format(scene=scenes / "0.png") for argument in arguments]
+    result = run("explain", "--model", "demo", *given)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "vit-reciprocam-out").exists(), "nothing is written for nothing"
+
+
+def test_debug_shows_where(scenes):
+    with pytest.raises(vit_reciprocam.errors.UnknownClassError):
+        explain_demo(scenes / "0.png", "--target", "fisch", "--debug")
+
+
+def test_an_unwritable_place(scenes, tmp_path):
+    (tmp_path / "file").touch()
+    result = explain_demo(scenes / "0.png", "--out", tmp_path / "file")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("failed: ")
+    assert (tmp_path / "file").is_file()
+
+
+def test_one_folder_in_the_way_does_not_stop_the_others(scenes, tmp_path):
+    (tmp_path / "out" / "1").mkdir(parents=True)
+    (tmp_path / "out" / "1" / "grid.png").write_text("mine")
+    result = explain_demo(scenes, "--json", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert [Path(record["folder"]).name for record in report["images"]] == ["0", "2"]
+    assert "grid.png was not written by" in report["failures"][0]["error"]
+    assert (tmp_path / "out" / "1" / "grid.png").read_text() == "mine"
+
+
+def test_a_foreign_summary_is_not_replaced(scenes, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "explanations.json").write_text("mine")
+    result = explain_demo(scenes, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "choose another --out" in result.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["explanations.json"]
+
+
+def test_a_second_run_does_not_explain_the_first_ones_pictures(scenes):
+    for _ in range(2):
+        report = json.loads(explain_demo(scenes, "--json", "--out", scenes / "out").stdout)
+        assert len(report["images"]) == 3
+
+
+def test_unexpected_errors_are_one_line_too(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_reciprocam.cli.load", lambda *_, **__: 1 / 0)
+    result = explain_demo(scenes, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == "error: division by zero (unexpected: --debug shows where)\n"
+
+
+def test_a_timm_model_with_local_weights(tmp_path):
+    import timm
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]
+    arguments += ["--kernel", "dirac", "--no-class-token", "--layer", "block", "--json"]
+    result = run("explain", ASSETS / "demo.png", *arguments, "--out", tmp_path / "out")
+    report = json.loads(result.stdout)
+    assert report["settings"] == {"kernel": "dirac", "class_token": False, "layer": "block"}
+    with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
+        assert saved["maps"].shape == (1, 1, 10, 10)
+
+
+# --- demo, models, and the command itself ------------------------------------------------------
+
+
+def test_demo(tmp_path):
+    result = run("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 0
+    assert "×" in result.stdout
+    with Image.open(tmp_path / "demo" / "grid.png") as grid:
+        assert grid.width > 1000
+
+
+def test_demo_json(tmp_path):
+    record = json.loads(run("demo", "--json", "--out", tmp_path / "demo").stdout)
+    assert record["timing"]["ratio"] > 0
+    assert len(record["targets"]) == 3
+
+
+def test_models_says_by_which_path_and_why_not():
+    rows = json.loads(run("models", "*deit_tiny*", "--json").stdout)
+    paths = {row["model"]: row["path"] for row in rows}
+    assert paths["demo"] == paths["timm:deit_tiny_distilled_patch16_224"] == "closed-form"
+    rows = json.loads(run("models", "test_*", "--json").stdout)
+    by_name = {row["model"]: row for row in rows}
+    assert by_name["timm:test_resnet"]["path"] == "-"
+    assert "no VisionTransformer" in by_name["timm:test_resnet"]["why"]
+    assert by_name["timm:test_vit"]["path"] == "closed-form"
+    pooled = json.loads(run("models", "vit_base_patch16_gap_224", "--json").stdout)[1]
+    assert pooled["path"] == "direct"
+    assert "global_pool='avg'" in pooled["why"]
+    assert "timm:vit_base_patch16_gap_224" in run("models", "vit_base_patch16_gap_224").stdout
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"vit-reciprocam {vit_reciprocam.__version__}\n"
+    for command in ("explain", "demo", "models"):
+        assert command in run("--help").stdout
+        assert run(command, "--help").exit_code == 0
+
+
+def test_the_installed_command_and_its_exit_code():
+    command = [sys.executable, "-m", "vit_reciprocam.cli", "explain", "none.png", "--model", "demo"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "no such file: none.png" in finished.stderr

@@ -1,0 +1,93 @@
+"""What the docs say is so: links lead somewhere, commands and options exist, examples run."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+
+import vit_reciprocam as vr
+from vit_reciprocam import reciprocam
+from vit_reciprocam.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMAND = typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    text = page.read_text()
+    for name, rest in re.findall(r"^ *`{0,3}vit-reciprocam ([a-z]+)(.*)$", text, re.MULTILINE):
+        options = {
+            option for parameter in COMMAND.commands[name].params for option in parameter.opts
+        }
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"^ *make (\w+)", text, re.MULTILINE):
+        assert target in targets
+    for script in re.findall(r"python ((?:benchmarks|training)/\S+\.py)", text):
+        assert (ROOT / script).exists()
+
+
+def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "small.safetensors")
+    Image.new("RGB", (64, 48), "orange").save(tmp_path / "cat_and_dog.jpg")
+    real_create, real_load = timm.create_model, vr.load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real_create("test_vit"))
+    monkeypatch.setattr(vr, "load", lambda spec: local(spec), raising=False)
+
+    def local(spec):
+        monkeypatch.setattr(timm, "create_model", real_create)
+        assert spec.startswith("timm:")
+        return real_load("timm:test_vit", weights="small.safetensors")
+
+    names = {"images": torch.zeros(2, 3, 160, 160)}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert names["e"].targets.shape == (1, 3)
+
+
+def test_the_examples_in_docstrings_run():
+    result = doctest.testmod(reciprocam)
+    assert result.attempted >= 4
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(vr.__all__) - {"__version__"}))
+def test_public_names_say_what_they_are(name):
+    thing = getattr(vr, name)
+    assert inspect.getdoc(thing)
+    for method, function in inspect.getmembers(thing, inspect.isfunction):
+        if not method.startswith("_"):
+            assert inspect.getdoc(function), f"{name}.{method}"
+
+
+def test_versions_agree():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{vr.__version__}"' in pyproject
+    assert f"version: {vr.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_picture_in_the_readme_is_what_the_demo_writes():
+    e = vr.explain(vr.classifier.ASSETS / "demo.png", vr.load("demo"), top=3)
+    with Image.open(ROOT / "docs" / "demo.png") as shown:
+        difference = np.asarray(shown).astype(int) - np.asarray(e.grid())
+    assert np.abs(difference).mean() < 1

@@ -1,0 +1,469 @@
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from conftest import MODELS, tiny_images, tiny_model
+from reference import naive_logits
+from vit_reciprocam import ReciproCAM
+from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, UnknownClassError
+
+PATHS = ["closed-form", "direct"]
+KERNELS = ["gaussian", "dirac"]
+LAYERS = ["norm1", "block"]
+
+
+def assert_equals_reference(model, images, grid, path, **masking):
+    expected, plain = naive_logits(model, images, grid, **masking)
+    explainer = ReciproCAM(model, score="logit", path=path, **masking)
+    scores = explainer.scores(images, "all")
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-10)
+    assert expected.std(dim=(2, 3)).min() > 1e-4, "the masks make no difference: nothing was tested"
+    probabilities = ReciproCAM(model, path=path, **masking).scores(images, "all")
+    torch.testing.assert_close(probabilities, expected.softmax(dim=1), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(explainer(images).logits, plain.float(), rtol=0, atol=1e-6)
+
+
+# --- exactness -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_naive_loops(name, kernel, class_token, layer, path):
+    grid = (2, 3)
+    model = tiny_model(grid=grid, **MODELS[name]).double()
+    masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
+    assert_equals_reference(model, tiny_images(grid).double(), grid, path, **masking)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 1), (3, 3), (5, 4)])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("path", PATHS)
+def test_any_grid(grid, kernel, path):
+    model = tiny_model(grid=grid).double()
+    expected, _ = naive_logits(
+        model, tiny_images(grid).double(), grid, kernel=kernel, class_token=True, layer="norm1"
+    )
+    explainer = ReciproCAM(model, kernel=kernel, score="logit", path=path)
+    scores = explainer.scores(tiny_images(grid).double(), "all")
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    heads=st.integers(1, 3),
+    options=st.fixed_dictionaries({
+        "distilled": st.booleans(),
+        "qk_norm": st.booleans(),
+        "qkv_bias": st.booleans(),
+        "init_values": st.sampled_from([None, 0.2]),
+        "depth": st.integers(1, 3),
+    }),
+    masking=st.fixed_dictionaries({
+        "kernel": st.sampled_from(KERNELS),
+        "class_token": st.booleans(),
+        "layer": st.sampled_from(LAYERS),
+    }),
+    spread=st.sampled_from([0.05, 0.3, 1.0, 4.0]),  # the last makes attention all but one-hot
+    seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_closed_form_equals_the_naive_loops_everywhere(grid, heads, options, masking, spread, seed):
+    model = tiny_model(
+        grid=grid, embed_dim=4 * heads, num_heads=heads, spread=spread, seed=seed, **options
+    ).double()
+    images = tiny_images(grid, count=1, seed=seed).double()
+    expected, _ = naive_logits(model, images, grid, **masking)
+    scores = ReciproCAM(model, score="logit", path="closed-form", **masking).scores(images, "all")
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(scores / scale, expected / scale, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("reference", "kernel", "class_token"),
+    [
+        ("gaussian", "gaussian", True),
+        ("gaussian_no_class_token", "gaussian", False),
+        ("dirac", "dirac", True),
+        ("dirac_no_class_token", "dirac", False),
+    ],
+)
+def test_equals_an_independent_implementation_on_deit_tiny(
+    reference, kernel, class_token, path, shared_data, deit_tiny_weights, reference_images
+):
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    model.load_state_dict(load_file(deit_tiny_weights))
+    images, labels = reference_images
+    with np.load(shared_data / "reference" / "openvino_xai_logits.npz") as data:
+        expected = data[reference]
+    explainer = ReciproCAM(model, kernel=kernel, class_token=class_token, score="logit", path=path)
+    scores = explainer.scores(images, labels)[:, 0].numpy()
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
+
+
+def test_huge_attention_scores_do_not_overflow_in_float32():
+    model = tiny_model(grid=(3, 3), spread=6.0)
+    closed = ReciproCAM(model, path="closed-form").scores(tiny_images((3, 3)), "all")
+    direct = ReciproCAM(model, path="direct").scores(tiny_images((3, 3)), "all")
+    assert closed.isfinite().all()
+    torch.testing.assert_close(closed, direct, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(dtype):
+    model, images = tiny_model(), tiny_images()
+    expected = ReciproCAM(model).scores(images, "all")
+    half = ReciproCAM(copy.deepcopy(model).to(dtype)).scores(images.to(dtype), "all")
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0, atol=0.05)
+
+
+def test_autocast():
+    model, images = tiny_model(), tiny_images()
+    expected = ReciproCAM(model).scores(images, "all")
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = ReciproCAM(model).scores(images, "all")
+    torch.testing.assert_close(scores.float(), expected, rtol=0, atol=0.05)
+
+
+# --- paths and chunks ------------------------------------------------------------------------
+
+
+def test_auto_says_what_ran():
+    assert ReciproCAM(tiny_model())(tiny_images()).path == "closed-form"
+    assert ReciproCAM(tiny_model(), path="direct")(tiny_images()).path == "direct"
+    pooled = tiny_model(global_pool="avg")
+    assert ReciproCAM(pooled)(tiny_images()).path == "direct"
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "max", "map"])
+def test_heads_that_read_all_tokens_take_the_direct_path(pool):
+    grid = (2, 3)
+    model = tiny_model(grid=grid, global_pool=pool).double()
+    for layer in LAYERS:
+        masking = {"kernel": "gaussian", "class_token": True, "layer": layer}
+        assert_equals_reference(model, tiny_images(grid).double(), grid, "auto", **masking)
+
+
+def test_closed_form_is_refused_with_the_reason():
+    with pytest.raises(
+        ClosedFormError, match=r"reads all tokens \(global_pool='avg'\).*path='auto'"
+    ):
+        ReciproCAM(tiny_model(global_pool="avg"), path="closed-form")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_chunks_make_no_difference(path):
+    model, images = tiny_model(grid=(4, 4)), tiny_images((4, 4))
+    whole = ReciproCAM(model, path=path)(images, [[0, 3]])
+    in_single_rows = ReciproCAM(model, path=path, memory_limit=1)(images, [[0, 3]])
+    np.testing.assert_allclose(in_single_rows.scores, whole.scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(in_single_rows.logits, whole.logits, rtol=0, atol=1e-6)
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+def test_prediction_is_the_models_own():
+    model, images = tiny_model(), tiny_images()
+    e = ReciproCAM(model)(images)
+    with torch.no_grad():
+        logits = model(images)
+    np.testing.assert_allclose(e.logits, logits, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(e.probs, logits.softmax(dim=1), rtol=0, atol=1e-6)
+    assert e.targets[:, 0].tolist() == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (3, [[3], [3]]),
+        ([1, 4], [[1], [4]]),
+        (torch.tensor([1, 4]), [[1], [4]]),
+        ([[1, 2, 0]], [[1, 2, 0], [1, 2, 0]]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ("all", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        (lambda logits: logits.argsort(axis=1)[:, :1] * 0 + 2, [[2], [2]]),
+    ],
+)
+def test_targets_pick_their_classes_from_all(targets, expected):
+    model, images = tiny_model(), tiny_images()
+    every = ReciproCAM(model)(images, "all")
+    e = ReciproCAM(model)(images, targets)
+    assert e.targets.tolist() == expected
+    picked = np.take_along_axis(every.scores, np.array(expected)[:, :, None, None], axis=1)
+    np.testing.assert_array_equal(e.scores, picked)
+    assert e.maps.shape == e.scores.shape == (2, len(expected[0]), 2, 3)
+    assert e.maps.dtype == e.scores.dtype == np.float32
+
+
+def test_maps_are_scores_scaled_to_the_unit_interval():
+    e = ReciproCAM(tiny_model())(tiny_images(), "all")
+    np.testing.assert_array_equal(e.maps.min(axis=(2, 3)), 0)
+    np.testing.assert_array_equal(e.maps.max(axis=(2, 3)), 1)
+    one = e.scores[1, 3]
+    np.testing.assert_allclose(e.maps[1, 3], (one - one.min()) / (one.max() - one.min()), atol=1e-6)
+    assert not e.degenerate.any()
+
+
+def test_a_single_patch_has_no_preference():
+    e = ReciproCAM(tiny_model(grid=(1, 1)))(tiny_images((1, 1)))
+    assert e.degenerate.all()
+    assert (e.maps == 0).all()
+
+
+# --- the user's model is left as it is ---------------------------------------------------------
+
+
+def state_of(model):
+    return {
+        "mode": [m.training for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        "parameters": [
+            (name, p.dtype, p.device, p.requires_grad, p.grad, p.data_ptr())
+            for name, p in model.named_parameters()
+        ],
+        "buffers": [(name, b.data_ptr()) for name, b in model.named_buffers()],
+        "values": [p.detach().clone() for p in model.state_dict().values()],
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def assert_same(before, after):
+    values = zip(before.pop("values"), after.pop("values"), strict=True)
+    assert before == after
+    assert all(torch.equal(a, b) for a, b in values)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_model_is_left_as_it_was(path, layer):
+    model = tiny_model(qk_norm=True, reg_tokens=1)
+    next(model.parameters()).requires_grad_(False)
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    before = state_of(model)
+    ReciproCAM(model, path=path, layer=layer)(tiny_images().requires_grad_())
+    assert_same(before, state_of(model))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_model_is_left_as_it_was_after_a_failure(path):
+    model = tiny_model()
+    explainer = ReciproCAM(model, path=path)
+    fail = model.head.register_forward_hook(lambda *_: 1 / 0)
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError):
+        explainer(tiny_images())
+    with pytest.raises(InputError):
+        explainer(tiny_images() * float("nan"))
+    assert_same(before, state_of(model))
+    fail.remove()
+
+
+def test_changed_weights_and_heads_are_seen_by_the_same_explainer():
+    model, images = tiny_model(), tiny_images()
+    explainer = ReciproCAM(model)
+    before = explainer(images, 0).scores
+    model.load_state_dict(tiny_model(seed=5).state_dict())
+    np.testing.assert_array_equal(explainer(images, 0).scores, ReciproCAM(model)(images, 0).scores)
+    assert np.abs(explainer(images, 0).scores - before).max() > 1e-3
+    model.reset_classifier(2)
+    assert explainer(images, "all").scores.shape[1] == 2
+
+
+def test_inference_tensors():
+    model = tiny_model()
+    with torch.inference_mode():
+        images = tiny_images()
+        e = ReciproCAM(model)(images)
+    np.testing.assert_allclose(e.scores, ReciproCAM(model)(tiny_images()).scores, atol=1e-6)
+    assert ReciproCAM(model)(images).path == "closed-form"
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(3, 8, 12), r"\(B, 3, H, W\), got \(3, 8, 12\); add the batch dimension"),
+        (torch.zeros(1, 3, 8, 8), "takes images of 8x12 pixels .*, got 8x8. Resize them"),
+        (torch.zeros(1, 1, 8, 12), r"takes 3 channel\(s\), got images of 1"),
+        (torch.zeros(0, 3, 8, 12), "empty batch"),
+        (torch.zeros(1, 3, 8, 12).double(), "images are torch.float64 and the model torch.float32"),
+        (torch.zeros(1, 3, 8, 12, device="meta"), "images are on meta and the model on cpu"),
+        (np.zeros((1, 3, 8, 12)), "must be a torch.Tensor .* got ndarray"),
+    ],
+)
+def test_images_that_do_not_fit(images, words):
+    with pytest.raises(InputError, match=words):
+        ReciproCAM(tiny_model())(images)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_the_input_names_the_image(value):
+    images = tiny_images(count=3)
+    images[1, 0, 2, 2] = value
+    with pytest.raises(InputError, match=r"NaN or infinity: image\(s\) 1 of the batch"):
+        ReciproCAM(tiny_model())(images)
+
+
+def test_nan_in_the_weights():
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="logits hold NaN or infinity"):
+        ReciproCAM(model)(tiny_images())
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "words"),
+    [
+        (5, UnknownClassError, "class 5 does not exist: the model has 5 classes, 0 to 4"),
+        (-1, UnknownClassError, "class -1 does not exist"),
+        ([0, 1, 2], InputError, r"shape \(3,\) do not fit 2 image\(s\).*pass \[\[0, 1, 2\]\]"),
+        ([[0], [1], [2]], InputError, r"shape \(3, 1\) do not fit"),
+        ([[]], InputError, "targets"),
+        ([[0, 1], [2]], InputError, r"got \[\[0, 1\], \[2\]\]"),
+        (1.5, InputError, "must be integers; got float64"),
+        (True, InputError, "must be integers; got bool"),
+        ("cat", InputError, "'all'.*got 'cat'"),
+    ],
+)
+def test_targets_that_do_not_fit(targets, error, words):
+    with pytest.raises(error, match=words):
+        ReciproCAM(tiny_model())(tiny_images(), targets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kernel": "box"}, "kernel must be one of"),
+        ({"layer": "norm2"}, "layer must be one of"),
+        ({"score": "softmax"}, "score must be one of 'probability', 'logit'; got 'softmax'"),
+        ({"path": "fast"}, "path must be one of 'auto', 'closed-form', 'direct'; got 'fast'"),
+        ({"memory_limit": 0}, "memory_limit must be a positive"),
+    ],
+)
+def test_settings_that_do_not_exist(settings, words):
+    with pytest.raises(InputError, match=words):
+        ReciproCAM(tiny_model(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            timm.create_model("test_resnet"),
+            "ResNet is not supported.*made of encoder blocks with a LayerNorm",
+        ),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not a supported model"),
+        (None, "must be a torch.nn.Module, got NoneType"),
+        ("deit", "must be a torch.nn.Module, got str"),
+        (tiny_model(num_classes=0), "no classification head.*reset_classifier"),
+        (tiny_model(global_pool="", class_token=True), "no pooling"),
+    ],
+)
+def test_models_that_cannot_be_explained(model, words):
+    with pytest.raises(ModelError, match=words):
+        ReciproCAM(model)
+
+
+def test_other_block_types_are_refused_by_name():
+    from timm.models.vision_transformer import ResPostBlock
+
+    with pytest.raises(ModelError, match="last encoder block is a ResPostBlock"):
+        ReciproCAM(tiny_model(block_fn=ResPostBlock))
+
+
+def test_code_and_hooks_that_running_the_parts_would_bypass_are_refused():
+    class Mine(type(tiny_model())):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = tiny_model()
+    model.__class__ = Mine
+    with pytest.raises(ModelError, match="Mine has a forward of its own"):
+        ReciproCAM(model)
+    for find in (lambda model: model, lambda model: model.blocks[-1]):
+        model = tiny_model()
+        find(model).register_forward_hook(lambda *_: None)
+        with pytest.raises(ModelError, match="has forward hooks"):
+            ReciproCAM(model)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with something added, as parameter-efficient fine-tuning does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.added = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.added(x)
+
+
+def test_a_changed_projection_takes_the_direct_path_and_stays_exact():
+    grid, model = (2, 3), tiny_model().double()
+    model.blocks[-1].attn.qkv = Adapted(model.blocks[-1].attn.qkv).double()
+    masking = {"kernel": "gaussian", "class_token": True, "layer": "norm1"}
+    assert_equals_reference(model, tiny_images().double(), grid, "auto", **masking)
+    assert ReciproCAM(model)(tiny_images().double()).path == "direct"
+    with pytest.raises(ClosedFormError, match="qkv projection is a Adapted, not a plain Linear"):
+        ReciproCAM(model, path="closed-form")
+    hooked = tiny_model()
+    hooked.blocks[-1].attn.qkv.register_forward_hook(lambda _m, _i, out: out * 0.5)
+    e = ReciproCAM(hooked)(tiny_images())
+    assert e.path == "direct"
+    with torch.no_grad():
+        np.testing.assert_allclose(e.logits, hooked(tiny_images()), atol=1e-6)
+
+
+def test_very_large_finite_pixels_are_not_called_nan():
+    e = ReciproCAM(tiny_model())(torch.full((1, 3, 8, 12), 3e36))
+    assert np.isfinite(e.logits).all()
+
+
+def test_a_distilled_model_in_distilled_training():
+    model = tiny_model(distilled=True).train()
+    model.set_distilled_training(True)
+    with pytest.raises(ModelError, match=r"two outputs in distilled training: call model\.eval"):
+        ReciproCAM(model)
+
+
+def test_one_module_in_training_mode_is_enough():
+    model = tiny_model(drop_path_rate=0.2)
+    explainer = ReciproCAM(model)
+    model.blocks[-1].train()
+    with pytest.raises(ModelError, match="training mode"):
+        explainer(tiny_images())
+
+
+def test_training_mode_matters_only_where_it_changes_the_output():
+    images = tiny_images()
+    without_dropout = tiny_model().train()
+    assert ReciproCAM(without_dropout)(images).path == "closed-form"
+    model = tiny_model(drop_path_rate=0.2)
+    explainer = ReciproCAM(model)
+    model.train()
+    with pytest.raises(
+        ModelError, match=r"training mode and its blocks\.1\.drop_path1.*model\.eval\(\)"
+    ):
+        explainer(images)
+    assert model.training

@@ -1,0 +1,43 @@
+"""Make the bundled assets from trained weights: `python training/export_demo.py`.
+
+Writes `demo.onnx` (prediction and all maps), `demo-plain.onnx` (the prediction alone, to hold the
+cost against) and `demo.png` into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from train_demo import ARCHITECTURE, SIZE
+
+from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.images import Preprocess
+from vit_reciprocam.onnx.export import export_explainer, export_plain
+from vit_reciprocam.scenes import CLASSES, draw_scene
+
+PICTURE_SEED, PICTURE_SIZE = 213, 560
+PREPROCESS = Preprocess((SIZE, SIZE), crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def main() -> None:
+    """Read the weights and write the assets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--weights", type=Path, default=Path(__file__).with_name("demo.safetensors")
+    )
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    model = VisionTransformer(**ARCHITECTURE).eval()
+    model.load_state_dict(load_file(args.weights))
+    export_explainer(
+        model, args.out / "demo.onnx", class_names=list(CLASSES), preprocess=PREPROCESS, name="demo"
+    )
+    export_plain(model, args.out / "demo-plain.onnx", preprocess=PREPROCESS)
+    draw_scene(PICTURE_SEED, size=PICTURE_SIZE, objects=3).image.save(args.out / "demo.png")
+
+
+if __name__ == "__main__":
+    main()
