@@ -7,9 +7,9 @@
     python benchmarks/cost.py --naive                      # adds the direct path, H once a mask
 
 Times are taken in turn (forward, explanation, forward, ...), so that the machine's drift hits all
-alike; "explanation" is prediction, scores and maps of all classes as NumPy arrays. Memory is a
-fresh process's peak over what it held before its first pass, model included. Weights are random:
-cost does not depend on them.
+alike; "all classes" is prediction, scores and maps of all classes as NumPy arrays. Memory is the
+peak of a fresh process, and in brackets what the call added to what the process had held at most
+before, results included. Weights are random: cost does not depend on them.
 """
 
 from __future__ import annotations
@@ -65,20 +65,22 @@ def time_in_turn(what: dict[str, Callable[[], Any]], runs: int) -> dict[str, np.
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def peak_mebibytes(args: argparse.Namespace, name: str, what: str) -> float:
-    """Peak memory of one call in a fresh process, over what it held before."""
+def peak_mebibytes(args: argparse.Namespace, name: str, what: str) -> tuple[float, float]:
+    """Peak memory of a fresh process that makes one call, and how much of it the call added."""
     command = [sys.executable, __file__, "--models", name, "--batch", str(args.batch)]
     command += ["--size", str(args.size), "--threads", str(args.threads), "--child", what]
     command += ["--device", args.device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(printed[0]), float(printed[1])
 
 
 def child(args: argparse.Namespace) -> None:
-    """In a fresh process: print the peak of one call, in MiB over the peak before it."""
+    """In a fresh process: print the peak of one call, and what it is over the peak before, MiB."""
     call = calls(args, args.models[0])[args.child]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak / 1024, (peak - before) / 1024)
 
 
 def main() -> None:
@@ -105,11 +107,15 @@ def main() -> None:
         f"batch {args.batch}, {args.size}x{args.size} px, {args.runs} runs\n"
     )
     if args.memory:
-        print("| model | forward, MiB | all classes, MiB | ratio |\n| --- | --- | --- | --- |")
+        print("| model | forward, MiB (added) | all classes, MiB (added) | ratio (of added) |")
+        print("| --- | --- | --- | --- |")
         for name in args.models:
-            plain, explained = (peak_mebibytes(args, name, w) for w in ("forward", "all classes"))
+            plain, plain_added = peak_mebibytes(args, name, "forward")
+            peak, added = peak_mebibytes(args, name, "all classes")
             print(
-                f"| {name} | {plain:.0f} | {explained:.0f} | {explained / plain:.2f} |", flush=True
+                f"| {name} | {plain:.0f} ({plain_added:.0f}) | {peak:.0f} ({added:.0f}) "
+                f"| {peak / plain:.2f} ({added / plain_added:.2f}) |",
+                flush=True,
             )
         return
     print("| model | what | median ms | ÷ forward | middle half |\n| --- | --- | --- | --- | --- |")
