@@ -43,6 +43,9 @@ _NOT_FINITE = (
 class ReciproCAM:
     """Explains the predictions of a Vision Transformer; the model is left as it is.
 
+    The model runs by its parts: hooks on the modules inside run as ever, while hooks on the whole
+    model or on its last block would be bypassed, so a model with such hooks is refused.
+
     Example:
         >>> import timm, torch
         >>> model = timm.create_model("test_vit").eval()
