@@ -159,7 +159,7 @@ def test_export_of_other_settings(tmp_path, torch_model, demo, masking):
         name="other",
         masking=masking,
     )
-    images = inputs(demo, FRESH[:2])
+    images = inputs(demo, FRESH[:3])  # another batch than it was exported with
     explainer = OnnxExplainer(path)
     assert explainer.metadata.masking == masking
     settings = {

@@ -158,9 +158,9 @@ class ReciproCAM:
         chunks = math.ceil(count / self._rows_at_once(split, path, x))
         bounds = [count * chunk // chunks for chunk in range(chunks + 1)]
         for start, stop in itertools.pairwise(bounds):
-            values = rows(start, stop)  # (B, stop - start, C)
+            values = rows(start, stop)  # (stop - start, B, C)
             if start == 0:
-                logits = _numpy(values[:, 0].clone())
+                logits = _numpy(values[0].clone())
                 if not np.isfinite(logits).all():
                     raise ModelError(_NOT_FINITE.format("logits"))
                 chosen = resolve_targets(targets, logits)
@@ -168,15 +168,15 @@ class ReciproCAM:
             if self.score == "probability":
                 values = values.softmax(dim=-1)
             if not isinstance(targets, str):  # "all" wants every class, in order
-                index = torch.from_numpy(chosen[:, None]).to(values.device)
+                index = torch.from_numpy(chosen[None]).to(values.device)
                 values = values.take_along_dim(index, dim=-1)
             if start == 0:
-                scores = values if chunks == 1 else values.new_empty(len(x), count, values.shape[2])
+                scores = values if chunks == 1 else values.new_empty(count, *values.shape[1:])
             if chunks > 1:
-                scores[:, start:stop] = values
+                scores[start:stop] = values
         if not scores.sum().isfinite():
             raise ModelError(_NOT_FINITE.format("scores under the masks"))
-        return scores[:, 1:].transpose(1, 2).unflatten(2, grid), logits, chosen, path
+        return scores[1:].permute(1, 2, 0).unflatten(2, grid), logits, chosen, path
 
     def _choose_path(self, split: Split) -> str:
         if self.path == "closed-form" and split.direct_because:
@@ -211,13 +211,12 @@ def _direct_rows(
         masks = mask_matrix(grid, masking, prefix_tokens=split.prefix_tokens, patches=patches)
         if start == 0:
             masks = np.concatenate([np.ones((1, tokens)), masks])
-        masked = normed[:, None] * torch.from_numpy(masks).to(x)[:, :, None]
-        masked = masked.flatten(0, 1)
+        masked = (normed * torch.from_numpy(masks).to(x)[:, None, :, None]).flatten(0, 1)
         if masking.layer == "norm1":
-            logits: Tensor = split.rest(masked, x.repeat_interleave(stop - start, dim=0))
+            logits: Tensor = split.rest(masked, x.repeat(stop - start, 1, 1))
         else:
             logits = split.rest(split.norm(masked), masked)
-        return logits.view(len(x), stop - start, -1)
+        return logits.view(stop - start, len(x), -1)
 
     return rows
 

@@ -67,8 +67,8 @@ class Split:
         norm: X -> F (B, T, D), the block's first LayerNorm. Acts on each token alone.
         rest: H: (F, X) -> logits (B, C).
         attention: The block's attention where its parts are known, which the closed form needs.
-        finish: Joined heads (B, n, R, A) and skip path (B, n, R, D) of the readout tokens -> logits
-            (B, n, C).
+        finish: Joined heads (n, B, R, A) and skip path (n, B, R, D) of the readout tokens -> logits
+            (n, B, C).
         direct_because: Why the closed form does not hold; empty where it does.
     """
 

@@ -149,17 +149,19 @@ def _rest(model: VisionTransformer, normed: Tensor, x: Tensor) -> Tensor:
 def _finish(model: VisionTransformer, heads: Tensor, skip: Tensor) -> Tensor:
     attention = model.blocks[-1].attn
     attended = attention.proj_drop(attention.proj(attention.norm(heads)))
-    logits = _tail(model, attended.flatten(0, 1), skip.flatten(0, 1))
-    return logits.view(*heads.shape[:2], -1)
+    return _tail(model, attended, skip)
 
 
 def _tail(model: VisionTransformer, attended: Tensor, x: Tensor) -> Tensor:
-    """From the last attention's output to the logits, of all tokens or the readout tokens alone."""
+    """From the last attention's output (..., tokens, D) to the logits (..., C).
+
+    The tokens are all or the readout tokens alone.
+    """
     block = model.blocks[-1]
     x = x + block.drop_path1(block.ls1(attended))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    logits: Tensor = model.forward_head(model.norm(x))
-    return logits
+    logits: Tensor = model.forward_head(model.norm(x).flatten(0, -3))
+    return logits.view(*x.shape[:-2], -1)
 
 
 def _attention(attention: TimmAttention) -> Attention:

@@ -39,11 +39,11 @@ class _Explained(nn.Module):
         rows = closed_form_rows(split, split.stem(images), grid, self.masking)(
             0, 1 + grid[0] * grid[1]
         )
-        scores = rows[:, 1:].softmax(dim=-1).transpose(1, 2)
+        scores = rows[1:].softmax(dim=-1).permute(1, 2, 0)
         low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
         flat = high - low <= 4 * torch.finfo(torch.float32).eps * high
         saliency = torch.where(flat, 0.0, (scores - low) / torch.where(flat, 1.0, high - low))
-        return rows[:, 0], saliency.unflatten(2, grid), scores.unflatten(2, grid)
+        return rows[0], saliency.unflatten(2, grid), scores.unflatten(2, grid)
 
 
 def export_explainer(
