@@ -24,24 +24,41 @@ def naive_mask(grid, row, column, kernel, prefix, class_token):
     return [1.0 if class_token else 0.0] * prefix + patches
 
 
+def cut_of(model):
+    """Where F stands in most of timm's models: the block, the modules and which side of them."""
+    block = model.blocks[-1]
+    return block, [block.norm1], "output"
+
+
 @torch.no_grad()
-def naive_logits(model, images, grid, *, kernel, class_token, layer):
-    """Logits (B, C, h, w) under each mask, and (B, C) unmasked, of a timm VisionTransformer."""
+def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cut_of):
+    """Logits (B, C, h, w) under each mask, and (B, C) unmasked.
+
+    `find_cut` gives of a model the block, the modules in it whose output is F, or whose input.
+    """
     model = copy.deepcopy(model).double().eval()
     images = images.double()
-    block = model.blocks[-1]
+    block, modules, side = find_cut(model)
     plain = model(images)
     result = torch.empty(*plain.shape, *grid, dtype=torch.float64)
     for row in range(grid[0]):
         for column in range(grid[1]):
             mask = naive_mask(grid, row, column, kernel, model.num_prefix_tokens, class_token)
             mask = torch.tensor(mask, dtype=torch.float64)[None, :, None]
-            if layer == "norm1":
-                hook = block.norm1.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
+
+            def after(_module, _args, output, mask=mask):
+                return output * mask
+
+            def before(_module, args, mask=mask):
+                return (args[0] * mask, *args[1:])
+
+            if layer == "block":
+                hooks = [block.register_forward_pre_hook(before)]
+            elif side == "output":
+                hooks = [module.register_forward_hook(after) for module in modules]
             else:
-                hook = block.register_forward_pre_hook(
-                    lambda _m, args, mask=mask: (args[0] * mask,)
-                )
+                hooks = [module.register_forward_pre_hook(before) for module in modules]
             result[:, :, row, column] = model(images)
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
     return result, plain

@@ -63,6 +63,23 @@ def test_image_size_is_an_option(small_weights):
     assert e.maps.shape == (1, 1, 6, 10)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
+def test_weights_of_another_image_size_are_fitted_as_timm_does(tmp_path, name):
+    source = timm.create_model(name, num_classes=7)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 7}
+    expected = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, img_size=(96, 160)
+    )
+    clf = vr.load(f"timm:{name}", weights=tmp_path / "w.safetensors", img_size=(96, 160))
+    assert not torch.equal(expected.pos_embed, source.pos_embed[:, : expected.pos_embed.shape[1]])
+    for key, value in expected.state_dict().items():
+        assert torch.equal(clf.model.state_dict()[key], value), key
+    assert torch.equal(clf.model.head.weight, source.head.weight)
+    assert "state_dict" not in clf.model.pretrained_cfg, "no second copy is kept"
+    assert vr.explain(ASSETS / "demo.png", clf).maps.shape == (1, 1, 6, 10)
+
+
 def test_pth_files_and_their_usual_wrappings(tmp_path, small_weights):
     state = load_file(small_weights)
     wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
@@ -156,7 +173,7 @@ def test_models_that_do_not_exist(spec, words):
 
 def test_a_model_without_attention_is_refused(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "cnn.safetensors")
-    with pytest.raises(ModelError, match="ResNet is not supported: it is no VisionTransformer"):
+    with pytest.raises(ModelError, match="ResNet is not supported: it is no Vision Transformer"):
         vr.load("timm:test_resnet", weights=tmp_path / "cnn.safetensors")
 
 
@@ -173,7 +190,10 @@ def test_no_network_says_what_to_do(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("test_resnet.r160_in1k", "no VisionTransformer"), ("vit_small_patch14_dinov2", "no classif")],
+    [
+        ("test_resnet.r160_in1k", "no Vision Transformer"),
+        ("vit_small_patch14_dinov2", "no classif"),
+    ],
 )
 def test_what_cannot_be_explained_is_refused_before_it_is_fetched(name, words):
     with pytest.raises(ModelError, match=words):
@@ -181,7 +201,7 @@ def test_what_cannot_be_explained_is_refused_before_it_is_fetched(name, words):
 
 
 def test_demo_takes_no_options():
-    with pytest.raises(InputError, match="load it without options"):
+    with pytest.raises(InputError, match=r"has its own weights .* drop --weights"):
         vr.load("demo", weights="x.safetensors")
 
 
@@ -225,6 +245,7 @@ def test_several_pictures_of_all_kinds(small):
         ("tabby", [281]),
         (3, [3]),
         (["tabby", 3, "tiger cat"], [281, 3, 282]),
+        (["all"], list(range(1000))),
         ("all", list(range(1000))),
     ],
 )
@@ -232,6 +253,24 @@ def test_targets_by_name_and_index(small, targets, expected):
     images = [Image.new("RGB", (30, 30)), Image.new("RGB", (30, 30), "red")]
     e = vr.explain(images, small, targets=targets)
     assert e.targets.tolist() == [expected, expected]
+
+
+def test_the_most_probable_beside_named_classes(small):
+    picture = Image.new("RGB", (30, 30), "red")
+    ranked = np.argsort(-vr.explain(picture, small).logits[0], kind="stable").tolist()
+
+    def chosen(targets):
+        return vr.explain(picture, small, targets=targets).targets[0].tolist()
+
+    assert chosen("top3") == chosen(" Top 3 ") == ranked[:3]
+    assert chosen([ranked[4], "top2"]) == [ranked[4], *ranked[:2]]
+    assert chosen(["top2", ranked[0]]) == [ranked[0], *ranked[1:3]], "top2 are two others"
+    assert vr.explain([picture] * 2, small, targets=["top2", "tabby"]).targets.shape == (2, 3)
+    for targets in ("top0", ["tabby", "top1001"]):
+        with pytest.raises(InputError, match="top must be between 1 and"):
+            chosen(targets)
+    with pytest.raises(InputError, match="target 'all' stands alone"):
+        chosen(["tabby", "all"])
 
 
 def test_targets_from_numpy_and_torch(small):
@@ -253,6 +292,37 @@ def test_half_precision_models_take_pictures(small_weights):
     clf = vr.load(SMALL, weights=small_weights)
     clf.model.to(torch.bfloat16)
     assert vr.explain(Image.new("RGB", (30, 30)), clf).maps.dtype == np.float32
+
+
+def test_explain_takes_what_load_returns(small):
+    for classifier, kind in (("demo", "str"), (small.model, "VisionTransformer")):
+        with pytest.raises(InputError, match=f"what vit_reciprocam.load returns.* got {kind}"):
+            vr.explain(ASSETS / "demo.png", classifier)
+
+
+@pytest.mark.parametrize("name", ["demo", "small"])
+def test_misspelt_settings_are_listed(name, small):
+    classifier = vr.load("demo") if name == "demo" else small
+    with pytest.raises(InputError, match=r"keyword of explain must be .*'kernel'.* got 'kernal'"):
+        vr.explain(ASSETS / "demo.png", classifier, kernal="dirac")
+
+
+def test_folders_and_globs_are_for_the_command_line(small, tmp_path):
+    with pytest.raises(ImageError, match=r"is a folder: .*pass a list of files, such as sorted"):
+        vr.explain(tmp_path, small)
+    with pytest.raises(ImageError, match=r"no such file: .*\*\.jpg: globs are for the command"):
+        vr.explain(tmp_path / "*.jpg", small)
+
+
+def test_the_map_lies_on_the_crop_of_the_whole_picture(small):
+    whole = Image.new("RGB", (300, 100), "red")
+    e = vr.explain(whole, small)
+    drawn = np.asarray(e.overlay(0, picture=whole))
+    changed = np.argwhere((drawn != (255, 0, 0)).any(axis=-1))
+    assert drawn.shape == (100, 300, 3)
+    left, top, right, bottom = small.preprocess.box(whole)
+    assert changed.min(axis=0).tolist() == [top, left]
+    assert changed.max(axis=0).tolist() == [bottom - 1, right - 1]
 
 
 def test_explain_refuses_bad_input(small, tmp_path):

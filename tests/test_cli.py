@@ -65,6 +65,38 @@ def test_targets_by_name_and_index(scenes, tmp_path):
     assert [target["name"] for target in record["targets"]] == ["fish", "cup"]
 
 
+def test_named_classes_and_the_most_probable(scenes, tmp_path):
+    arguments = ("--target", "key", "--target", "top2", "--json", "--out", tmp_path / "out")
+    record = json.loads(explain_demo(scenes / "0.png", *arguments).stdout)["images"][0]
+    key, first, second = record["targets"]
+    assert key["name"] == "key"
+    assert first["name"] == record["prediction"]["name"]
+    assert first["probability"] > second["probability"]
+
+
+def test_the_table_names_the_prediction_if_it_is_not_explained(scenes, tmp_path):
+    absent = set(range(len(CLASSES))) - set(draw_scene(0).labels)
+    other = list(CLASSES)[min(absent)]
+    result = explain_demo(scenes / "0.png", "--target", other, "--out", tmp_path / "out")
+    assert "(predicted: " in result.stdout
+    result = explain_demo(scenes / "0.png", "--target", "top1", "--out", tmp_path / "out")
+    assert "(predicted: " not in result.stdout
+
+
+def test_a_table_of_all_classes_is_cut_and_json_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    import timm
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]
+    arguments += ["--target", "all", "--out", tmp_path / "out"]
+    table = run("explain", ASSETS / "demo.png", *arguments).stdout
+    assert table.count("%") == 12
+    assert "and 988 less" in table
+    report = json.loads(run("explain", ASSETS / "demo.png", *arguments, "--json").stdout)
+    assert len(report["images"][0]["targets"]) == 1000
+
+
 def test_pictures_of_one_name_get_folders_of_their_own(scenes, tmp_path):
     (tmp_path / "more").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "more" / "0.png")
@@ -94,7 +126,12 @@ def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):
         (["*.none"], "no file matches *.none"),
         (["{scene}", "--target", "fisch"], "no class is called 'fisch'. Closest: 3 (fish)"),
         (["{scene}", "--target", "12"], "class 12 does not exist: the model has 12 classes"),
-        (["{scene}", "--target", "top1", "--target", "fish"], "--target top1 stands alone"),
+        (["{scene}", "--target", "all", "--target", "fish"], "'all' stands alone"),
+        (["{scene}", "--target", "-1"], "class -1 does not exist: the model has 12 classes"),
+        (["{scene}", "--target", ""], "got an empty text"),
+        (["{scene}", "--weights", "w"], "drop --weights"),
+        (["{scene}", "--out", "{scene}"], "0.png is a file"),
+        (["{scene}", "--out", "{scene}/sub"], "0.png is a file"),
         (["{scene}", "--target", "top13"], "top must be between 1 and the number of classes, 12"),
         (["{scene}", "--kernel", "dirac"], "fixed when it was exported"),
         (["{scene}", "--kernel", "box"], "kernel must be one of 'gaussian', 'dirac'; got 'box'"),
@@ -120,17 +157,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, scenes, tmp_pat
     assert not (tmp_path / "vit-reciprocam-out").exists(), "nothing is written for nothing"
 
 
-def test_debug_shows_where(scenes):
-    with pytest.raises(vit_reciprocam.errors.UnknownClassError):
-        explain_demo(scenes / "0.png", "--target", "fisch", "--debug")
-
-
-def test_an_unwritable_place(scenes, tmp_path):
-    (tmp_path / "file").touch()
-    result = explain_demo(scenes / "0.png", "--out", tmp_path / "file")
+def test_debug_shows_where_and_keeps_the_exit_code(scenes):
+    result = explain_demo(scenes / "0.png", "--target", "fisch", "--debug")
     assert result.exit_code == 2
-    assert result.stderr.startswith("failed: ")
-    assert (tmp_path / "file").is_file()
+    assert "Traceback" in result.stderr
+    assert "in find_class" in result.stderr
+
+
+def test_nothing_but_errors_on_stderr_without_a_terminal(scenes, tmp_path):
+    assert explain_demo(scenes, "--out", tmp_path / "out").stderr == ""
+
+
+def test_before_fetching_it_says_so(scenes, monkeypatch):
+    def offline(*_, **__):
+        raise vit_reciprocam.errors.DownloadError("no network")
+
+    monkeypatch.setattr("vit_reciprocam.cli.load", offline)
+    result = run("explain", scenes / "0.png", "--model", "timm:test_vit")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fetching timm:test_vit, or taking it from the cache (--weights FILE needs no network)",
+        "error: no network",
+    ]
 
 
 def test_one_folder_in_the_way_does_not_stop_the_others(scenes, tmp_path):
@@ -191,24 +239,62 @@ def test_demo(tmp_path):
 
 
 def test_demo_json(tmp_path):
-    record = json.loads(run("demo", "--json", "--out", tmp_path / "demo").stdout)
-    assert record["timing"]["ratio"] > 0
-    assert len(record["targets"]) == 3
+    report = json.loads(run("demo", "--json", "--out", tmp_path / "demo").stdout)
+    assert report.pop("timing")["ratio"] > 0
+    explained = run(
+        "explain", ASSETS / "demo.png", "--model", "demo", "--target", "top3", "--json",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert report == json.loads(explained.stdout)
 
 
 def test_models_says_by_which_path_and_why_not():
     rows = json.loads(run("models", "*deit_tiny*", "--json").stdout)
     paths = {row["model"]: row["path"] for row in rows}
-    assert paths["demo"] == paths["timm:deit_tiny_distilled_patch16_224"] == "closed-form"
+    assert paths["timm:deit_tiny_distilled_patch16_224"] == "closed-form"
+    assert "demo" not in paths
     rows = json.loads(run("models", "test_*", "--json").stdout)
     by_name = {row["model"]: row for row in rows}
     assert by_name["timm:test_resnet"]["path"] == "-"
-    assert "no VisionTransformer" in by_name["timm:test_resnet"]["why"]
+    assert "no Vision Transformer" in by_name["timm:test_resnet"]["why"]
     assert by_name["timm:test_vit"]["path"] == "closed-form"
-    pooled = json.loads(run("models", "vit_base_patch16_gap_224", "--json").stdout)[1]
+    (pooled,) = json.loads(run("models", "vit_base_patch16_gap_224", "--json").stdout)
     assert pooled["path"] == "direct"
     assert "global_pool='avg'" in pooled["why"]
-    assert "timm:vit_base_patch16_gap_224" in run("models", "vit_base_patch16_gap_224").stdout
+    (demo,) = json.loads(run("models", "demo", "--json").stdout)
+    assert demo["path"] == "closed-form"
+
+
+def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    names = ["a" * 60, "b", "c", "d", "e", "f"]
+    why = {"a" * 60: ("closed-form", ""), "b": ("direct", "it pools")}
+    monkeypatch.setattr("vit_reciprocam.cli.timm_names", lambda pattern: names)
+    monkeypatch.setattr(
+        "vit_reciprocam.cli.describe_timm", lambda name: why.get(name, ("-", "it is none"))
+    )
+    printed = run("models", "x*").stdout
+    assert printed.count("a") >= 60
+    assert "…" in printed, "of many names of one reason some are shown"
+    assert "direct, 1: it pools\n    timm:b" in printed
+    assert "not supported, 4: it is none\n    timm:c, timm:d, timm:e, …" in printed
+    assert len(json.loads(run("models", "x*", "--json").stdout)) == 6
+
+
+def test_models_without_a_wildcard_or_without_torch(monkeypatch):
+    result = run("models", "deit_tiny")
+    assert result.exit_code == 2
+    assert "'*deit_tiny*' fits 2, such as deit_tiny_" in result.stderr
+
+    def missing(pattern):
+        raise vit_reciprocam.errors.MissingDependencyError("listing", "torch")
+
+    monkeypatch.setattr("vit_reciprocam.cli.timm_names", missing)
+    assert run("models", "deit*").exit_code == 2
+    listing = run("models")
+    assert listing.exit_code == 0
+    assert "demo" in listing.stdout
+    assert "[torch]" in listing.stderr
 
 
 def test_version_and_help():
@@ -216,10 +302,14 @@ def test_version_and_help():
     for command in ("explain", "demo", "models"):
         assert command in run("--help").stdout
         assert run(command, "--help").exit_code == 0
+    shown = run("explain", "--help").stdout
+    for words in ("timm:deit_tiny_patch16_224", "top1 (the default)", "Bright yellow is strong"):
+        assert words in shown
+    assert "..." not in run("--help").stdout.partition("Commands:")[2], "no summary is cut"
 
 
-def test_the_installed_command_and_its_exit_code():
-    command = [sys.executable, "-m", "vit_reciprocam.cli", "explain", "none.png", "--model", "demo"]
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "vit_reciprocam", "explain", "none.png", "--model", "demo"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert "no such file: none.png" in finished.stderr

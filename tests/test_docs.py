@@ -1,5 +1,6 @@
 """What the docs say is so: links lead somewhere, commands and options exist, examples run."""
 
+import dataclasses
 import doctest
 import inspect
 import re
@@ -8,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 import typer
 from PIL import Image
 from safetensors.torch import save_file
@@ -48,21 +48,29 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
     Image.new("RGB", (64, 48), "orange").save(tmp_path / "cat_and_dog.jpg")
     real_create, real_load = timm.create_model, vr.load
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real_create("test_vit"))
-    monkeypatch.setattr(vr, "load", lambda spec: local(spec), raising=False)
+
+    def create(name, *, pretrained=False, **options):
+        return real_create("test_vit" if pretrained else name, **options)
 
     def local(spec):
-        monkeypatch.setattr(timm, "create_model", real_create)
         assert spec.startswith("timm:")
         return real_load("timm:test_vit", weights="small.safetensors")
 
-    names = {"images": torch.zeros(2, 3, 160, 160)}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(vr, "load", local, raising=False)
+    text = (ROOT / "README.md").read_text()
+    from_file, own_model = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}  # each block runs as it is printed
+    exec(from_file, names)
     assert (tmp_path / "out" / "manifest.json").exists()
     assert names["e"].targets.shape == (1, 3)
+    names = {}
+    exec(own_model, names)
+    assert names["e"].targets.shape == (1, 1000)
+    given = dataclasses.replace(
+        names["e"], class_names=["a"] * 1000, pictures=[Image.new("L", (9, 9))]
+    )
+    assert given.overlay(0).size == (9, 9)
 
 
 def test_the_examples_in_docstrings_run():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.explanation import Explanation, min_max, softmax
+from vit_reciprocam.images import Preprocess
 
 NAMES = ("tench, Tinca tinca", "goldfish", "a/b: c")
 
@@ -112,12 +113,47 @@ def test_overlay_is_brightest_where_the_map_is():
 
 def test_overlay_on_a_picture_of_ones_own():
     e = explanation(pictures=None)
-    assert e.overlay(1, picture=Image.new("L", (30, 30))).size == (30, 30)
+    assert e.overlay(1, picture=Image.new("L", (30, 20))).size == (30, 20)
     with pytest.raises(InputError, match="has no pictures to draw on: pass picture="):
         e.overlay(0)
-    with pytest.raises(InputError, match=r"there are 2 target\(s\) and 1 image\(s\)"):
-        e.overlay(2)
+    with pytest.raises(InputError, match=r"picture is 30x30 pixels, the model's grid 3x2: crop"):
+        e.overlay(0, picture=Image.new("RGB", (30, 30)))
     assert e._repr_html_().startswith("<pre>Explanation(")
+
+
+def test_the_map_lies_on_the_part_of_the_whole_picture_that_the_model_saw(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 200, 3), dtype=np.uint8)
+    whole = Image.fromarray(noise)
+    preprocess = Preprocess(size=(40, 60), crop_pct=0.8)
+    region = preprocess.region(whole)
+    left, top, right, bottom = preprocess.box(whole)
+    assert (left, top, right, bottom) == (51, 8, 147, 72)
+    e = explanation(pictures=(region,), preprocess=preprocess)
+    drawn = np.asarray(e.overlay(0, picture=whole)).copy()
+    np.testing.assert_array_equal(drawn[top:bottom, left:right], e.overlay(0))
+    np.testing.assert_array_equal(e.overlay(0, picture=region), e.overlay(0))
+    drawn[top:bottom, left:right] = noise[top:bottom, left:right]
+    np.testing.assert_array_equal(drawn, noise)
+    whole.save(tmp_path / "whole.png")
+    from_file = e.overlay(0, picture=tmp_path / "whole.png")
+    np.testing.assert_array_equal(from_file, e.overlay(0, picture=whole))
+    with pytest.raises(InputError, match="picture is 100x40 pixels: pass the whole picture that"):
+        e.overlay(0, picture=whole.resize((100, 40)))
+
+
+def test_overlay_by_class_name():
+    e = explanation()
+    np.testing.assert_array_equal(e.overlay("a/b: c"), e.overlay(1))
+    np.testing.assert_array_equal(e.overlay("Tinca tinca"), e.overlay(np.int64(0)))
+    with pytest.raises(InputError, match="'goldfish' was not explained for this image, but: tench"):
+        e.overlay("goldfish")
+    with pytest.raises(InputError, match="no class is called 'boxer'"):
+        e.overlay("boxer")
+    for target in (2, -1, 1.0, None):
+        with pytest.raises(InputError, match="target must be a class name or a position, 0 to 1"):
+            e.overlay(target)
+    with pytest.raises(InputError, match=r"no image 1: there are 1 image\(s\)"):
+        e.overlay(0, image=1)
 
 
 def test_grid_and_html():
@@ -212,6 +248,20 @@ def test_a_users_own_file_is_not_replaced(tmp_path):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "g.png").write_text("mine")
+    for place in (tmp_path / "g.png", tmp_path / "g.png" / "sub"):
+        with pytest.raises(InputError, match=r"results go to a folder, and .*g\.png is a file"):
+            explanation().save(place)
+    assert (tmp_path / "g.png").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(InputError, match="no permission for"):
+        explanation().save(tmp_path / "out")
+
+
 def test_long_class_names_make_short_file_names(tmp_path):
     explanation(class_names=("x" * 400, "b", "c")).save(tmp_path)
     assert (tmp_path / f"1-{'x' * 60}.png").exists()
@@ -228,8 +278,8 @@ def test_of_many_targets_the_most_probable_are_drawn(tmp_path):
     e.save(tmp_path)
     drawn = sorted(p.name for p in tmp_path.glob("*-kind-*.png"))
     assert len(drawn) == 12
-    assert "40-kind-39.png" in drawn
-    assert "28-kind-27.png" not in drawn
+    assert "1-kind-39.png" in drawn, "numbered as in the grid, most probable first"
+    assert "12-kind-28.png" in drawn
     with np.load(tmp_path / "maps.npz") as saved:
         assert saved["maps"].shape == (1, 40, 2, 3)
     assert e._repr_html_().count("kind") == 12

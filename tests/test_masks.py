@@ -46,7 +46,7 @@ def test_window_sizes_by_hand():
     ("settings", "words"),
     [
         ({"kernel": "box"}, "kernel must be one of 'gaussian', 'dirac'; got 'box'"),
-        ({"layer": "norm2"}, "layer must be one of 'norm1', 'block'; got 'norm2'"),
+        ({"layer": "norm2"}, "layer must be one of 'norm1', 'block', 'pool'; got 'norm2'"),
     ],
 )
 def test_unknown_choice_lists_the_choices(settings, words):

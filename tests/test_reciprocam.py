@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import MODELS, tiny_images, tiny_model
-from reference import naive_logits
+from reference import naive_logits, naive_mask
 from vit_reciprocam import ReciproCAM
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, UnknownClassError
 
@@ -383,11 +384,11 @@ def test_models_that_cannot_be_explained(model, words):
         ReciproCAM(model)
 
 
-def test_other_block_types_are_refused_by_name():
-    from timm.models.vision_transformer import ResPostBlock
-
-    with pytest.raises(ModelError, match="last encoder block is a ResPostBlock"):
-        ReciproCAM(tiny_model(block_fn=ResPostBlock))
+def test_blocks_without_a_norm_are_refused_by_name():
+    model = tiny_model()
+    model.blocks.append(torch.nn.Linear(12, 12))
+    with pytest.raises(ModelError, match="last encoder block is a Linear"):
+        ReciproCAM(model)
 
 
 def test_code_and_hooks_that_running_the_parts_would_bypass_are_refused():
@@ -399,11 +400,110 @@ def test_code_and_hooks_that_running_the_parts_would_bypass_are_refused():
     model.__class__ = Mine
     with pytest.raises(ModelError, match="Mine has a forward of its own"):
         ReciproCAM(model)
-    for find in (lambda model: model, lambda model: model.blocks[-1]):
-        model = tiny_model()
-        find(model).register_forward_hook(lambda *_: None)
-        with pytest.raises(ModelError, match="has forward hooks"):
-            ReciproCAM(model)
+    model = tiny_model()
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="has forward hooks"):
+        ReciproCAM(model)
+
+
+def test_hooks_on_the_last_block_take_the_direct_path_and_count():
+    model, images = tiny_model().double(), tiny_images().double()
+    model.blocks[-1].register_forward_hook(lambda _module, _args, output: output * 1.5)
+    with pytest.raises(ClosedFormError, match="the last block has forward hooks"):
+        ReciproCAM(model, path="closed-form")
+    masking = {"kernel": "gaussian", "class_token": True, "layer": "norm1"}
+    assert_equals_reference(model, images, (2, 3), "auto", **masking)
+
+
+def test_scripted_and_compiled_models_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, but traced models are about
+        traced = torch.jit.trace(tiny_model(), tiny_images(), check_trace=False)
+    with pytest.raises(ModelError, match=r"scripted.*pass the original"):
+        ReciproCAM(traced)
+    with pytest.raises(ModelError, match=r"compiled.*_orig_mod"):
+        ReciproCAM(torch.compile(tiny_model()))
+
+
+def test_progress_counts_masks():
+    seen = []
+    explainer = ReciproCAM(
+        tiny_model(), memory_limit=1, progress=lambda done, count: seen.append((done, count))
+    )
+    explainer(tiny_images())
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
+# --- a user's own module ---------------------------------------------------------------------
+
+
+class Own(torch.nn.Module):
+    """Convolutions and one attention, of no library."""
+
+    def __init__(self, grid_output):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 12, 4, stride=4)
+        self.norm = torch.nn.LayerNorm(12)
+        self.mix = torch.nn.Linear(12, 12)
+        self.attention = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = torch.nn.Linear(12, 5)
+        self.grid_output = grid_output
+
+    def forward(self, images):
+        x = self.embed(images).permute(0, 2, 3, 1)
+        if not self.grid_output:
+            x = x.flatten(1, 2)
+        x = (x + self.mix(self.norm(x))).reshape(len(images), -1, 12)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].amax(dim=1))
+
+
+@pytest.mark.parametrize("grid_output", [True, False])
+def test_a_module_of_ones_own(grid_output):
+    torch.manual_seed(0)
+    model, grid = Own(grid_output).double().eval(), (2, 3)
+    images = tiny_images(grid).double()
+    given = {} if grid_output else {"grid": grid}
+    explainer = ReciproCAM(model, target=model.norm, score="logit", **given)
+    scores = explainer.scores(images, "all")
+    expected = torch.empty(2, 5, *grid, dtype=torch.float64)
+    for row, column in np.ndindex(*grid):
+        mask = naive_mask(grid, row, column, "gaussian", 0, True)
+        mask = torch.tensor(mask, dtype=torch.float64).view(*(grid if grid_output else (6,)), 1)
+        hook = model.norm.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
+        expected[:, :, row, column] = model(images).detach()
+        hook.remove()
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+    assert explainer(images).path == "direct"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_target_equals_the_adapter_on_a_vit():
+    model, images = tiny_model(grid=(2, 3), reg_tokens=2), tiny_images((2, 3))
+    expected = ReciproCAM(model).scores(images, "all")
+    by_hand = ReciproCAM(model, target=model.blocks[-1].norm1, grid=(2, 3), prefix_tokens=3)
+    torch.testing.assert_close(by_hand.scores(images, "all"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"grid": (2, 2)}, r"grid=\(2, 2\) is 4 patches, but the target LayerNorm gives 6 tokens"),
+        ({}, r"gives 6 tokens: say how the patches lie with grid=\(h, w\)"),
+        ({"grid": (2, 3), "prefix_tokens": -1}, "must not be negative"),
+        ({"grid": (2, 3), "layer": "block"}, "leave out layer and block"),
+        ({"target": torch.nn.Linear(1, 1)}, "one of the model's own modules"),
+        ({"target": "head", "grid": (1, 1)}, "must give tokens"),
+        ({"target": None, "grid": (2, 3)}, "go with target"),
+    ],
+)
+def test_targets_that_make_no_sense(settings, words):
+    model = Own(grid_output=False).eval()
+    target = settings.get("target", model.norm)
+    target = getattr(model, target) if isinstance(target, str) else target
+    explained = tiny_model() if target is None else model
+    with pytest.raises(InputError, match=words):
+        ReciproCAM(explained, **(settings | {"target": target}))(tiny_images())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 class Adapted(torch.nn.Module):

@@ -54,3 +54,15 @@ def test_panels_wrap_and_cut_long_captions():
     assert sheet.width < 3 * 64
     assert sheet.height > 2 * 64
     assert sheet.getpixel((10, 10)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("colormap", ["viridis", "gray"])
+def test_panels_have_a_legend_from_weak_to_strong(colormap):
+    sheet = np.asarray(panels([Image.new("RGB", (50, 50))], [""], colormap=colormap))
+    weak, strong = COLORMAPS[colormap][[0, -1]]
+    legend = sheet[-40:]
+    first = np.argwhere((legend == weak).all(axis=-1))
+    last = np.argwhere((legend == strong).all(axis=-1) & (weak != legend).any(axis=-1))
+    assert len(first)
+    assert len(last)
+    assert first[:, 1].min() < last[:, 1].max()

@@ -41,10 +41,33 @@ def test_find_class_offers_the_closest():
         UnknownClassError, match=r"no class is called 'tigercat'. Closest: 3 \(tiger cat\)"
     ):
         find_class("tigercat", NAMES)
-    with pytest.raises(UnknownClassError, match=r"Closest: .*2 \(tabby, tabby cat\)"):
-        find_class("cat", NAMES)
     with pytest.raises(UnknownClassError, match="none is close"):
         find_class("xylophone", NAMES)
+
+
+def test_whole_words_are_offered_before_spelling():
+    names = ("crate", "tabby, tabby cat", "polecat", "tiger cat", "cat's cradle", *"bdefg")
+    with pytest.raises(UnknownClassError) as error:
+        find_class("Cat", names)
+    assert str(error.value) == (
+        "no class is called 'Cat'. Closest: 1 (tabby, tabby cat); 3 (tiger cat); "
+        "4 (cat's cradle); 0 (crate); 2 (polecat)"
+    )
+    with pytest.raises(UnknownClassError, match=r"; 4 \(5th cat\); …$"):
+        find_class("cat", [f"{number}th cat" for number in range(1, 8)])
+
+
+def test_numbers_and_nothing_are_no_names():
+    with pytest.raises(UnknownClassError, match="class -1 does not exist: the model has 5"):
+        find_class("-1", NAMES)
+    with pytest.raises(UnknownClassError, match="got an empty text"):
+        find_class(" ", NAMES)
+
+
+def test_a_function_is_given_the_logits_as_an_array():
+    seen = []
+    resolve_targets(lambda logits: seen.append(type(logits)) or 0, np.zeros((2, 3)))
+    assert seen == [np.ndarray]
 
 
 def test_find_class_refuses_an_ambiguous_name():

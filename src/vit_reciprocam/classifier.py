@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 SPECS = ("demo", "timm:NAME")
+
+_TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 
 Explainer = Callable[[np.ndarray, Any], Explanation]
 """Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them."""
@@ -67,12 +71,14 @@ def load(
     """Load a classifier with its preprocessing and class names.
 
     Args:
-        spec: "demo", the bundled model (needs no torch), or "timm:NAME".
+        spec: "demo", the bundled model, which knows 12 drawn classes and needs no torch, or
+            "timm:NAME".
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub.
         class_names: One a class; by default those of the ImageNet variant the model was trained on.
         device: Where a PyTorch model goes.
-        options: For `timm.create_model`, such as `img_size=(384, 512)`.
+        options: For `timm.create_model`, such as `img_size=(384, 512)`, to which timm resamples the
+            position embedding.
 
     Raises:
         ModelError: If there is no such model, or it is not supported, with the reason.
@@ -84,8 +90,8 @@ def load(
     if kind == "demo" and not name:
         if weights is not None or class_names is not None or device != "cpu" or options:
             raise InputError(
-                "the demo model has its own weights and classes and runs on the CPU: load it "
-                "without options"
+                "the demo model has its own weights and classes and runs on the CPU: drop "
+                "--weights and --device (in Python all options), or name another model"
             )
         return _load_demo()
     if kind == "timm" and name:
@@ -110,19 +116,27 @@ def explain(
 ) -> Explanation:
     """Explain pictures: read, prepare, compute; the result keeps the pictures to draw on.
 
+    The model sees, and the result shows, what its preprocessing leaves of a picture: mostly the
+    centre crop.
+
     Args:
         images: Files, PIL images or uint8 arrays (H, W, 3); one or several, in one batch.
         classifier: From `load`.
         top: Explain each picture's `top` most probable classes; by default 1.
-        targets: Instead of `top`: a class by name or index, several of them, or "all"; for every
-            picture.
-        settings: Of `ReciproCAM`: kernel, class_token, layer, score, path.
+        targets: Instead of `top`: a class by name or index, "top3" for the three most probable,
+            several of these, or "all"; for every picture.
+        settings: Of `ReciproCAM`: kernel, class_token, layer, score, path …
 
     Raises:
         ImageError: If a picture cannot be read.
         UnknownClassError: If there is no such class; the message offers the closest.
         InputError: If a setting does not fit.
     """
+    if not isinstance(classifier, Classifier):
+        raise InputError(
+            f"classifier must be what vit_reciprocam.load returns, such as load('demo'), got "
+            f"{type(classifier).__name__}. A PyTorch model of your own goes to ReciproCAM(model)"
+        )
     several = isinstance(images, (list, tuple))
     sources: Sequence[ImageSource] = images if several else [images]  # type: ignore[assignment, list-item]
     if not sources:
@@ -137,6 +151,7 @@ def explain(
         class_names=classifier.class_names,
         pictures=tuple(classifier.preprocess.region(picture) for picture in pictures),
         sources=tuple(_source_name(source, number) for number, source in enumerate(sources)),
+        preprocess=classifier.preprocess,
     )
 
 
@@ -148,24 +163,38 @@ def parse_targets(classifier: Classifier, *, top: int | None = None, targets: An
         InputError: If `top` is out of range or stands beside `targets`.
     """
     if targets is None:
-        count = 1 if top is None else top
-        if not 1 <= count <= classifier.num_classes:
-            raise InputError(
-                "top must be between 1 and the number of classes, "
-                f"{classifier.num_classes}; got {count}"
-            )
-        return lambda logits: top_classes(logits, count)
+        return _named_and_top(classifier, [], 1 if top is None else top)
     if top is not None:
         raise InputError("pass top or targets, not both")
     if hasattr(targets, "tolist"):  # NumPy and torch
         targets = targets.tolist()
-    if isinstance(targets, str) and targets == "all":
-        return "all"
-    wanted = targets if isinstance(targets, (list, tuple)) else [targets]
+    wanted = list(targets) if isinstance(targets, (list, tuple)) else [targets]
     if not wanted:
         raise InputError("targets is empty: pass a class, several, or 'all'")
+    if wanted == ["all"]:
+        return "all"
+    if "all" in wanted:
+        raise InputError("target 'all' stands alone: it has every other class already")
+    tops = [_TOP.fullmatch(target) if isinstance(target, str) else None for target in wanted]
     names = classifier.class_names or classifier.num_classes
-    return [[find_class(target, names) for target in wanted]]
+    pairs = zip(wanted, tops, strict=True)
+    named = [find_class(target, names) for target, is_top in pairs if not is_top]
+    counts = [int(is_top[1]) for is_top in tops if is_top]
+    return _named_and_top(classifier, named, max(counts)) if counts else [named]
+
+
+def _named_and_top(classifier: Classifier, named: list[int], top: int) -> Any:
+    """A function of the logits: the named classes, and the `top` most probable of the others."""
+    if not 1 <= top <= classifier.num_classes:
+        raise InputError(
+            f"top must be between 1 and the number of classes, {classifier.num_classes}; got {top}"
+        )
+
+    def choose(logits: np.ndarray) -> np.ndarray:
+        ranked = top_classes(logits, classifier.num_classes)
+        return np.array([named + [c for c in row if c not in named][:top] for row in ranked])
+
+    return choose
 
 
 def _source_name(source: ImageSource, number: int) -> str:
@@ -182,6 +211,7 @@ def _load_demo() -> Classifier:
     def make_explainer(
         *, score: str = "probability", path: str = "auto", **masking: Any
     ) -> Explainer:
+        _check_names(masking, ("kernel", "class_token", "layer", "score", "path"))
         check_choice("path", path, ("auto", "closed-form"))
         model.check_settings(Masking(**masking), score)
         return model
@@ -189,6 +219,11 @@ def _load_demo() -> Classifier:
     metadata = model.metadata
     names = metadata.class_names
     return Classifier("demo", model, metadata.preprocess, len(names), names, make_explainer)
+
+
+def _check_names(settings: Iterable[str], known: Iterable[str]) -> None:
+    for name in settings:
+        check_choice("a keyword of explain", name, ("top", "targets", *known))
 
 
 def timm_names(pattern: str) -> list[str]:
@@ -231,7 +266,10 @@ def _torch_classifier(
 
     from vit_reciprocam.reciprocam import ReciproCAM
 
+    known = list(inspect.signature(ReciproCAM).parameters)[1:]
+
     def make_explainer(**settings: Any) -> Explainer:
+        _check_names(settings, known)
         explainer = ReciproCAM(model, **settings)
 
         def run(batch: np.ndarray, targets: Any) -> Explanation:

@@ -6,8 +6,10 @@ Results go to stdout, all else to stderr.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +20,9 @@ import PIL.Image
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vit_reciprocam.classifier import (
     ASSETS,
@@ -36,7 +39,8 @@ from vit_reciprocam.errors import (
     ReciproCAMError,
     check_choice,
 )
-from vit_reciprocam.files import GENERATOR, is_ours, write_atomically
+from vit_reciprocam.explanation import MOST_DRAWN, Explanation
+from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
 from vit_reciprocam.images import find_images, read_image
 from vit_reciprocam.masks import KERNELS, LAYERS, Masking
 from vit_reciprocam.render import COLORMAPS
@@ -45,6 +49,7 @@ app = typer.Typer(
     name="vit-reciprocam",
     help="See what a Vision Transformer looks at, for the price of one forward pass.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut long defaults
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,6 +59,8 @@ err = Console(stderr=True)
 T = TypeVar("T")
 DEFAULT_MODEL = "timm:deit_tiny_patch16_224"
 DEFAULT_OUT = Path("vit-reciprocam-out")
+SETTINGS = ("kernel", "class_token", "layer")
+NAMES_SHOWN = 3
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -77,7 +84,10 @@ def _root(
 
 @app.command("explain")
 def explain_command(
-    images: Annotated[list[str], typer.Argument(help="Pictures, folders of pictures, or globs.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
+    ],
     model: Annotated[str, typer.Option(help="demo or timm:NAME.")] = DEFAULT_MODEL,
     weights: Annotated[
         Path | None,
@@ -85,11 +95,14 @@ def explain_command(
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="top1, top3, …, a class's index or name; may be given again."),
+        typer.Option(
+            metavar="TARGET",
+            help="top1 (the default), top3 …, a class's index or name, or all; may be given again.",
+        ),
     ] = None,
-    kernel: Annotated[str, typer.Option(help=f"{' or '.join(KERNELS)}.")] = "gaussian",
+    kernel: Annotated[str, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = "gaussian",
     class_token: Annotated[bool, typer.Option(help="Keep the class token under the masks.")] = True,
-    layer: Annotated[str, typer.Option(help=f"{' or '.join(LAYERS)}.")] = "norm1",
+    layer: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = "norm1",
     destination: Out = DEFAULT_OUT,
     colormap: UseColormap = "viridis",
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the map on the picture.")] = 0.55,
@@ -104,6 +117,8 @@ def explain_command(
     """Explain what a model predicts for pictures.
 
     Writes a folder for each picture: overlays, maps and a manifest, and one explanations.json.
+    They show the region that the model saw, mostly the centre crop. Bright yellow is strong, dark
+    purple weak, and each map is scaled for itself.
 
     Exit code 0: all done; 1: some pictures failed, they are listed and the others done; 2: nothing
     could be done.
@@ -115,32 +130,34 @@ def explain_command(
         settings: dict[str, Any] = {"kernel": kernel, "class_token": class_token, "layer": layer}
         Masking(**settings)
         paths = find_images(images)
+        check_folder(destination)
         summary = destination / "explanations.json"
         if summary.exists() and not is_ours(summary):
             raise InputError(f"{summary} is not ours to replace: choose another --out")
+        if ":" in model and weights is None:
+            err.print(
+                f"fetching {model}, or taking it from the cache (--weights FILE needs no network)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         classifier = load(model, weights=weights, device=device)
         classifier.make_explainer(**settings)
-        choice = _read_targets(target or ["top1"])
-        parse_targets(classifier, **choice)
+        targets = target or ["top1"]
+        parse_targets(classifier, targets=targets)
     failures: list[dict[str, str]] = []
     records: list[dict[str, Any]] = []
     for path, folder in _progress(_folders(paths, destination), "Explaining"):
         try:
-            explanation = explain(path, classifier, **choice, **settings)
+            explanation = explain(path, classifier, targets=targets, **settings)
             explanation.save(folder, colormap=colormap, opacity=opacity)
         except (ReciproCAMError, OSError) as error:
             if debug:
                 err.print_exception()
             failures.append({"source": str(path), "error": str(error)})
             continue
-        records.append(explanation.record() | {"path": explanation.path, "folder": str(folder)})
-    report = {
-        "generator": GENERATOR,
-        "model": model,
-        "settings": settings,
-        "images": records,
-        "failures": failures,
-    }
+        records.append(_record(explanation, folder))
+    report = _report(model, settings, records, failures)
     if records:
         with _errors_in_one_line(debug):
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
@@ -158,21 +175,26 @@ def demo(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Explain the bundled picture with the bundled model: no network, no torch."""
+    """Explain the bundled picture, without torch.
+
+    No network either. The bundled model is small and knows 12 drawn classes; for photographs use
+    explain with another model.
+    """
     with _errors_in_one_line(debug):
         classifier = load("demo")
         explanation = explain(ASSETS / "demo.png", classifier, top=3)
         folder = explanation.save(destination, colormap=colormap)
         plain_ms, explained_ms = _time_demo(classifier)
     ratio = explained_ms / plain_ms
-    record = explanation.record()
+    settings = {name: explanation.settings[name] for name in SETTINGS}
+    report = _report("demo", settings, [_record(explanation, folder)], [])
     if as_json:
         timing = {"plain_ms": plain_ms, "explained_ms": explained_ms, "ratio": ratio}
-        typer.echo(json.dumps(record | {"folder": str(folder), "timing": timing}, indent=2))
+        typer.echo(json.dumps(report | {"timing": timing}, indent=2))
         return
     rows, columns = explanation.scores.shape[2:]
     classes = explanation.probs.shape[1]
-    _print_report({"images": [record | {"folder": str(folder)}]}, as_json=False)
+    _print_report(report, as_json=False)
     out.print(
         f"prediction alone {plain_ms:.1f} ms; with the {rows}×{columns} maps of all {classes} "
         f"classes {explained_ms:.1f} ms: [bold]{ratio:.2f}×[/bold]\n"
@@ -192,16 +214,21 @@ def models(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the models that can be explained, by which path, and why others cannot.
+    """List the models that can be explained.
 
-    timm models are built without weights or memory to find out; all of them take about half a
-    minute.
+    By which path, and why others cannot. timm models are built without weights or memory to find
+    out; all of them take about half a minute. The table has those that can be explained; --json has
+    every name with its reason.
     """
     with _errors_in_one_line(debug):
-        rows = [{"model": "demo", "path": "closed-form", "why": ""}]
+        rows = []
+        if fnmatch.fnmatch("demo", pattern):
+            rows.append({"model": "demo", "path": "closed-form", "why": ""})
         try:
-            names = timm_names(pattern)
+            names = [] if pattern == "demo" else timm_names(pattern)
         except MissingDependencyError as error:
+            if not rows:
+                raise
             names = []
             err.print(str(error), highlight=False, soft_wrap=True, markup=False)
         for name in _progress(names, "Looking"):
@@ -210,10 +237,21 @@ def models(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("model", "path", "why")
+    table = Table(Column("model", overflow="fold"), "path")
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
-        table.add_row(*(escape(str(value)) for value in row.values()))
-    out.print(table)
+        if row["path"] != "-":
+            table.add_row(escape(row["model"]), row["path"])
+        if row["why"]:
+            reasons[row["path"], row["why"]].append(row["model"])
+    if table.rows:
+        out.print(table)
+    for (path, why), fitting in sorted(reasons.items(), key=lambda item: item[0][0] == "-"):
+        verdict = "not supported" if path == "-" else path
+        more = ", … (--json lists all)" if len(fitting) > NAMES_SHOWN else ""
+        shown = ", ".join(fitting[:NAMES_SHOWN]) + more
+        out.print(f"[bold]{verdict}[/bold], {len(fitting)}: {escape(why)}", highlight=False)
+        out.print(Padding(escape(shown), (0, 0, 0, 4)), highlight=False)
 
 
 # --- what the commands share ----------------------------------------------------------------
@@ -226,7 +264,7 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
         yield
     except Exception as error:
         if debug:
-            raise
+            err.print_exception()
         expected = isinstance(error, ReciproCAMError)
         where = (
             "" if expected or isinstance(error, OSError) else " (unexpected: --debug shows where)"
@@ -239,18 +277,9 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
 def _progress(items: Sequence[T], what: str) -> Iterator[T]:
     """The items, with a bar on stderr where there are several."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=len(items) < 2, transient=True) as bar:
+    hidden = len(items) < 2 or not err.is_terminal
+    with Progress(*columns, console=err, disable=hidden, transient=True) as bar:
         yield from bar.track(items)
-
-
-def _read_targets(wanted: list[str]) -> dict[str, Any]:
-    """`explain`'s top= or targets= from what stands behind --target."""
-    tops = [value for value in wanted if value.startswith("top") and value[3:].isdecimal()]
-    if tops and len(wanted) > 1:
-        raise InputError(f"--target {tops[0]} stands alone: it cannot be mixed with other targets")
-    if tops:
-        return {"top": int(tops[0][3:])}
-    return {"targets": "all" if wanted == ["all"] else wanted}
 
 
 def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
@@ -266,23 +295,53 @@ def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
     return folders
 
 
+def _record(explanation: Explanation, folder: Path) -> dict[str, Any]:
+    return explanation.record() | {"path": explanation.path, "folder": str(folder)}
+
+
+def _report(
+    model: str,
+    settings: dict[str, Any],
+    records: list[dict[str, Any]],
+    failures: list[dict[str, str]],
+) -> dict[str, Any]:
+    return {
+        "generator": GENERATOR,
+        "model": model,
+        "settings": settings,
+        "images": records,
+        "failures": failures,
+    }
+
+
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
     if not report["images"]:
         return
-    table = Table("picture", "explained class", "probability", "folder")
+    headings = ("picture", "explained class", "probability", "folder")
+    table = Table(*(Column(heading, overflow="fold") for heading in headings))
     for record in report["images"]:
-        for position, target in enumerate(record["targets"]):
-            first = position == 0
-            flat = " (no preference)" if target["degenerate"] else ""
-            table.add_row(
-                escape(Path(record["source"]).name) if first else "",
-                escape(target["name"]) + flat,
+        targets = record["targets"]
+        if len(targets) > MOST_DRAWN:
+            targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
+        rows = [
+            (
+                target["name"] + (" (no preference)" if target["degenerate"] else ""),
                 f"{target['probability']:.1%}",
-                escape(record["folder"]) if first else "",
             )
+            for target in targets
+        ]
+        if hidden := len(record["targets"]) - len(targets):
+            rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
+        predicted = record["prediction"]
+        if predicted["index"] not in [target["index"] for target in record["targets"]]:
+            rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}"))
+        for number, row in enumerate(rows):
+            picture, folder = Path(record["source"]).name, record["folder"]
+            edges = ("", "") if number else (escape(picture), escape(folder))
+            table.add_row(edges[0], *map(escape, row), edges[1])
     out.print(table)
 
 
@@ -303,7 +362,3 @@ def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
             call()
             spent.append(1000 * (time.perf_counter() - began))
     return float(np.median(times[0])), float(np.median(times[1]))
-
-
-if __name__ == "__main__":
-    main()

@@ -28,68 +28,88 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from vit_reciprocam.masks import Masking, Place, kernel_window, window_sizes
-from vit_reciprocam.split import Attention, Split
+from vit_reciprocam.split import Attention, Cut, MeanPool, Readout
 
 __all__ = ["closed_form_rows"]
 
 
 def closed_form_rows(
-    split: Split, x: Float[Tensor, "B T D"], grid: tuple[int, int], masking: Masking
+    cut: Cut, prefix_tokens: int, masking: Masking
 ) -> Callable[[int, int], Tensor]:
     """Prepare all masks; a function from (start, stop) to the logits of those rows.
 
     Row 0 is unmasked, row 1 + n under mask n; the function gives (stop - start, B, C).
 
     Args:
-        split: A split whose `direct_because` is empty.
-        x: The residual stream that enters the last block.
-        grid: Patch grid (h, w).
+        cut: A cut with a `readout`.
+        prefix_tokens: How many tokens stand before the patches.
         masking: What to keep, and where to cut.
     """
-    heads = _readout_attention(split, x, grid, masking)
-    skip = x[:, : split.readout].expand(len(heads), -1, -1, -1)
-    if masking.layer == "block" and not masking.class_token:
-        skip = torch.cat([skip[:1], torch.zeros_like(skip[1:])])
-    return lambda start, stop: split.finish(heads[start:stop], skip[start:stop])
+    readout = cut.readout
+    assert readout is not None
+    if isinstance(readout, MeanPool):
+        means = _means(cut, prefix_tokens, masking)
+        return lambda start, stop: readout.finish(means[start:stop])
+    tokens = _tokens(cut, prefix_tokens, masking)
+    heads = _joined_heads(readout, tokens, cut.grid, masking)
+    normed = tokens.full[:, : readout.tokens].expand(len(heads), -1, -1, -1)
+    skip = cut.x[:, : readout.tokens].expand(len(heads), -1, -1, -1)
+    if not masking.class_token:
+        normed = torch.cat([normed[:1], tokens.nothing.expand_as(normed[1:])])
+        if masking.layer == "block":
+            skip = torch.cat([skip[:1], torch.zeros_like(skip[1:])])
+    return lambda start, stop: readout.finish(
+        heads[start:stop], normed[start:stop], skip[start:stop]
+    )
+
+
+def _means(cut: Cut, prefix: int, masking: Masking) -> Float[Tensor, "rows b D"]:
+    """The mean of the tokens in row 0 and under every mask: another small stencil."""
+    tokens, window = cut.norm(cut.x), kernel_window(masking.kernel)
+    framed = _framed(tokens[:, prefix:, None], cut.grid, window, 0.0)
+    rows = torch.stack([place.level * _moved(framed, place, cut.grid, window) for place in window])
+    sums = rows.sum(dim=0).flatten(3).flatten(1, 2).transpose(0, 1)
+    if masking.class_token:
+        sums = sums + tokens[:, :prefix].sum(dim=1)
+    return torch.cat([tokens.sum(dim=1)[None], sums]) / tokens.shape[1]
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens that the last attention sees, at every level of a mask.
+    """The tokens that the attention sees, at every level of a mask.
 
     Attributes:
         full: (b, t, D), as they are: level 1.
         nothing: (1, 1, D), any token at level 0.
         patches: Level -> (b, n, D).
         linear: Whether patches(level) is level * patches(1).
+        prefix: How many stand before the patches.
     """
 
     full: Tensor
     nothing: Tensor
     patches: Callable[[float], Tensor]
     linear: bool
+    prefix: int
 
 
-def _tokens(split: Split, x: Tensor, masking: Masking) -> _Tokens:
-    full, nothing = split.norm(x), torch.zeros_like(x[:1, :1])
-    if masking.layer == "norm1":
-        patches = full[:, split.prefix_tokens :]
-        return _Tokens(full, nothing, lambda level: level * patches, linear=True)
-    patches = x[:, split.prefix_tokens :]
-    return _Tokens(
-        full, split.norm(nothing), lambda level: split.norm(level * patches), linear=False
-    )
+def _tokens(cut: Cut, prefix: int, masking: Masking) -> _Tokens:
+    full = cut.norm(cut.x)
+    if masking.layer != "block":
+        patches = full[:, prefix:]
+        return _Tokens(
+            full, torch.zeros_like(full[:1, :1]), lambda level: level * patches, True, prefix
+        )
+    patches, nothing = cut.x[:, prefix:], cut.norm(torch.zeros_like(cut.x[:1, :1]))
+    return _Tokens(full, nothing, lambda level: cut.norm(level * patches), False, prefix)
 
 
-def _readout_attention(
-    split: Split, x: Float[Tensor, "b t D"], grid: tuple[int, int], masking: Masking
+def _joined_heads(
+    readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Masking
 ) -> Float[Tensor, "rows b r A"]:
     """The readout tokens' joined heads for row 0 and every mask."""
-    attention = split.attention
-    assert attention is not None, split.direct_because
-    prefix, window = split.prefix_tokens, kernel_window(masking.kernel)
+    attention, prefix, window = readout.attention, tokens.prefix, kernel_window(masking.kernel)
     levels = {place.level for place in window}
-    tokens = _tokens(split, x, masking)
 
     def relative_value(some: Tensor) -> Tensor:
         some = some if tokens.linear else some - tokens.nothing
@@ -98,31 +118,17 @@ def _readout_attention(
     # Row 0 is ordinary attention.
     v_0 = _widen(_heads(attention, attention.value(tokens.nothing)))
     u_1 = relative_value(tokens.full)
-    query = _query(attention, tokens.full[:, : split.readout])
-    s_1 = _scores(attention, query, tokens.full)
-    row_0 = v_0 + torch.einsum("btrk,btkd->brkd", s_1.softmax(dim=1), u_1)
+    asking = tokens.full[:, : readout.tokens]
+    query = _query(attention, asking)
+    s_1 = _scores(attention, query, tokens.full, prefix)
+    a_1 = _biased(s_1, attention.bias).softmax(dim=1)
+    row_0 = v_0 + torch.einsum("btrk,btkd->brkd", a_1, u_1)
 
-    # Attention weights under the masks: the prefix, the window's places, all patches outside.
+    # The weighted sum of relative values under the masks.
     if not masking.class_token:
-        query = _query(attention, tokens.nothing).expand_as(query)
-        s_1 = _scores(attention, query, tokens.full)
-    s_0 = _scores(attention, query, tokens.nothing.expand(x.shape[0], -1, -1))
-    s_prefix = s_1[:, :prefix] if masking.class_token else s_0.expand(-1, prefix, -1, -1)
-    if tokens.linear and attention.key_norm is None:
-        s_levels = {level: level * s_1[:, prefix:] for level in levels}
-    else:
-        s_levels = {level: _scores(attention, query, tokens.patches(level)) for level in levels}
-    outside = torch.from_numpy(grid[0] * grid[1] - window_sizes(grid, masking.kernel))
-    s_outside = s_0[:, None] + outside.to(s_0).log()[:, :, None, None]  # of their sum
-    s_levels = {level: _framed(s, grid, window, float("-inf")) for level, s in s_levels.items()}
-    s_every = [
-        *s_prefix[:, None, None].unbind(3),
-        *(_moved(s_levels[place.level], place, grid, window) for place in window),
-        s_outside,
-    ]
-    a_every = torch.stack(torch.broadcast_tensors(*s_every)).softmax(dim=0).unsqueeze(-1).unbind(0)
-
-    # The weighted sum of relative values.
+        query = _query(attention, tokens.nothing.expand_as(asking))
+        s_1 = _scores(attention, query, tokens.full, prefix)
+    a_every = _masked_weights(attention, query, s_1, tokens, grid, masking).unsqueeze(-1).unbind(0)
     if tokens.linear:
         u_levels = dict.fromkeys(levels, _framed(u_1[:, prefix:], grid, window, 0.0))
     else:
@@ -139,7 +145,105 @@ def _readout_attention(
         factor = place.level if tokens.linear else 1.0
         rows = torch.addcmul(rows, a, u.unsqueeze(3), value=factor)
     every_row = torch.cat([row_0.unsqueeze(0), rows.flatten(1, 2).transpose(0, 1)])
-    return every_row.flatten(-2).to(x.dtype)
+    return every_row.flatten(-2).to(tokens.full.dtype)
+
+
+def _masked_weights(
+    attention: Attention,
+    query: Float[Tensor, "b r k d"],
+    s_1: Float[Tensor, "b t r k"],
+    tokens: _Tokens,
+    grid: tuple[int, int],
+    masking: Masking,
+) -> Float[Tensor, "entries b y x r k"]:
+    """Attention weights under each mask: of the prefix, the window's places, all outside as one.
+
+    Args:
+        attention: The attention.
+        query: What asks under the masks.
+        s_1: Its scores of all tokens as they are, without the bias.
+        tokens: The tokens at every level.
+        grid: Patch grid (h, w).
+        masking: The masks.
+    """
+    prefix, window = tokens.prefix, kernel_window(masking.kernel)
+    prefix_bias = None if attention.bias is None else attention.bias[:prefix]
+    patch_bias = None if attention.bias is None else attention.bias[prefix:]
+    rotated = attention.rotate is not None
+    linear_scores = (
+        tokens.linear
+        and attention.key_norm is None
+        and not (rotated and attention.key.bias is not None)
+    )
+
+    def nothing(count: int) -> Tensor:
+        return tokens.nothing.expand(s_1.shape[0], count, -1)
+
+    # The prefix.
+    if masking.class_token:
+        s_prefix = _biased(s_1[:, :prefix], prefix_bias)
+    else:
+        s_prefix = _biased(_scores(attention, query, nothing(prefix), prefix), prefix_bias)
+
+    # The places of the window.
+    s_levels = {}
+    for level in {place.level for place in window}:
+        if linear_scores:
+            s = level * s_1[:, prefix:]
+        else:
+            s = _scores(attention, query, tokens.patches(level), 0)
+        s_levels[level] = _framed(_biased(s, patch_bias), grid, window, float("-inf"))
+
+    # All patches outside: alike, unless their position matters.
+    if linear_scores:
+        s_0 = torch.zeros_like(s_1[:, :1])
+    else:
+        s_0 = _scores(attention, query, nothing(grid[0] * grid[1] if rotated else 1), 0)
+    s_0 = _biased(s_0, patch_bias)
+    if s_0.shape[1] == 1:
+        count = torch.from_numpy(grid[0] * grid[1] - window_sizes(grid, masking.kernel))
+        s_outside = s_0[:, None] + count.to(s_0).log()[:, :, None, None]
+    else:
+        s_outside = _log_sum_outside(s_0.unflatten(1, grid), window)
+
+    every = [
+        *s_prefix[:, None, None].unbind(3),
+        *(_moved(s_levels[place.level], place, grid, window) for place in window),
+        s_outside,
+    ]
+    return torch.stack(torch.broadcast_tensors(*every)).softmax(dim=0)
+
+
+def _log_sum_outside(
+    s: Float[Tensor, "b y x r k"], window: tuple[Place, ...]
+) -> Float[Tensor, "b y x r k"]:
+    """For each patch log Σ exp(s) over the patches outside its window, a full square.
+
+    Sums from the four sides, so that nothing has to be subtracted.
+    """
+    margin = _margin(window)
+    grid = s.shape[1], s.shape[2]
+
+    def beyond(s: Tensor, dim: int) -> Tensor:
+        """Over the patches further than the margin away along one dimension."""
+        size, skipped = s.shape[dim], margin + 1
+        if size <= skipped:
+            return torch.full_like(s, float("-inf"))
+        ends = s.narrow(dim, 0, skipped) * 0 + float("-inf")
+        before = s.narrow(dim, 0, size - skipped).logcumsumexp(dim)
+        after = s.narrow(dim, skipped, size - skipped).flip(dim).logcumsumexp(dim).flip(dim)
+        return torch.logaddexp(torch.cat([ends, before], dim), torch.cat([after, ends], dim))
+
+    sides = _framed(beyond(s, 2).flatten(1, 2), grid, window, float("-inf"))
+    near = range(-margin, margin + 1)
+    near_rows = [_moved(sides, Place(down, 0, 1.0), grid, window) for down in near]
+    far_rows = beyond(s.logsumexp(2, keepdim=True), 1).expand_as(s)
+    return torch.stack([*near_rows, far_rows]).logsumexp(0)
+
+
+def _biased(s: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores (b, t or 1, r, k) with what position adds to them."""
+    return s if bias is None else s + bias
 
 
 def _widen(values: Tensor) -> Tensor:
@@ -155,19 +259,32 @@ def _query(attention: Attention, tokens: Tensor) -> Tensor:
 
 
 def _scores(
-    attention: Attention, query: Float[Tensor, "b r k d"], tokens: Float[Tensor, "b t D"]
+    attention: Attention,
+    query: Float[Tensor, "b r k d"],
+    tokens: Float[Tensor, "b t D"],
+    prefix: int,
 ) -> Float[Tensor, "b t r k"]:
-    """Attention scores before the softmax, up to a constant of each query.
+    """Attention scores without the bias, up to a constant of each query.
 
-    Without a key norm q · (W f + bias) = (Wᵀ q) · f + constant: few queries make that far cheaper
-    than all keys.
+    Without a key norm or rotation q · (W f + bias) = (Wᵀ q) · f + constant: few queries make that
+    far cheaper than all keys.
+
+    Args:
+        attention: The attention.
+        query: What asks.
+        tokens: Prefix tokens, then patches: all of them where they are rotated.
+        prefix: How many are prefix tokens.
     """
+    if attention.key_norm is None and attention.rotate is None:
+        weight = attention.key.weight.unflatten(0, (attention.heads, -1))
+        folded = torch.einsum("brkd,kdD->brkD", query, weight) * attention.scale
+        return _widen(torch.einsum("brkD,btD->btrk", folded, tokens))
+    key = _heads(attention, attention.key(tokens))
     if attention.key_norm is not None:
-        key = attention.key_norm(_heads(attention, attention.key(tokens)))
-        return _widen(torch.einsum("brkd,btkd->btrk", query, key) * attention.scale)
-    weight = attention.key.weight.unflatten(0, (attention.heads, -1))
-    folded = torch.einsum("brkd,kdD->brkD", query, weight) * attention.scale
-    return _widen(torch.einsum("brkD,btD->btrk", folded, tokens))
+        key = attention.key_norm(key)
+    if attention.rotate is not None and key.shape[1] > prefix:
+        key = torch.cat([key[:, :prefix], attention.rotate(key[:, prefix:])], dim=1)
+    return _widen(torch.einsum("brkd,btkd->btrk", query.to(key.dtype), key) * attention.scale)
 
 
 def _framed(

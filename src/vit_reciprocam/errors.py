@@ -71,7 +71,8 @@ class MissingDependencyError(ReciproCAMError, ImportError):
         """`what` needs `extra`, an optional dependency group of this package."""
         super().__init__(
             f"{what} needs packages that are not installed. "
-            f"Install them with: pip install 'vit-reciprocam[{extra}]'"
+            f"Install them with: pip install 'vit-reciprocam[{extra}]', in a clone: pip install "
+            f"'.[{extra}]'"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import html
 import io
@@ -12,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,12 +21,16 @@ from PIL import Image
 from vit_reciprocam import render
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.files import write_folder
+from vit_reciprocam.images import ImageSource, Preprocess, read_image
+from vit_reciprocam.targets import find_class
 
-__all__ = ["Explanation", "min_max", "softmax"]
+__all__ = ["MOST_DRAWN", "Explanation", "min_max", "softmax"]
+
+MOST_DRAWN = 12
+"""Of more targets than this the most probable are drawn and listed."""
 
 _SCHEMA = 1
-_MOST_DRAWN = 12
-_LIBRARIES = ("vit-reciprocam", "numpy", "pillow", "torch", "timm", "onnxruntime")
+_SAME_SHAPE = 0.05
 
 
 def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,6 +76,7 @@ class Explanation:
         class_names: One a class, where known.
         pictures: For each image the region that the model saw, RGB, where known.
         sources: For each image its file name, where known.
+        preprocess: What cut those regions out of the whole pictures, where known.
     """
 
     scores: np.ndarray
@@ -85,6 +88,7 @@ class Explanation:
     class_names: tuple[str, ...] | None = None
     pictures: tuple[Image.Image, ...] | None = field(default=None, repr=False)
     sources: tuple[str, ...] | None = None
+    preprocess: Preprocess | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Make the arrays and settings read-only, without touching the caller's."""
@@ -162,44 +166,45 @@ class Explanation:
 
     def overlay(
         self,
-        target: int = 0,
+        target: int | str = 0,
         *,
         image: int = 0,
-        picture: Image.Image | None = None,
+        picture: ImageSource | None = None,
         colormap: str = "viridis",
         opacity: float = 0.55,
     ) -> Image.Image:
-        """One map over its picture.
+        """One map over its picture: in viridis bright yellow is strong, dark purple weak.
+
+        Each map is scaled for itself, so colours compare patches, not classes or images.
 
         Args:
-            target: Which of the K targets, by position.
+            target: Which of the K targets, by position or by class name.
             image: Which of the B images.
-            picture: What to draw on; by default the region that the model saw.
+            picture: What to draw on: by default the region that the model saw, or the whole
+                picture, of which the map then covers that region only.
             colormap: viridis, inferno, cividis, jet or gray.
             opacity: Of the map, 0 to 1.
 
         Raises:
-            InputError: If there is no such target or image, or no picture to draw on.
+            InputError: If there is no such target or image, no picture to draw on, or `picture` is
+                neither of the two.
         """
-        images, targets = self.targets.shape
-        if not (0 <= target < targets and 0 <= image < images):
-            raise InputError(
-                f"overlay target {target} of image {image}: there are {targets} target(s) and "
-                f"{images} image(s), "
-                "counted from 0"
-            )
-        if picture is None:
-            picture = self._picture(image)
-        return render.overlay(
-            picture.convert("RGB"), self.maps[image, target], colormap=colormap, opacity=opacity
+        position = self._position(target, image)
+        canvas = read_image(self._picture(image) if picture is None else picture)
+        box = self._box(canvas, image)
+        drawn = render.overlay(
+            canvas.crop(box), self.maps[image, position], colormap=colormap, opacity=opacity
         )
+        canvas.paste(drawn, box)
+        return canvas
 
     def grid(
         self, *, image: int = 0, colormap: str = "viridis", opacity: float = 0.55
     ) -> Image.Image:
         """The picture and each target's overlay side by side, with class and probability.
 
-        Of more than 12 targets the 12 most probable are drawn.
+        A legend says which colours are strong; each map is scaled for itself. Of more than 12
+        targets the 12 most probable are drawn.
 
         Raises:
             InputError: As `overlay`.
@@ -213,7 +218,7 @@ class Explanation:
             pictures.append(self.overlay(position, image=image, colormap=colormap, opacity=opacity))
             flat = " (no preference)" if self.degenerate[image, position] else ""
             captions.append(f"{self.probs[image, target]:.1%} {_short(self.name(target))}{flat}")
-        return render.panels(pictures, captions)
+        return render.panels(pictures, captions, colormap=colormap)
 
     def show(self) -> None:
         """Show the grid of each image: in a notebook inline, elsewhere in the system's viewer.
@@ -251,17 +256,55 @@ class Explanation:
     def _drawn(self, image: int) -> list[int]:
         """Positions of the targets to draw: all in their order, or the most probable."""
         targets = self.targets[image]
-        if len(targets) <= _MOST_DRAWN:
+        if len(targets) <= MOST_DRAWN:
             return list(range(len(targets)))
-        best = np.argsort(-self.probs[image, targets], kind="stable")[:_MOST_DRAWN]
+        best = np.argsort(-self.probs[image, targets], kind="stable")[:MOST_DRAWN]
         return [int(position) for position in best]
+
+    def _position(self, target: int | str, image: int) -> int:
+        """Where a target stands among its image's."""
+        images, targets = self.targets.shape
+        if not 0 <= image < images:
+            raise InputError(f"no image {image}: there are {images} image(s), counted from 0")
+        if isinstance(target, str):
+            index = find_class(target, self.class_names or self.probs.shape[1])
+            found = np.flatnonzero(self.targets[image] == index)
+            if not len(found):
+                names = ", ".join(self.names[image][:MOST_DRAWN])
+                raise InputError(f"{target!r} was not explained for this image, but: {names}")
+            return int(found[0])
+        if not isinstance(target, (int, np.integer)) or not 0 <= target < targets:
+            raise InputError(
+                f"target must be a class name or a position, 0 to {targets - 1}; got {target!r}"
+            )
+        return int(target)
+
+    def _box(self, picture: Image.Image, image: int) -> tuple[int, int, int, int]:
+        """Where in a picture lies what the model saw: (left, top, right, bottom)."""
+        whole = (0, 0, picture.width, picture.height)
+        if self.pictures and self.preprocess:
+            seen = self.pictures[image].size
+            for box in (whole, self.preprocess.box(picture)):
+                if (box[2] - box[0], box[3] - box[1]) == seen:
+                    return box
+            raise InputError(
+                f"picture is {picture.width}x{picture.height} pixels: pass the whole picture that "
+                f"was explained, or the {seen[0]}x{seen[1]} region of it that the model saw"
+            )
+        rows, columns = self.scores.shape[2:]
+        if abs(picture.width * rows / (picture.height * columns) - 1) > _SAME_SHAPE:
+            raise InputError(
+                f"picture is {picture.width}x{picture.height} pixels, the model's grid "
+                f"{columns}x{rows}: crop or resize it as it was for the model, or use "
+                "vit_reciprocam.explain, which knows where that lies in the whole picture"
+            )
+        return whole
 
     def _picture(self, image: int) -> Image.Image:
         if self.pictures is None:
             raise InputError(
                 "this explanation was made from tensors and has no pictures to draw on: pass "
-                "picture= to overlay, "
-                "or make it with vit_reciprocam.explain, which keeps them"
+                "picture= to overlay, or make it with vit_reciprocam.explain, which keeps them"
             )
         return self.pictures[image]
 
@@ -284,7 +327,8 @@ class Explanation:
             The folder.
 
         Raises:
-            InputError: If a file of somebody else's stands in the way.
+            InputError: If a file of somebody else's stands in the way, or the folder cannot be
+                written to.
         """
         maps = io.BytesIO()
         names = ("maps", "scores", "targets", "logits", "probs")
@@ -298,10 +342,10 @@ class Explanation:
                 record["grid"] = f"{prefix}grid.png"
                 grid = self.grid(image=image, colormap=colormap, opacity=opacity)
                 files[record["grid"]] = _png(grid)
-                for target in self._drawn(image):
+                for number, target in enumerate(self._drawn(image), 1):
                     picture = self.overlay(target, image=image, colormap=colormap, opacity=opacity)
                     about = record["targets"][target]
-                    about["overlay"] = f"{prefix}{target + 1}-{_slug(_short(about['name']))}.png"
+                    about["overlay"] = f"{prefix}{number}-{_slug(_short(about['name']))}.png"
                     files[about["overlay"]] = _png(picture)
             records.append(record)
         manifest = {
@@ -309,7 +353,6 @@ class Explanation:
             "settings": dict(self.settings),
             "path": self.path,
             "grid": list(self.scores.shape[2:]),
-            "versions": _versions(),
             "maps": "maps.npz",
             "images": records,
         }
@@ -335,14 +378,6 @@ class Explanation:
                 for target, flat in zip(self.targets[image], self.degenerate[image], strict=True)
             ],
         }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found
 
 
 def _short(name: str) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import uuid
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vit_reciprocam.errors import InputError
 
-__all__ = ["GENERATOR", "holds_results", "is_ours", "write_atomically", "write_folder"]
+__all__ = [
+    "GENERATOR",
+    "check_folder",
+    "holds_results",
+    "is_ours",
+    "write_atomically",
+    "write_folder",
+]
 
 GENERATOR = "vit-reciprocam"
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
+LIBRARIES = ("vit-reciprocam", "numpy", "pillow", "torch", "timm", "onnxruntime")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -39,15 +50,32 @@ def holds_results(folder: Path) -> bool:
     return is_ours(folder / MANIFEST) or is_ours(folder / PARTIAL)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, without making it.
+
+    Raises:
+        InputError: If a file stands in its place or it may not be written to.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(
+            f"results go to a folder, and {existing} is a file: choose another place than {folder}"
+        )
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"results cannot be written to {folder}: no permission for {existing}")
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write files and last `manifest.json`, which lists them.
+    """Write files and last `manifest.json`, which lists them and the versions they were made by.
 
     What an earlier call wrote there is replaced; anything else is left alone. Until the manifest
     is there, `manifest.partial.json` says whose the files are.
 
     Raises:
-        InputError: If a file of somebody else's has one of the names.
+        InputError: If a file of somebody else's has one of the names, or the folder cannot be
+            written to.
     """
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     complete, partial = folder / MANIFEST, folder / PARTIAL
     earlier: set[str] = set()
@@ -67,8 +95,17 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
         write_atomically(folder / name, content)
     for name in earlier - {MANIFEST, PARTIAL, *files}:
         (folder / Path(name).name).unlink(missing_ok=True)
-    write_atomically(complete, _json({"generator": GENERATOR, **manifest, "files": sorted(files)}))
+    about = {"generator": GENERATOR, **manifest, "versions": _versions(), "files": sorted(files)}
+    write_atomically(complete, _json(about))
     partial.unlink()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -81,8 +81,14 @@ def read_image(source: ImageSource) -> Image.Image:
             f"got {type(source).__name__}"
         )
     path = Path(source)
+    if path.is_dir():
+        raise ImageError(
+            f"{path} is a folder: folders and globs are for the command line, pass a list of "
+            f"files, such as sorted(Path({str(path)!r}).glob('*.jpg'))"
+        )
     if not path.exists():
-        raise ImageError(f"no such file: {path}")
+        hint = ": globs are for the command line, pass a list of files"
+        raise ImageError(f"no such file: {path}{hint if glob.has_magic(str(path)) else ''}")
     if path.is_file() and path.stat().st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes)")
     return _decode(path, str(path))
@@ -194,17 +200,16 @@ class Preprocess:
 
     def region(self, image: Image.Image) -> Image.Image:
         """The part of the picture that the model sees, at the picture's own resolution."""
+        return image.crop(self.box(image))
+
+    def box(self, image: Image.Image) -> tuple[int, int, int, int]:
+        """Where in the picture that part lies: (left, top, right, bottom) in its pixels."""
         width, height = self._resized(image)
         top, left = self._corner(width, height)
         across, down = image.width / width, image.height / height
-        box = (
-            left * across,
-            top * down,
-            (left + self.size[1]) * across,
-            (top + self.size[0]) * down,
-        )
-        x0, y0, x1, y1 = (round(edge) for edge in box)
-        return image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+        x0, y0 = round(left * across), round(top * down)
+        x1, y1 = round((left + self.size[1]) * across), round((top + self.size[0]) * down)
+        return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` reads them back."""

@@ -22,7 +22,7 @@ KERNELS: dict[str, np.ndarray] = {
 }
 """Kernel name -> its weights, an odd number of rows and columns."""
 
-LAYERS = ("norm1", "block")
+LAYERS = ("norm1", "block", "pool")
 """Where tokens can be masked."""
 
 
@@ -43,7 +43,8 @@ class Masking:
         class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
         layer: "norm1" masks the LayerNorm's output and leaves the skip path untouched; "block"
             masks the output of the previous block, so that both the skip path and the LayerNorm see
-            it (Table 4).
+            it (Table 4); "pool" masks what a head that pools all tokens pools, which is another
+            method than the paper's.
     """
 
     kernel: str = "gaussian"

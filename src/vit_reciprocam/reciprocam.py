@@ -24,15 +24,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters import check_mode, split_model
+from vit_reciprocam.adapters import by_target, check_mode, split_model
 from vit_reciprocam.closed_form import closed_form_rows
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.explanation import Explanation, softmax
 from vit_reciprocam.masks import Masking, mask_matrix
-from vit_reciprocam.split import Split
+from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.targets import resolve_targets
 
-__all__ = ["ReciproCAM"]
+__all__ = ["ReciproCAM", "direct_rows"]
 
 _NOT_FINITE = (
     "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
@@ -64,23 +64,38 @@ class ReciproCAM:
         layer: str = "norm1",
         score: str = "probability",
         path: str = "auto",
+        block: int = -1,
+        target: nn.Module | None = None,
+        grid: tuple[int, int] | None = None,
+        prefix_tokens: int = 0,
         memory_limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Prepare to explain a supported model.
 
         Args:
-            model: A classifier in evaluation mode, on any device.
+            model: A classifier in evaluation mode, on any device; any module with `target`.
             kernel: The window kept around each patch: "gaussian", 3x3 (the paper's default), or
                 "dirac".
             class_token: False also masks the prefix tokens (the paper's ablation).
-            layer: Where tokens are masked: "norm1" (the paper's default) or "block".
+            layer: Where tokens are masked: "norm1" (the paper's default) or "block"; for heads that
+                pool all tokens also "pool", just before that. The last is not the paper's method:
+                there is no attention left between mask and head, but it is a closed form.
             score: "probability", the paper's, or "logit", without the softmax.
             path: "auto" takes the closed form where it holds, and the result's `path` says what
                 ran; "closed-form" raises where it does not hold; "direct" always runs H once a
                 mask.
+            block: Which encoder block, counted from the end; others than the last take the direct
+                path.
+            target: For a model that is not supported: the module whose output (B, T, D) or
+                (B, h, w, D) is masked. Each mask then costs a forward pass of the whole model.
+            grid: With `target`, (h, w) of its patches.
+            prefix_tokens: With `target`, how many tokens stand before the patches.
             memory_limit: About how many bytes a chunk of masks may take, beside the model and the
                 result; never less than one mask for all images. By default 32 MiB on the CPU, where
-                larger chunks fall out of its caches and are slower, and 1 GiB elsewhere.
+                larger chunks fall out of its caches and are slower, and elsewhere a quarter of the
+                free memory where it is known, else 1 GiB.
+            progress: Called with the number of masks done and of all masks, after each chunk.
 
         Raises:
             InputError: If a setting is not one of its choices.
@@ -95,8 +110,13 @@ class ReciproCAM:
         self.masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
         self.score = score
         self.path = path
+        self.block = block
+        self.target = target
+        self.grid = grid
+        self.prefix_tokens = prefix_tokens
         self.memory_limit = memory_limit
-        self._choose_path(split_model(model))
+        self.progress = progress
+        self._choose_path(self._split())
         self._modules = tuple(model.modules())
         self._check_mode()
 
@@ -129,6 +149,7 @@ class ReciproCAM:
                 "kernel": self.masking.kernel,
                 "class_token": self.masking.class_token,
                 "layer": self.masking.layer,
+                **({} if self.block == -1 else {"block": self.block}),
                 "score": self.score,
             },
         )
@@ -146,16 +167,15 @@ class ReciproCAM:
     @torch.no_grad()
     def _run(self, images: Tensor, targets: Any) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
         """Scores (B, K, h, w), logits (B, C), targets (B, K) and the path that ran."""
-        split = split_model(self.model)
+        split = self._split()
         path = self._choose_path(split)
         self._check_mode()
         _check_images(self.model, images)
-        grid = split.grid(tuple(images.shape))
-        x = split.stem(images)
-        prepare = closed_form_rows if path == "closed-form" else _direct_rows
-        rows = prepare(split, x, grid, self.masking)
-        count = 1 + grid[0] * grid[1]
-        chunks = math.ceil(count / self._rows_at_once(split, path, x))
+        cut = split.cut(images)
+        prepare = closed_form_rows if path == "closed-form" else direct_rows
+        rows = prepare(cut, split.prefix_tokens, self.masking)
+        count = 1 + cut.grid[0] * cut.grid[1]
+        chunks = math.ceil(count / self._rows_at_once(cut, path))
         bounds = [count * chunk // chunks for chunk in range(chunks + 1)]
         for start, stop in itertools.pairwise(bounds):
             values = rows(start, stop)  # (stop - start, B, C)
@@ -174,9 +194,22 @@ class ReciproCAM:
                 scores = values if chunks == 1 else values.new_empty(count, *values.shape[1:])
             if chunks > 1:
                 scores[start:stop] = values
+            if self.progress is not None:
+                self.progress(stop, count)
         if not scores.sum().isfinite():
             raise ModelError(_NOT_FINITE.format("scores under the masks"))
-        return scores[1:].permute(1, 2, 0).unflatten(2, grid), logits, chosen, path
+        return scores[1:].permute(1, 2, 0).unflatten(2, cut.grid), logits, chosen, path
+
+    def _split(self) -> Split:
+        if self.target is not None:
+            if self.masking.layer != "norm1" or self.block != -1:
+                raise InputError("target says where the cut is: leave out layer and block")
+            return by_target.split(
+                self.model, self.target, grid=self.grid, prefix_tokens=self.prefix_tokens
+            )
+        if self.grid is not None or self.prefix_tokens:
+            raise InputError("grid and prefix_tokens go with target; else they are found")
+        return split_model(self.model, block=self.block, pool=self.masking.layer == "pool")
 
     def _choose_path(self, split: Split) -> str:
         if self.path == "closed-form" and split.direct_because:
@@ -191,34 +224,49 @@ class ReciproCAM:
         if any(module.training for module in self._modules):
             check_mode(self.model)
 
-    def _rows_at_once(self, split: Split, path: str, x: Tensor) -> int:
+    def _rows_at_once(self, cut: Cut, path: str) -> int:
         """How many masks fit the limit, at about 20 widths for each token that H computes."""
-        images, tokens, width = x.shape
-        computed = split.readout if path == "closed-form" and split.readout else tokens
-        limit = self.memory_limit or (2**25 if x.device.type == "cpu" else 2**30)
-        return max(1, limit // (images * computed * 20 * width * x.element_size()))
+        numbers = cut.x.numel()
+        if path == "closed-form" and isinstance(cut.readout, MeanPool):
+            numbers = numbers // cut.x.shape[1]
+        elif path == "closed-form" and isinstance(cut.readout, Readout):
+            numbers = numbers // cut.x.shape[1] * cut.readout.tokens
+        limit = self.memory_limit or _default_limit(cut.x.device)
+        return max(1, limit // (20 * numbers * cut.x.element_size()))
 
 
-def _direct_rows(
-    split: Split, x: Float[Tensor, "B T D"], grid: tuple[int, int], masking: Masking
-) -> Callable[[int, int], Tensor]:
+def _default_limit(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2**25
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+
+
+def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
     """The definition, H once a mask; the same rows as `closed_form_rows`."""
-    tokens = x.shape[1]
-    normed = split.norm(x) if masking.layer == "norm1" else x
+    x, at_norm = cut.x, masking.layer != "block"
+    tokens = cut.norm(x) if at_norm else x
 
     def rows(start: int, stop: int) -> Tensor:
         patches = range(max(start, 1) - 1, stop - 1)
-        masks = mask_matrix(grid, masking, prefix_tokens=split.prefix_tokens, patches=patches)
+        masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
         if start == 0:
-            masks = np.concatenate([np.ones((1, tokens)), masks])
-        masked = (normed * torch.from_numpy(masks).to(x)[:, None, :, None]).flatten(0, 1)
-        if masking.layer == "norm1":
-            logits: Tensor = split.rest(masked, x.repeat(stop - start, 1, 1))
+            masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
+        masked = (tokens * _shaped(torch.from_numpy(masks).to(x), cut)).flatten(0, 1)
+        if at_norm:
+            logits = cut.rest(masked, x.repeat(stop - start, *(1,) * (x.ndim - 1)))
         else:
-            logits = split.rest(split.norm(masked), masked)
+            logits = cut.rest(cut.norm(masked), masked)
         return logits.view(stop - start, len(x), -1)
 
     return rows
+
+
+def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
+    """Masks to multiply tokens with, (M, 1, ...)."""
+    if cut.x.ndim == 3:
+        return masks[:, None, :, None]
+    masks = masks.unflatten(1, cut.grid)[:, None]
+    return masks[:, :, None] if cut.channels_first else masks[..., None]
 
 
 def _wide(values: Tensor) -> Tensor:

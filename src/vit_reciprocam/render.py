@@ -42,6 +42,8 @@ viridis, inferno and cividis are matplotlib's (CC0): even steps of the map look 
 also to readers who are colour-blind and in print. jet does not, but papers use it.
 """
 
+_INK = "#222222"
+
 
 def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
     """Colours of a map: (h, w) in [0, 1] -> (h, w, 3) uint8.
@@ -84,13 +86,19 @@ def overlay(
 
 
 def panels(
-    pictures: Sequence[Image.Image], captions: Sequence[str], *, height: int = 320, columns: int = 6
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    colormap: str = "viridis",
+    height: int = 320,
+    columns: int = 6,
 ) -> Image.Image:
-    """Pictures of one shape side by side, each over its caption, on white.
+    """Pictures of one shape side by side, each over its caption, on white, over a legend.
 
     Args:
         pictures: At least one; all are scaled to `height`.
         captions: One a picture; cut where too long.
+        colormap: The one that the legend shows.
         height: Of a picture, in pixels; less for one more than four times as wide.
         columns: How many in a row at most.
     """
@@ -101,12 +109,20 @@ def panels(
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     cell_w, cell_h = width + gap, height + 2 * gap + text
-    sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
+    bottom = rows * cell_h + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, bottom + text + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = gap + number % columns * cell_w, gap + number // columns * cell_h
         sheet.paste(picture.resize(sizes[number], Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + height + gap // 2), _fit(caption, font, width), fill="#222222", font=font)
+        draw.text((x, y + height + gap // 2), _fit(caption, font, width), fill=_INK, font=font)
+    bar = Image.fromarray(colorize(np.tile(np.linspace(0, 1, 8 * text), (text, 1)), colormap))
+    left = gap + round(font.getlength("weak  "))
+    right = left + bar.width + gap
+    strong = _fit("strong; each map is scaled for itself", font, sheet.width - right)
+    sheet.paste(bar, (left, bottom + text // 8))
+    draw.text((gap, bottom), "weak", fill=_INK, font=font)
+    draw.text((right, bottom), strong, fill=_INK, font=font)
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""A classifier cut in two at its last encoder block: H(norm(X), X) with X = G(images).
+"""A classifier cut in two at an encoder block: H(norm(X), X) with X = G(images).
 
 Plain data and functions. An adapter fills a `Split` from a model; the method needs nothing else of
 the model.
@@ -6,14 +6,73 @@ the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-__all__ = ["Attention", "Projection", "Split"]
+from vit_reciprocam.errors import ModelError
+
+__all__ = ["Attention", "Cut", "MeanPool", "Projection", "Readout", "Split", "Tap"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where in a model the normed tokens F stand.
+
+    Attributes:
+        modules: Whose output or first argument it is: one, or several that each have their share of
+            its width.
+        side: "output" or "input".
+    """
+
+    modules: tuple[nn.Module, ...]
+    side: str = "output"
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """Within, what stands there is change(what would, number of the module).
+
+        Raises:
+            ModelError: If the model does not come by here.
+        """
+        called = set()
+
+        def after(number: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            called.add(number)
+            return change(output, number)
+
+        def before(
+            number: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            called.add(number)
+            return (change(args[0], number), *args[1:]), kwargs
+
+        with contextlib.ExitStack() as stack:
+            for number, module in enumerate(self.modules):
+                if self.side == "output":
+                    hook = module.register_forward_hook(functools.partial(after, number))
+                else:
+                    hook = module.register_forward_pre_hook(
+                        functools.partial(before, number), with_kwargs=True
+                    )
+                stack.callback(hook.remove)
+            yield
+        for number, module in enumerate(self.modules):
+            if number not in called:
+                raise ModelError(
+                    f"the model does not call its {type(module).__name__}, where this method cuts"
+                )
+
+    def replaced(self, normed: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within, F is this tensor."""
+        shares = normed.chunk(len(self.modules), dim=-1)
+        return self.changed(lambda _, number: shares[number])
 
 
 @dataclass(frozen=True)
@@ -35,49 +94,103 @@ class Projection:
 
 @dataclass(frozen=True)
 class Attention:
-    """The last block's self-attention up to the joined heads, before its output projection.
+    """The self-attention of a block up to the joined heads, before its output projection.
 
-    softmax(query_norm(q) · key_norm(k) · scale) v, with q, k and v projected from the same tokens
-    and split into `heads`; the norms act on (..., heads, head dimension), and `key_norm` is None
-    where there is none.
+    softmax(query_norm(q) · rotate(key_norm(k)) · scale + bias) v, with q, k and v projected from
+    the same tokens and split into `heads`; prefix tokens are not rotated.
+
+    Attributes:
+        heads: How many.
+        scale: Of the scores.
+        query: The readout tokens (B, R, D) -> their joined queries (B, R, A).
+        key: Tokens -> joined keys.
+        value: Tokens -> joined values.
+        query_norm: On (..., heads, head dimension).
+        key_norm: Likewise; None where there is none.
+        rotate: Rotary position embedding of the patches' keys, (B, N, heads, head dimension); None
+            where there is none.
+        bias: (T, R, heads), what position alone adds to the readout tokens' scores; None where
+            there is none.
     """
 
     heads: int
     scale: float
-    query: Projection
+    query: Callable[[Tensor], Tensor]
     key: Projection
     value: Projection
     query_norm: Callable[[Tensor], Tensor]
     key_norm: Callable[[Tensor], Tensor] | None
+    rotate: Callable[[Tensor], Tensor] | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What the closed form needs of the block and the head: the few tokens that the head reads.
+
+    Attributes:
+        tokens: R, how many from the first on.
+        attention: The block's attention by its parts.
+        finish: Joined heads (n, B, R, A), normed tokens F (n, B, R, D) and skip path X (n, B, R, D)
+            of the readout tokens -> logits (n, B, C).
+    """
+
+    tokens: int
+    attention: Attention
+    finish: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MeanPool:
+    """What the closed form needs where the cut stands just before the mean of tokens.
+
+    Attributes:
+        finish: Means of all tokens (n, B, D) -> logits (n, B, C).
+    """
+
+    finish: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One batch of images, cut in two.
+
+    Shapes: images B, patch grid h·w = N, prefix tokens P, all tokens T = P + N in the order prefix,
+    patches row by row; width D, classes C, readout tokens R, joined heads A.
+
+    Attributes:
+        grid: (h, w).
+        x: X, the residual stream that enters the block: (B, T, D), or (B, h, w, D), or (B, D, h, w)
+            if `channels_first`.
+        norm: X -> F, the block's first LayerNorm. Acts on each token alone.
+        rest: H: (F, X) -> logits, for any number of tokens' sets, a multiple of B in the order of
+            x repeated.
+        readout: What the closed form needs; None where it does not hold.
+        channels_first: Whether X is (B, D, h, w).
+    """
+
+    grid: tuple[int, int]
+    x: Tensor
+    norm: Callable[[Tensor], Tensor]
+    rest: Callable[[Tensor, Tensor], Tensor]
+    readout: Readout | MeanPool | None = None
+    channels_first: bool = False
 
 
 @dataclass(frozen=True)
 class Split:
     """A model as the method sees it; a snapshot, made anew for each call so as not to go stale.
 
-    Shapes: images B, patch grid h·w = N, prefix tokens P, all tokens T = P + N in the order prefix,
-    patches row by row; width D, classes C, readout tokens R, joined heads A.
-
     Attributes:
-        prefix_tokens: P: class, distillation and register tokens.
-        readout: R, how many tokens from the first on the head reads; None if it reads them all.
-        grid: Shape of an image batch -> (h, w). Raises `InputError` where the model cannot take
-            that size.
-        stem: G: images -> X (B, T, D), the residual stream that enters the last block.
-        norm: X -> F (B, T, D), the block's first LayerNorm. Acts on each token alone.
-        rest: H: (F, X) -> logits (B, C).
-        attention: The block's attention where its parts are known, which the closed form needs.
-        finish: Joined heads (n, B, R, A) and skip path (n, B, R, D) of the readout tokens -> logits
-            (n, B, C).
+        cut: G: images -> their `Cut`. Raises `InputError` where the model cannot take that size.
+        prefix_tokens: P: class, distillation and register tokens, before the patches.
+        block: The encoder block.
+        tap: Where in it F stands.
         direct_because: Why the closed form does not hold; empty where it does.
     """
 
+    cut: Callable[[Tensor], Cut]
     prefix_tokens: int
-    readout: int | None
-    grid: Callable[[tuple[int, ...]], tuple[int, int]]
-    stem: Callable[[Tensor], Tensor]
-    norm: Callable[[Tensor], Tensor]
-    rest: Callable[[Tensor, Tensor], Tensor]
-    attention: Attention | None
-    finish: Callable[[Tensor, Tensor], Tensor]
+    block: nn.Module
+    tap: Tap
     direct_because: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
@@ -27,8 +28,8 @@ def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
 
     Args:
         targets: None = each image's top-1 | int for all | "all" | (B,) one an image | (B, K); (1,
-            K) broadcasts. Lists, arrays and tensors of integers. Or a function of the logits (B, C)
-            that gives one of these.
+            K) broadcasts. Lists, arrays and tensors of integers. Or a function that is given the
+            logits as a NumPy array (B, C) and returns one of these.
         logits: (B, C) of the unmasked images.
 
     Raises:
@@ -76,7 +77,8 @@ def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
     """The index of a class written as an index or a name.
 
     A name fits a class whose whole name, or one of its comma-separated synonyms, is equal but for
-    case.
+    case. Where none does, classes that have it as a whole word are offered before those that are
+    spelt like it.
 
     Args:
         wanted: A name, or an index, also written as text.
@@ -86,7 +88,7 @@ def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
         UnknownClassError: If nothing or more than one class fits; the message offers the closest.
     """
     count = names if isinstance(names, int) else len(names)
-    if not isinstance(wanted, str) or wanted.strip().isdecimal():
+    if not isinstance(wanted, str) or re.fullmatch(r"\s*[+-]?\d+\s*", wanted):
         try:
             index = int(wanted) if isinstance(wanted, str) else operator.index(wanted)
         except TypeError as error:
@@ -98,6 +100,8 @@ def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
                 f"class {index} does not exist: the model has {count} classes, 0 to {count - 1}"
             )
         return index
+    if not wanted.strip():
+        raise UnknownClassError("a class is a name or an index, got an empty text")
     if isinstance(names, int):
         raise UnknownClassError(f"the model has no class names, so {wanted!r} must be an index")
     indices: dict[str, list[int]] = {}
@@ -110,10 +114,13 @@ def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
     if found:
         choices = "; ".join(f"{index} ({names[index]})" for index in found)
         raise UnknownClassError(f"{wanted!r} names several classes: {choices}. Pass the index")
-    close = difflib.get_close_matches(wanted.casefold(), indices, n=3, cutoff=0.5)
+    word = re.compile(rf"\b{re.escape(wanted.strip().casefold())}\b")
+    close = [name for name in indices if word.search(name)]
+    close += difflib.get_close_matches(wanted.casefold(), indices, n=3, cutoff=0.5)
     close += [name for name in indices if wanted.casefold() in name]
     offered = dict.fromkeys(index for name in close for index in indices[name])
-    hint = "; ".join(f"{index} ({names[index]})" for index in list(offered)[:3])
+    hint = "; ".join(f"{index} ({names[index]})" for index in list(offered)[:5])
+    hint += "; …" if len(offered) > 5 else ""
     raise UnknownClassError(
         f"no class is called {wanted!r}"
         + (f". Closest: {hint}" if hint else ", and none is close to it")

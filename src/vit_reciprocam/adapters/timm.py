@@ -1,40 +1,93 @@
-"""timm's VisionTransformer and its descendants -> Split."""
+"""timm's models -> Split."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
-from timm.layers import Attention as TimmAttention
+import torch
+from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
+from vit_reciprocam.adapters.parts import (
+    block_index,
+    call_of,
+    calls_of,
+    has_hooks,
+    infer_grid,
+    same,
+)
+from vit_reciprocam.adapters.timm_blocks import (
+    BlockParts,
+    after_attention_pool,
+    attention_pool,
+    attention_pool_unknown,
+    block_parts,
+)
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, Projection, Split
+from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
 
 __all__ = ["split"]
 
+_PLAIN = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
 
-def split(model: nn.Module) -> Split:
-    """Cut a timm model at its last block.
+
+def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+    """Cut a timm model at an encoder block, or before the pooling of its head.
 
     Raises:
-        ModelError: If it is not a VisionTransformer with a head and pre-norm blocks, or if its own
-            code or hooks would be bypassed by running its parts.
+        ModelError: If it is not a Vision Transformer with a head, or if its own code or hooks would
+            be bypassed by running its parts.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
+    _check_head(model)
+    if not isinstance(model, _PLAIN):
         raise ModelError(
-            f"timm's {name} is not supported: it is no VisionTransformer, made of encoder blocks "
-            "with a LayerNorm before their attention"
+            f"timm's {name} is not supported: it is no Vision Transformer, made of encoder "
+            "blocks with a LayerNorm before their attention"
         )
-    if model.num_classes == 0 or isinstance(model.head, nn.Identity):
+    _refuse_bypassed_code(model)
+    m: Any = model
+    if pool:
+        return _split_pool(m)
+    blocks = m.blocks_token_only if isinstance(model, Cait) else m.blocks
+    last = blocks[block_index(block, len(blocks)) :]
+    parts = block_parts(last[0])
+    tokens = _readout_tokens(m)
+    if tokens is None:
+        because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
+    elif len(last) > 1:
+        because = "the cut is not in the last block"
+    else:
+        because = parts.unknown
+    return Split(
+        cut=functools.partial(_cut, m, last, parts, None if because else tokens),
+        prefix_tokens=m.num_prefix_tokens,
+        block=last[0],
+        tap=parts.tap,
+        direct_because=because,
+    )
+
+
+def _check_head(model: Any) -> None:
+    name = type(model).__name__
+    if getattr(model, "num_classes", None) == 0 or isinstance(
+        getattr(model, "head", None), nn.Identity
+    ):
         raise ModelError(
             f"this {name} has no classification head (num_classes=0), so it has no class scores to "
             "explain. Create it with its head, or put one on with "
             "model.reset_classifier(num_classes)"
         )
-    if model.global_pool == "":
+    if getattr(model, "global_pool", None) == "":
         raise ModelError(
             f"this {name} has no pooling (global_pool=''), so its output is not one score a class. "
             "Create it with global_pool='token' or the pooling that it was trained with"
@@ -43,77 +96,137 @@ def split(model: nn.Module) -> Split:
         raise ModelError(
             f"this {name} gives two outputs in distilled training: call model.eval() first"
         )
-    if not len(model.blocks):
-        raise ModelError(f"this {name} has no encoder block")
-    block = model.blocks[-1]
-    if not isinstance(block, Block):
+    if isinstance(model, Cait) and model.global_pool != "token":
         raise ModelError(
-            f"the last encoder block is a {type(block).__name__}, which is not supported: it has "
-            "no LayerNorm of its own before the attention, which is where this method cuts"
+            "this Cait pools its patches, which its class attention never changes: create it with "
+            "global_pool='token'"
         )
-    _refuse_bypassed_code(model, VisionTransformer, ("forward", "forward_features"))
-    _refuse_bypassed_code(block, Block, ("forward",))
-    readout = _readout(model)
-    because = _direct_because(model, block.attn, readout)
-    return Split(
-        prefix_tokens=model.num_prefix_tokens,
-        readout=readout,
-        grid=functools.partial(_grid, model),
-        stem=functools.partial(_stem, model),
-        norm=block.norm1,
-        rest=functools.partial(_rest, model),
-        attention=None if because else _attention(block.attn),
-        finish=functools.partial(_finish, model),
-        direct_because=because,
-    )
 
 
-def _refuse_bypassed_code(module: nn.Module, base: type, methods: tuple[str, ...]) -> None:
+def _refuse_bypassed_code(model: nn.Module) -> None:
     """The model is run by its parts, so what stands around them must be timm's own."""
-    kind = type(module).__name__
-    for method in methods:
-        if getattr(type(module), method) is not getattr(base, method):
+    name = type(model).__name__
+    base = next(kind for kind in _PLAIN if isinstance(model, kind))
+    for method in ("forward", "forward_features"):
+        if getattr(type(model), method) is not getattr(base, method):
             raise ModelError(
-                f"{kind} has a {method} of its own, which running its parts would bypass. Explain "
+                f"{name} has a {method} of its own, which running its parts would bypass. Explain "
                 f"a plain {base.__name__} with the same weights"
             )
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(model):
         raise ModelError(
-            f"the {kind} has forward hooks, which running its parts would bypass: remove them "
+            f"the {name} has forward hooks, which running its parts would bypass: remove them "
             "first, or put them on the modules inside"
         )
 
 
-def _readout(model: VisionTransformer) -> int | None:
+def _readout_tokens(model: Any) -> int | None:
     if isinstance(model, VisionTransformerDistilled):
         return 2
-    return 1 if model.global_pool == "token" and model.attn_pool is None else None
+    pooled = model.global_pool != "token" or getattr(model, "attn_pool", None) is not None
+    return None if pooled or not model.num_prefix_tokens else 1
 
 
-def _direct_because(model: VisionTransformer, attention: TimmAttention, readout: int | None) -> str:
-    if readout is None:
-        pool = model.global_pool
-        return f"the head reads all tokens (global_pool={pool!r}), not only prefix tokens"
-    if type(attention).forward is not TimmAttention.forward:
-        kind = type(attention).__name__
-        return f"the last block's attention is a {kind}, whose parts are not known"
-    if getattr(attention, "gate", None) is not None:  # newer than the oldest timm supported
-        return "the last block's attention is gated"
-    if getattr(type(attention.qkv), "forward", None) is not nn.Linear.forward:
-        kind = type(attention.qkv).__name__
-        return f"the last block's qkv projection is a {kind}, not a plain Linear"
-    for module in (attention, attention.qkv):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "the last block's attention has forward hooks"
-    return ""
+def _cut(
+    model: Any, blocks: nn.ModuleList, parts: BlockParts, tokens: int | None, images: Tensor
+) -> Cut:
+    grid = _grid(model, tuple(images.shape))
+    calls = calls_of(model, list(blocks), images)
+    args, options = calls[0]
+    apart = isinstance(model, Cait)  # its class attention takes patches and class token apart
+    x = torch.cat([args[1], args[0]], dim=1) if apart else args[0]
+
+    def head(y: Tensor) -> Tensor:
+        logits: Tensor = model.forward_head(model.norm(y))
+        return logits
+
+    def rest(normed: Tensor, x: Tensor) -> Tensor:
+        patches, y = (x[:, 1:], x[:, :1]) if apart else (None, x)
+        for block, (_, options) in zip(blocks, calls, strict=True):
+            with parts.tap.replaced(normed) if block is blocks[0] else contextlib.nullcontext():
+                y = block(patches, y) if apart else block(y, **options)
+        return head(y)
+
+    def finish(heads: Tensor, normed: Tensor, skip: Tensor) -> Tensor:
+        y = parts.after(heads, normed, skip)
+        return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
+
+    readout = None
+    if tokens is not None:
+        readout = Readout(tokens, parts.attention(options, tokens), finish)
+    return Cut(
+        grid=grid or infer_grid(x.shape[1] - model.num_prefix_tokens, *images.shape[2:]),
+        x=x,
+        norm=parts.norm,
+        rest=rest,
+        readout=readout,
+    )
 
 
-def _grid(model: VisionTransformer, shape: tuple[int, ...]) -> tuple[int, int]:
-    embed = model.patch_embed
+def _split_pool(model: Any) -> Split:
+    """Cut before the head pools: after the last block and the norm that may follow it."""
+    prefix, pool = model.num_prefix_tokens, getattr(model, "attn_pool", None)
+    if model.global_pool == "token":
+        raise InputError(
+            f"layer='pool' cuts before a head pools tokens, but this {type(model).__name__} reads "
+            "its class token: use layer='norm1'"
+        )
+    with_prefix = getattr(model, "pool_include_prefix", pool is not None)
+    skipped = 0 if with_prefix else prefix
+    because = ""
+    if pool is not None:
+        because = attention_pool_unknown(pool)
+    elif model.global_pool != "avg":
+        because = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
+
+    def finish(pooled: Tensor) -> Tensor:
+        logits: Tensor = model.head(model.head_drop(model.fc_norm(pooled)))
+        return logits
+
+    def rest(normed: Tensor, _x: Tensor) -> Tensor:
+        if pool is not None:
+            return finish(pool(normed))
+        kind = model.global_pool
+        return finish(global_pool_nlc(normed, pool_type=kind, reduce_include_prefix=True))
+
+    def cut(images: Tensor) -> Cut:
+        grid = _grid(model, tuple(images.shape))
+        (x,), _ = call_of(model, model.norm, images)
+        readout: Readout | MeanPool | None = None
+        if not because:
+            readout = MeanPool(finish)
+            if pool is not None:
+                readout = Readout(
+                    tokens=pool.latent_len,
+                    attention=attention_pool(pool),
+                    finish=lambda heads, _normed, _x: finish(after_attention_pool(pool, heads)),
+                )
+        return Cut(
+            grid=grid or infer_grid(x.shape[1] - prefix, *images.shape[2:]),
+            x=model.norm(x)[:, skipped:],
+            norm=same,
+            rest=rest,
+            readout=readout,
+        )
+
+    return Split(
+        cut=cut,
+        prefix_tokens=prefix - skipped,
+        block=model.norm,
+        tap=Tap((model.norm,)),
+        direct_because=because,
+    )
+
+
+def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The patch grid of an image size that the model can take, None where it does not tell."""
     channels, height, width = shape[1:]
     wanted = getattr(model, "in_chans", 3)  # newer than the oldest timm supported
     if channels != wanted:
         raise InputError(f"this model takes {wanted} channel(s), got images of {channels}")
+    embed = getattr(model, "patch_embed", None)
+    if embed is None:
+        return None
     patch_h, patch_w = embed.patch_size
     if embed.strict_img_size:
         if (height, width) != tuple(embed.img_size):
@@ -132,48 +245,3 @@ def _grid(model: VisionTransformer, shape: tuple[int, ...]) -> tuple[int, int]:
         )
     rows, columns = embed.dynamic_feat_size((height, width))
     return int(rows), int(columns)
-
-
-def _stem(model: VisionTransformer, images: Tensor) -> Tensor:
-    x: Tensor = model.patch_drop(model._pos_embed(model.patch_embed(images)))
-    x = model.norm_pre(x)
-    for block in model.blocks[:-1]:
-        x = block(x)
-    return x
-
-
-def _rest(model: VisionTransformer, normed: Tensor, x: Tensor) -> Tensor:
-    return _tail(model, model.blocks[-1].attn(normed), x)
-
-
-def _finish(model: VisionTransformer, heads: Tensor, skip: Tensor) -> Tensor:
-    attention = model.blocks[-1].attn
-    attended = attention.proj_drop(attention.proj(attention.norm(heads)))
-    return _tail(model, attended, skip)
-
-
-def _tail(model: VisionTransformer, attended: Tensor, x: Tensor) -> Tensor:
-    """From the last attention's output (..., tokens, D) to the logits (..., C).
-
-    The tokens are all or the readout tokens alone.
-    """
-    block = model.blocks[-1]
-    x = x + block.drop_path1(block.ls1(attended))
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    logits: Tensor = model.forward_head(model.norm(x).flatten(0, -3))
-    return logits.view(*x.shape[:-2], -1)
-
-
-def _attention(attention: TimmAttention) -> Attention:
-    weights = attention.qkv.weight.chunk(3)
-    biases = (None, None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
-    query, key, value = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
-    return Attention(
-        heads=attention.num_heads,
-        scale=attention.scale,
-        query=query,
-        key=key,
-        value=value,
-        query_norm=attention.q_norm,
-        key_norm=None if isinstance(attention.k_norm, nn.Identity) else attention.k_norm,
-    )

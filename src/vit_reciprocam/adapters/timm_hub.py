@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vit_reciprocam.adapters.timm import split
+from vit_reciprocam.adapters.weights import read_weights
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
@@ -83,7 +82,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    state = _read_weights(path)
+    state = read_weights(path)
     outline: Any = _outline(name, options)
     classifier = outline.pretrained_cfg.get("classifier")
     first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
@@ -93,10 +92,11 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     split(_outline(name, options))
     model: nn.Module = timm.create_model(name, **options)
     have, want = set(state), set(model.state_dict())
+    resampled = {"pos_embed"} if "img_size" in options else set()
     shapes = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
         for key, value in model.state_dict().items()
-        if key in have and state[key].shape != value.shape
+        if key in have - resampled and state[key].shape != value.shape
     ]
     problems = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
@@ -111,31 +111,24 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
         raise WeightsError(
             f"{path} does not fit {name!r}: keys {'; '.join(problems)}. Is it another variant?"
         )
+    if resampled:
+        return _fitted_to_size(name, state, {**options, "num_classes": model.num_classes})
     model.load_state_dict(state)
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise WeightsError(f"no such weights file: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle and zip errors share no base
-        raise WeightsError(
-            f"{path} cannot be read as weights ({type(error).__name__}): pass a .safetensors file, "
-            "or a .pth file that holds tensors only"
-        ) from error
-    for nest in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise WeightsError(f"{path} does not hold a state dict, a mapping from names to tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+def _fitted_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
+    """The weights in a model for another image size, with the position embedding resampled.
+
+    That is timm's own doing, by the way that its published weights take.
+    """
+    overlay = {"state_dict": state, "num_classes": options["num_classes"]}
+    model: nn.Module = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **options
+    )
+    config: Any = model.pretrained_cfg
+    del config["state_dict"]  # the weights are in the model now
+    return model
 
 
 def _preprocess(model: VisionTransformer) -> Preprocess:
@@ -170,7 +163,9 @@ def list_names(pattern: str = "*") -> list[str]:
         return [*timm.list_models(module="deit"), *timm.list_models(module="vision_transformer")]
     names = list(timm.list_models(pattern))
     if not names:
-        raise InputError(f"timm {timm.__version__} has no model that fits {pattern!r}")
+        like = timm.list_models(f"*{pattern}*")
+        hint = f". '*{pattern}*' fits {len(like)}, such as {like[0]}" if like else ""
+        raise InputError(f"timm {timm.__version__} has no model that fits {pattern!r}{hint}")
     return names
 
 

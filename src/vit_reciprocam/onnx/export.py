@@ -35,15 +35,14 @@ class _Explained(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split = split_model(self.model)
-        grid = split.grid(tuple(images.shape))
-        rows = closed_form_rows(split, split.stem(images), grid, self.masking)(
-            0, 1 + grid[0] * grid[1]
-        )
+        cut = split.cut(images)
+        count = 1 + cut.grid[0] * cut.grid[1]
+        rows = closed_form_rows(cut, split.prefix_tokens, self.masking)(0, count)
         scores = rows[1:].softmax(dim=-1).permute(1, 2, 0)
         low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
         flat = high - low <= 4 * torch.finfo(torch.float32).eps * high
         saliency = torch.where(flat, 0.0, (scores - low) / torch.where(flat, 1.0, high - low))
-        return rows[0], saliency.unflatten(2, grid), scores.unflatten(2, grid)
+        return rows[0], saliency.unflatten(2, cut.grid), scores.unflatten(2, cut.grid)
 
 
 def export_explainer(

@@ -1,0 +1,172 @@
+"""open_clip's models by name, with prompts as classes: loading and their preprocessing."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import _build_vision_tower
+
+from vit_reciprocam.adapters.open_clip import check_prompts, split_tower, zero_shot
+from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.images import Preprocess
+
+__all__ = ["load_open_clip"]
+
+
+def load_open_clip(
+    name: str,
+    tag: str | None = None,
+    *,
+    prompts: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    weights: str | os.PathLike[str] | None = None,
+    options: dict[str, Any],
+) -> tuple[ZeroShot, Preprocess, tuple[str, ...]]:
+    """An open_clip model with prompts as classes, its preprocessing, and the prompts as names.
+
+    Args:
+        name: As `open_clip.create_model` takes it; with its prefixes "hf-hub:" and "local-dir:" the
+            weights come from there.
+        tag: Of the published weights. With local weights it says how they were trained: their
+            preprocessing and activation.
+        prompts: As `zero_shot` takes them.
+        templates: Likewise.
+        weights: A local file.
+        options: For `open_clip.create_model`, such as `force_image_size=336`.
+
+    Raises:
+        ModelError: If open_clip has no such model or it cannot be explained.
+        InputError: If there is no prompt or template, or one that cannot be used.
+        WeightsError: If local weights do not fit it.
+        DownloadError: If the published weights or the tokenizer cannot be fetched.
+    """
+    check_prompts(prompts, templates)
+    path = None if weights is None else Path(weights)
+    trained = _training(name, tag, path)
+    _refuse_unsupported(name)
+    tokenizer = _fetch(f"the tokenizer of {name!r}", lambda: open_clip.get_tokenizer(name))
+    model = _create(name, tag, path, trained, options)
+    preprocess = _preprocess(model.visual.preprocess_cfg)
+    return zero_shot(model.eval(), tokenizer, prompts, templates), preprocess, tuple(prompts)
+
+
+_PREFIXES = ("hf-hub:", "local-dir:")
+
+
+def _training(name: str, tag: str | None, path: Path | None) -> dict[str, Any]:
+    """open_clip's record of how a tag's weights were trained; empty where it has none."""
+    if name.startswith(_PREFIXES):
+        if path is not None:
+            raise ModelError(f"{name!r} has weights of its own: leave weights= out")
+        return {}
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        hint = f". Closest: {', '.join(close)}" if close else ""
+        raise ModelError(f"open_clip {open_clip.__version__} has no model {name!r}{hint}")
+    trained: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if not trained and (tag or path is None):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        what = f"has no weights {tag!r} for {name!r}" if tag else f"needs a tag for {name!r}"
+        raise ModelError(f"open_clip {what}: it publishes {tags}. A file goes by weights=")
+    return trained
+
+
+def _refuse_unsupported(name: str) -> None:
+    """Refuse what cannot be explained before fetching it."""
+    config = _fetch(f"the configuration of {name!r}", lambda: open_clip.get_model_config(name))
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    with torch.device("meta"):
+        split_tower(_build_vision_tower(config["embed_dim"], vision))
+
+
+def _create(
+    name: str,
+    tag: str | None,
+    path: Path | None,
+    trained: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    settings = {"force_quick_gelu": bool(trained.get("quick_gelu")), **options}
+    if path is not None:
+        if not path.is_file():
+            raise WeightsError(f"no such weights file: {path}")
+        keys = {"mean", "std", "interpolation", "resize_mode"} & trained.keys()
+        settings["force_preprocess_cfg"] = {key: trained[key] for key in keys}
+    try:
+        with _quiet():
+            return open_clip.create_model(
+                name, tag if path is None else str(path), require_pretrained=True, **settings
+            )
+    except (TypeError, AssertionError) as error:
+        raise ModelError(
+            f"open_clip cannot create {name!r} with options {options}: {error}"
+        ) from error
+    except Exception as error:  # of hub clients, safetensors, pickle and zip, which share no base
+        if path is None:
+            raise _not_fetched(f"the weights of {name!r}", error) from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
+        raise WeightsError(f"{path} does not fit {name!r}: {reason}") from error
+
+
+def _fetch(what: str, get: Callable[[], Any]) -> Any:
+    try:
+        with _quiet():
+            return get()
+    except Exception as error:  # hub clients raise errors of many unrelated kinds
+        raise _not_fetched(what, error) from error
+
+
+def _not_fetched(what: str, error: Exception) -> DownloadError:
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return DownloadError(
+        f"{what} could not be fetched: {reason}. Without network, pass a local file (--weights "
+        "model.safetensors on the command line, weights= in Python) of a model whose tokenizer "
+        "comes with open_clip, such as ViT-B-32"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log messages of open_clip and the hub; the error at the end says it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _preprocess(config: dict[str, Any]) -> Preprocess:
+    """What open_clip's own evaluation transform does.
+
+    Raises:
+        ModelError: If it cannot be mapped.
+    """
+    height, width = _repeated(config["size"], 2)
+    resize, interpolation = config["resize_mode"], config["interpolation"]
+    if resize not in ("shortest", "squash"):
+        raise ModelError(f"preprocessing with resize mode {resize!r} is not supported")
+    if interpolation != "bilinear" or (resize == "shortest" and height != width):
+        interpolation = "bicubic"  # for oblong sizes open_clip does not pass its setting on
+    return Preprocess(
+        size=(height, width),
+        resize=resize,
+        crop_pct=1.0,
+        interpolation=interpolation,
+        mean=_repeated(config["mean"], 3),
+        std=_repeated(config["std"], 3),
+    )
+
+
+def _repeated(value: Any, count: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * count

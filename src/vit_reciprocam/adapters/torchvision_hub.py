@@ -1,0 +1,153 @@
+"""torchvision's models by name: loading, their preprocessing and class names."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
+from torchvision.transforms._presets import ImageClassification
+
+from vit_reciprocam.adapters.torchvision import split
+from vit_reciprocam.adapters.weights import read_weights
+from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.images import Preprocess
+
+__all__ = ["load_torchvision"]
+
+_FAMILIES = ("torchvision.models.vision_transformer", "torchvision.models.swin_transformer")
+
+
+def load_torchvision(
+    name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
+    """A torchvision model in evaluation mode, its preprocessing, and its class names where known.
+
+    Args:
+        name: As `torchvision.models.get_model` takes it.
+        weights: A local file, or the name of other published weights than the default ones, such as
+            "IMAGENET1K_SWAG_E2E_V1". A local file that still has its published name is prepared for
+            as those weights, any other file as the default ones.
+        options: For torchvision's builder, such as `image_size=384`.
+
+    Raises:
+        ModelError: If torchvision has no such model or it cannot be explained.
+        WeightsError: If local weights do not fit it.
+        DownloadError: If the published weights cannot be fetched.
+    """
+    if name not in list_models():
+        close = difflib.get_close_matches(name, list_models(), n=3)
+        hint = f". Closest: {', '.join(close)}" if close else ""
+        raise ModelError(f"torchvision {torchvision.__version__} has no model {name!r}{hint}")
+    if get_model_builder(name).__module__ not in _FAMILIES:
+        raise ModelError(
+            f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
+            "SwinTransformer"
+        )
+    published: Any = get_model_weights(name)
+    model: Any
+    if weights is None or weights in published.__members__:
+        chosen = published.DEFAULT if weights is None else published[weights]
+        model = _download(name, chosen, options)
+    else:
+        path = Path(weights)
+        chosen = next((w for w in published if Path(w.url).name == path.name), published.DEFAULT)
+        model = _create_with(name, path, options)
+    names = tuple(chosen.meta["categories"])
+    size = getattr(model, "image_size", None)
+    return (
+        model.eval(),
+        _preprocess(chosen.transforms(), size),
+        names if len(names) == model.num_classes else None,
+    )
+
+
+def _create(name: str, options: dict[str, Any]) -> Any:
+    try:
+        return get_model(name, weights=None, **options)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ModelError(
+            f"torchvision cannot create {name!r} with options {options}: {error}"
+        ) from error
+
+
+def _outline(name: str, options: dict[str, Any]) -> Any:
+    """The model without weights or memory; refuses what cannot be explained."""
+    with torch.device("meta"):
+        model = _create(name, options)
+    split(model)
+    return model
+
+
+def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
+    _outline(name, options)
+    try:
+        model: nn.Module = get_model(name, weights=weights, **options)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the published weights of {name!r} do not go with options {options}: {error}"
+        ) from error
+    except Exception as error:  # network errors and hash mismatches share no base
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise DownloadError(
+            f"the weights of {name!r} could not be fetched: {reason}. Without network, pass a "
+            "local file: --weights model.pth on the command line, weights= in Python"
+        ) from error
+    return model
+
+
+def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    state = read_weights(path)
+    outline = _outline(name, options)
+    guessed: dict[str, Any] = {}
+    head = state.get("heads.head.weight", state.get("head.weight"))
+    if head is not None and head.ndim:
+        guessed["num_classes"] = len(head)  # fine-tuned for other classes
+    positions = state.get("encoder.pos_embedding")
+    if positions is not None and positions.ndim == 3:  # or for another size
+        guessed["image_size"] = math.isqrt(positions.shape[1] - 1) * outline.patch_size
+    model: nn.Module = _create(name, guessed | options)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problems = textwrap.shorten(str(error).partition(":")[2], 300, placeholder=" …")
+        raise WeightsError(
+            f"{path} does not fit {name!r}: {problems} Is it another variant?"
+        ) from error
+    return model
+
+
+def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
+    """What torchvision's transform does.
+
+    Args:
+        transform: Of published weights.
+        image_size: What the model takes, where it takes one size only.
+
+    Raises:
+        ModelError: If it cannot be mapped.
+    """
+    if (
+        type(transform) is not ImageClassification
+        or transform.interpolation.value not in ("nearest", "bilinear", "bicubic", "lanczos")
+        or transform.resize_size[0] < transform.crop_size[0]
+    ):
+        raise ModelError(f"torchvision's preprocessing {transform} is not supported")
+    crop, resize = transform.crop_size[0], transform.resize_size[0]
+    share = crop / resize
+    if math.floor(crop / share) < resize:  # by rounding
+        share = math.nextafter(share, 0)
+    return Preprocess(
+        size=(image_size or crop,) * 2,
+        crop_pct=share,
+        interpolation=transform.interpolation.value,
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+    )

@@ -1,0 +1,207 @@
+"""transformers' models by hub name or local folder, with their preprocessing and class names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
+from vit_reciprocam.adapters.transformers_families import check_class
+from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.images import Preprocess
+
+__all__ = ["load_transformers"]
+
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def load_transformers(
+    name: str,
+    *,
+    prompts: Sequence[str] | None = None,
+    templates: Sequence[str] = ("{}",),
+    options: dict[str, Any],
+) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
+    """A model in evaluation mode, its preprocessing, and its class names where known.
+
+    Args:
+        name: A folder that `save_pretrained` wrote, or a model's name on the Hugging Face hub.
+        prompts: One a class, for a model that compares images with texts.
+        templates: See `zero_shot`.
+        options: For `from_pretrained`, such as `revision` or `attn_implementation`. Weights are
+            loaded in float32 unless `dtype` says otherwise.
+
+    Raises:
+        ModelError: If the model or its preprocessing is not supported, with the reason.
+        WeightsError: If a folder does not hold a model, or the model's head is not among the
+            weights.
+        DownloadError: If the model cannot be fetched.
+        InputError: If a prompt or template cannot be used.
+    """
+    where = {key: options[key] for key in _WHERE if key in options}
+    config = _fetch(name, transformers.AutoConfig, options)
+    kind = _model_class(name, config)
+    _refuse_early(name, kind, config, prompts)
+    preprocess = _preprocess(name, _fetch(name, transformers.AutoImageProcessor, where))
+    loaded = _fetch(name, kind, {"dtype": torch.float32, **options, "output_loading_info": True})
+    model, missing = loaded[0].eval(), sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise WeightsError(
+            f"{name} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            f" of a {kind.__name__}, so its predictions would be random: was its head trained?"
+        )
+    if prompts is None:
+        return model, preprocess, _class_names(config)
+    tokenizer = _fetch(name, transformers.AutoTokenizer, where)
+    return zero_shot(model, tokenizer, prompts, templates), preprocess, tuple(prompts)
+
+
+def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | None) -> None:
+    """Refuse what cannot be explained before its weights are fetched."""
+    with_texts = hasattr(kind, "get_text_features")
+    if with_texts and prompts is None:
+        raise ModelError(
+            f"{name} compares images with texts and has no classes of its own: pass prompts"
+        )
+    if not with_texts:
+        check_class(kind)
+        if prompts is not None:
+            raise ModelError(
+                f"{name} is a {kind.__name__}, which takes no prompts: they are for models that "
+                "compare images with texts, such as CLIP"
+            )
+    with torch.device("meta"):
+        outline = kind(config)
+    (split_tower if with_texts else split)(outline)
+
+
+def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
+    """`kind.from_pretrained`, with errors that say in one sentence what is wrong."""
+    what = kind.__name__.removeprefix("Auto")
+    local = Path(name).is_dir()
+    if not local and (Path(name).is_absolute() or name.startswith(".")):
+        raise WeightsError(f"no such folder: {name}")
+    try:
+        with _quiet("huggingface_hub", "transformers"):
+            return kind.from_pretrained(name, **options)
+    except Exception as error:  # hub clients and file formats raise errors of many unrelated kinds
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        if local:
+            raise WeightsError(
+                f"the {what} cannot be read from folder {name}: {reason}. Pass a folder that "
+                "save_pretrained of the model and of its processor wrote"
+            ) from error
+        raise DownloadError(
+            f"the {what} of {name!r} could not be fetched: {reason}. Without network, pass a local "
+            "folder that save_pretrained of the model and of its processor wrote"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Without libraries' warnings of each retry and weight; the error at the end says it all."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _model_class(name: str, config: Any) -> Any:
+    """The class that the model was saved as: others would load it with a head of random weights."""
+    saved_as = (config.architectures or [""])[0]
+    kind = getattr(transformers, saved_as, None)
+    if kind is None:
+        raise ModelError(
+            f"{name} was saved as {saved_as or 'no class'}, which transformers "
+            f"{transformers.__version__} does not have: pass a model of its own classes"
+        )
+    return kind
+
+
+def _class_names(config: Any) -> tuple[str, ...] | None:
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    unnamed = tuple(f"LABEL_{index}" for index in range(config.num_labels))
+    return None if names == unnamed else names
+
+
+def _preprocess(name: str, processor: Any) -> Preprocess:
+    """A processor's steps as a `Preprocess`.
+
+    Two things differ by less than the eye sees: processors that resize with torchvision round
+    otherwise, and where the crop cannot be centred the processor's may lie one pixel to the side.
+
+    Raises:
+        ModelError: If it does something else.
+    """
+    size = dict(getattr(processor, "size", None) or {})
+    cropped = getattr(processor, "do_center_crop", None)
+    crop = dict(processor.crop_size) if cropped else size
+    if set(size) == {"height", "width"}:
+        resize, scaled = "squash", (size["height"], size["width"])
+    elif set(size) == {"shortest_edge"} and cropped and crop["height"] == crop["width"]:
+        resize, scaled = "shortest", (size["shortest_edge"],) * 2
+    else:
+        kept = crop if cropped else "nothing"
+        raise _unsupported(name, processor, f"resizes to {size} and crops to {kept}")
+    resample: Any = getattr(processor, "resample", None)
+    interpolation = _INTERPOLATIONS.get(resample)
+    if interpolation is None:
+        raise _unsupported(name, processor, "resizes by another filter than Pillow's usual four")
+    target = crop["height"], crop["width"]
+    crop_pct = _share(target[0], scaled[0])
+    if crop_pct > 1 or tuple(math.floor(side / crop_pct) for side in target) != scaled:
+        raise _unsupported(name, processor, f"resizes to {scaled} and crops to {target}")
+    normalise = processor.do_normalize
+    preprocess = Preprocess(
+        size=target,
+        resize=resize,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        mean=tuple(processor.image_mean) if normalise else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if normalise else (1.0, 1.0, 1.0),
+    )
+    if not _agree(processor, preprocess):
+        raise _unsupported(name, processor, "does more than resize, crop and normalise")
+    return preprocess
+
+
+def _share(kept: int, side: int) -> float:
+    """What of a side a crop keeps, such that dividing by it and rounding down gives the side."""
+    share = kept / side
+    return share if math.floor(kept / share) == side else kept / (side + 0.5)
+
+
+def _agree(processor: Any, preprocess: Preprocess) -> bool:
+    """Whether they make the same of a picture, but for rounding."""
+    down, right = np.mgrid[0:1:240j, 0:1:400j]
+    colours = np.stack([255 * right, 255 * down, 127 * (right - down) + 127], axis=-1)
+    picture = Image.fromarray(colours.astype(np.uint8))
+    theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0].numpy()
+    ours = preprocess(picture)
+    if theirs.shape != ours.shape:
+        return False
+    levels = np.abs(theirs - ours) * 255 * np.array(preprocess.std)[:, None, None]
+    return bool(levels.mean() < 2)
+
+
+def _unsupported(name: str, processor: Any, what: str) -> ModelError:
+    return ModelError(
+        f"the preprocessing of {name}, a {type(processor).__name__}, is not supported: it {what}. "
+        "Run the processor yourself and pass its pixel_values to ReciproCAM"
+    )

@@ -1,0 +1,42 @@
+"""Weights files on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vit_reciprocam.errors import WeightsError
+
+__all__ = ["read_weights"]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, also from within a training checkpoint.
+
+    Raises:
+        WeightsError: If there is none in the file.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no such weights file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip errors share no base
+        raise WeightsError(
+            f"{path} cannot be read as weights ({type(error).__name__}): pass a .safetensors file, "
+            "or a .pth file that holds tensors only"
+        ) from error
+    for nest in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise WeightsError(f"{path} does not hold a state dict, a mapping from names to tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
