@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_mask
 from vit_reciprocam import ReciproCAM
@@ -468,6 +469,18 @@ def test_local_weights(tiny_name, tmp_path, tag, suffix):
     assert preprocess.resize == ("squash" if tag == "mine" else "shortest")
     assert preprocess.mean[0] == (0.5 if tag == "mine" else 0.48145466)
     assert ReciproCAM(shot)(images).path == "closed-form"
+
+
+def test_load_by_spec_and_explain(tiny_name, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    saved(path, quick_gelu=True)
+    spec = f"open_clip:{tiny_name}/old"
+    classifier = vr.load(spec, weights=path, prompts=PROMPTS)
+    e = vr.explain(np.zeros((20, 30, 3), np.uint8), classifier, targets="all")
+    assert (e.maps.shape, e.path) == ((1, len(PROMPTS), 4, 4), "closed-form")
+    assert e.class_names == tuple(PROMPTS)
+    with pytest.raises(InputError, match="give its classes with prompts="):
+        vr.load(spec)
 
 
 def test_published_weights(tiny_name, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from torchvision.models.vision_transformer import (
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import InterpolationMode
 
+import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_mask
 from vit_reciprocam import ReciproCAM
@@ -415,6 +416,15 @@ def test_local_weights(tiny_name, tmp_path, suffix):
     assert preprocess.size == (16, 16)
     assert preprocess.interpolation == "bilinear"
     assert ReciproCAM(model)(images).path == "closed-form"
+
+
+def test_load_by_spec_and_explain(tiny_name, tmp_path):
+    saved(tmp_path / "mine.pth", num_classes=7)
+    classifier = vr.load(f"torchvision:{tiny_name}", weights=tmp_path / "mine.pth")
+    e = vr.explain(np.zeros((20, 30, 3), np.uint8), classifier)
+    assert (e.maps.shape, e.path, classifier.num_classes) == ((1, 1, 4, 4), "closed-form", 7)
+    with pytest.raises(InputError, match="has classes of its own"):
+        vr.load(f"torchvision:{tiny_name}", prompts=["a dog"])
 
 
 def test_local_weights_say_their_classes_and_image_size(tiny_name, tmp_path):

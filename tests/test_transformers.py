@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
+import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_mask
 from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
@@ -565,6 +566,25 @@ def test_load_without_names_and_with_options(tmp_path):
     assert loaded.dtype == torch.float32
     assert loaded.config._attn_implementation == "eager"
     assert load_transformers(folder, options={"dtype": torch.float16})[0].dtype == torch.float16
+
+
+def test_load_by_spec_and_explain(tmp_path):
+    labels = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}
+    folder = saved(tmp_path, tiny_vit(id2label=labels))
+    classifier = vr.load(f"hf:{folder}")
+    e = vr.explain(photo(), classifier, top=2)
+    assert (e.maps.shape, e.path, classifier.num_classes) == ((1, 2, 4, 4), "closed-form", 5)
+    assert e.class_names == tuple(labels.values())
+    with pytest.raises(InputError, match="give their folder: hf:FOLDER"):
+        vr.load(f"hf:{folder}", weights="x.safetensors")
+    with pytest.raises(ModelError, match="prompts"):
+        vr.load(f"hf:{folder}", prompts=["ant"])
+
+
+def test_load_prompts_by_spec_and_explain(tmp_path):
+    classifier = vr.load(f"hf:{clip_folder(tmp_path)[0]}", prompts=["a", "b"], templates=["{} a"])
+    e = vr.explain(photo(), classifier, targets="all")
+    assert (e.maps.shape, e.class_names) == ((1, 2, 4, 4), ("a", "b"))
 
 
 def clip_folder(folder):

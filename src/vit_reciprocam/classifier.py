@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 ASSETS = Path(__file__).parent / "assets"
-SPECS = ("demo", "timm:NAME")
+SPECS = ("demo", "timm:NAME", "hf:ID", "torchvision:NAME", "open_clip:NAME/TAG")
 
 _TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 
@@ -65,20 +65,27 @@ def load(
     *,
     weights: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    templates: Sequence[str] = ("{}",),
     device: str = "cpu",
     **options: Any,
 ) -> Classifier:
     """Load a classifier with its preprocessing and class names.
 
     Args:
-        spec: "demo", the bundled model, which knows 12 drawn classes and needs no torch, or
-            "timm:NAME".
+        spec: "demo", the bundled model, which knows 12 drawn classes and needs no torch;
+            "timm:NAME"; "hf:ID" of the Hugging Face hub, or "hf:FOLDER"; "torchvision:NAME";
+            "open_clip:NAME/TAG".
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub.
         class_names: One a class; by default those of the ImageNet variant the model was trained on.
+        prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
+            compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
+        templates: With prompts: sentences such as "a photo of a {}", averaged for each prompt.
         device: Where a PyTorch model goes.
-        options: For `timm.create_model`, such as `img_size=(384, 512)`, to which timm resamples the
-            position embedding.
+        options: For the library's own builder: `timm.create_model`, `from_pretrained`,
+            `torchvision.models.get_model` or `open_clip.create_model`. With timm's
+            `img_size=(384, 512)` the position embedding is resampled.
 
     Raises:
         ModelError: If there is no such model, or it is not supported, with the reason.
@@ -88,22 +95,84 @@ def load(
     """
     kind, _, name = spec.partition(":")
     if kind == "demo" and not name:
-        if weights is not None or class_names is not None or device != "cpu" or options:
+        own = weights is None and class_names is None and prompts is None
+        if not own or device != "cpu" or options:
             raise InputError(
                 "the demo model has its own weights and classes and runs on the CPU: drop "
                 "--weights and --device (in Python all options), or name another model"
             )
         return _load_demo()
-    if kind == "timm" and name:
-        hub = _timm_hub(f"model {spec!r}")
-        model, preprocess, known_names = hub.load_timm(name, weights=weights, options=options)
-        names = known_names if class_names is None else tuple(class_names)
-        if names is not None and len(names) != model.num_classes:
-            raise InputError(
-                f"{len(names)} class names given for a model of {model.num_classes} classes"
-            )
-        return _torch_classifier(spec, _moved(model, device), preprocess, names)
-    raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
+    if kind not in _EXTRAS or not name:
+        raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
+    if prompts is not None and kind not in ("hf", "open_clip"):
+        raise InputError(f"{spec!r} has classes of its own: prompts are for open_clip: and hf:")
+    load_from = {
+        "timm": _from_timm,
+        "hf": _from_hf,
+        "torchvision": _from_torchvision,
+        "open_clip": _from_open_clip,
+    }[kind]
+    try:
+        model, preprocess, names = load_from(
+            name, weights=weights, prompts=prompts, templates=templates, options=options
+        )
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
+    if class_names is not None:
+        names = tuple(class_names)
+    classifier = _torch_classifier(spec, _moved(model, device), preprocess, names)
+    if names is not None and len(names) != classifier.num_classes:
+        raise InputError(
+            f"{len(names)} class names given for a model of {classifier.num_classes} classes"
+        )
+    return classifier
+
+
+_EXTRAS = {
+    "timm": "torch",
+    "torchvision": "torch",
+    "hf": "transformers",
+    "open_clip": "open-clip",
+}
+
+
+def _from_timm(name: str, *, weights: Any, options: Any, **_: Any) -> Any:
+    from vit_reciprocam.adapters.timm_hub import load_timm
+
+    return load_timm(name, weights=weights, options=options)
+
+
+def _from_torchvision(name: str, *, weights: Any, options: Any, **_: Any) -> Any:
+    from vit_reciprocam.adapters.torchvision_hub import load_torchvision
+
+    return load_torchvision(name, weights=weights, options=options)
+
+
+def _from_hf(name: str, *, weights: Any, prompts: Any, templates: Any, options: Any) -> Any:
+    from vit_reciprocam.adapters.transformers_hub import load_transformers
+
+    if weights is not None:
+        raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
+    return load_transformers(name, prompts=prompts, templates=templates, options=options)
+
+
+def _from_open_clip(name: str, *, weights: Any, prompts: Any, templates: Any, options: Any) -> Any:
+    from vit_reciprocam.adapters.open_clip_hub import load_open_clip
+
+    if prompts is None:
+        raise InputError(
+            f"open_clip:{name} compares pictures with texts: give its classes with prompts=["
+            "'a photo of a dog', …], on the command line --prompt, once a class"
+        )
+    architecture, _, tag = (name, "", "") if ":" in name else name.partition("/")
+    return load_open_clip(
+        architecture,
+        tag or None,
+        prompts=prompts,
+        templates=templates,
+        weights=weights,
+        options=options,
+    )
 
 
 def explain(
@@ -277,4 +346,5 @@ def _torch_classifier(
 
         return run
 
-    return Classifier(spec, model, preprocess, model.num_classes, class_names, make_explainer)
+    classes = model.num_labels if hasattr(model, "num_labels") else model.num_classes
+    return Classifier(spec, model, preprocess, classes, class_names, make_explainer)

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 
 from vit_reciprocam.classifier import (
     ASSETS,
+    SPECS,
     Classifier,
     describe_timm,
     explain,
@@ -88,7 +89,7 @@ def explain_command(
         list[str],
         typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
     ],
-    model: Annotated[str, typer.Option(help="demo or timm:NAME.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(SPECS)}.")] = DEFAULT_MODEL,
     weights: Annotated[
         Path | None,
         typer.Option(help="Local .safetensors or .pth file instead of the published weights."),
@@ -99,6 +100,10 @@ def explain_command(
             metavar="TARGET",
             help="top1 (the default), top3 …, a class's index or name, or all; may be given again.",
         ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."),
     ] = None,
     kernel: Annotated[str, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = "gaussian",
     class_token: Annotated[bool, typer.Option(help="Keep the class token under the masks.")] = True,
@@ -141,7 +146,7 @@ def explain_command(
                 markup=False,
                 soft_wrap=True,
             )
-        classifier = load(model, weights=weights, device=device)
+        classifier = load(model, weights=weights, prompts=prompt, device=device)
         classifier.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
