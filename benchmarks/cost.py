@@ -5,6 +5,7 @@
     python benchmarks/cost.py --size 1024 --models deit_tiny_patch16_224
     python benchmarks/cost.py --memory                     # peak memory instead of time
     python benchmarks/cost.py --naive                      # adds the direct path, H once a mask
+    python benchmarks/cost.py --pool avg --naive --runs 5 --models vit_base_patch16_224
 
 Times are taken in turn (forward, explanation, forward, ...), so that the machine's drift hits all
 alike; "all classes" is the prediction and the scores of all classes as NumPy arrays, and "with
@@ -35,7 +36,8 @@ MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_
 
 def calls(args: argparse.Namespace, name: str) -> dict[str, Callable[[], Any]]:
     """What is measured, by name."""
-    model = timm.create_model(name, img_size=args.size).eval().to(args.device)
+    pool = {"global_pool": args.pool} if args.pool else {}
+    model = timm.create_model(name, img_size=args.size, **pool).eval().to(args.device)
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     explainer = ReciproCAM(model)
 
@@ -51,7 +53,9 @@ def calls(args: argparse.Namespace, name: str) -> dict[str, Callable[[], Any]]:
     }
     if args.naive:
         direct = ReciproCAM(model, path="direct")
-        found["top-1 map, naive H"] = lambda: direct(images).maps
+        at_once = ReciproCAM(model, path="direct", memory_limit=2**60)
+        found["direct path, in chunks"] = lambda: direct(images).maps
+        found["direct path, all masks at once"] = lambda: at_once(images).maps
     return found
 
 
@@ -71,7 +75,8 @@ def peak_mebibytes(args: argparse.Namespace, name: str, what: str) -> tuple[floa
     """Peak memory of a fresh process that makes one call, and how much of it the call added."""
     command = [sys.executable, __file__, "--models", name, "--batch", str(args.batch)]
     command += ["--size", str(args.size), "--threads", str(args.threads), "--child", what]
-    command += ["--device", args.device]
+    command += ["--device", args.device, *(["--pool", args.pool] if args.pool else [])]
+    command += ["--naive"] if args.naive else []
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(printed[0]), float(printed[1])
 
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pool", help="Of the head, such as avg, instead of the model's own.")
     parser.add_argument("--naive", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -109,16 +115,19 @@ def main() -> None:
         f"batch {args.batch}, {args.size}x{args.size} px, {args.runs} runs\n"
     )
     if args.memory:
-        print("| model | forward, MiB (added) | with maps, MiB (added) | ratio (of added) |")
+        print("| model | what | peak, MiB (added) | ÷ forward (of added) |")
         print("| --- | --- | --- | --- |")
+        whats = ["forward", "all classes, with maps"]
+        whats += ["direct path, in chunks", "direct path, all masks at once"] if args.naive else []
         for name in args.models:
             plain, plain_added = peak_mebibytes(args, name, "forward")
-            peak, added = peak_mebibytes(args, name, "all classes, with maps")
-            print(
-                f"| {name} | {plain:.0f} ({plain_added:.0f}) | {peak:.0f} ({added:.0f}) "
-                f"| {peak / plain:.2f} ({added / plain_added:.2f}) |",
-                flush=True,
-            )
+            for what in whats:
+                peak, added = peak_mebibytes(args, name, what)
+                print(
+                    f"| {name} | {what} | {peak:.0f} ({added:.0f}) "
+                    f"| {peak / plain:.2f} ({added / plain_added:.2f}) |",
+                    flush=True,
+                )
         return
     print("| model | what | median ms | ÷ forward | middle half |\n| --- | --- | --- | --- | --- |")
     for name in args.models:

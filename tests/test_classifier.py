@@ -156,7 +156,7 @@ def test_weights_files_that_are_none(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("resnet", "model must be one of 'demo', 'timm:NAME'; got 'resnet'"),
+        ("resnet", "model must be one of 'demo', 'timm:NAME', .*; got 'resnet'"),
         ("timm:", "model must be one of"),
         ("demo:x", "model must be one of"),
         (
@@ -173,7 +173,7 @@ def test_models_that_do_not_exist(spec, words):
 
 def test_a_model_without_attention_is_refused(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "cnn.safetensors")
-    with pytest.raises(ModelError, match="ResNet is not supported: it is no Vision Transformer"):
+    with pytest.raises(ModelError, match="ResNet is not supported: it has no attention"):
         vr.load("timm:test_resnet", weights=tmp_path / "cnn.safetensors")
 
 
@@ -191,7 +191,7 @@ def test_no_network_says_what_to_do(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("test_resnet.r160_in1k", "no Vision Transformer"),
+        ("test_resnet.r160_in1k", "it has no attention"),
         ("vit_small_patch14_dinov2", "no classif"),
     ],
 )

@@ -256,7 +256,7 @@ def test_models_says_by_which_path_and_why_not():
     rows = json.loads(run("models", "test_*", "--json").stdout)
     by_name = {row["model"]: row for row in rows}
     assert by_name["timm:test_resnet"]["path"] == "-"
-    assert "no Vision Transformer" in by_name["timm:test_resnet"]["why"]
+    assert "it has no attention" in by_name["timm:test_resnet"]["why"]
     assert by_name["timm:test_vit"]["path"] == "closed-form"
     (pooled,) = json.loads(run("models", "vit_base_patch16_gap_224", "--json").stdout)
     assert pooled["path"] == "direct"

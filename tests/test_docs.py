@@ -73,6 +73,14 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
     assert given.overlay(0).size == (9, 9)
 
 
+def test_the_adapter_in_the_docs_runs():
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["logits"].shape == (101, 1, 1000)
+
+
 def test_the_examples_in_docstrings_run():
     result = doctest.testmod(reciprocam)
     assert result.attempted >= 4

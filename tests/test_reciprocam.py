@@ -370,7 +370,7 @@ def test_settings_that_do_not_exist(settings, words):
     [
         (
             timm.create_model("test_resnet"),
-            "ResNet is not supported.*made of encoder blocks with a LayerNorm",
+            "ResNet is not supported: it has no attention",
         ),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not a supported model"),
         (None, "must be a torch.nn.Module, got NoneType"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from vit_reciprocam.errors import ReciproCAMError
 from vit_reciprocam.masks import Masking, mask_matrix
 from vit_reciprocam.reciprocam import ReciproCAM, direct_rows
 
-__all__ = ["Architecture", "Check", "architectures", "check"]
+__all__ = ["HEAD", "Architecture", "Check", "architectures", "check", "report"]
 
 _TIMM_MODULES = (
     "vision_transformer",
@@ -33,6 +34,25 @@ _TIMM_MODULES = (
     "naflexvit",
     "cait",
 )
+HEAD = """# Supported models
+
+Written by `vit-reciprocam models --check --out docs/models.md`. Each architecture was built with
+random weights, cut to its last blocks where its builder allows, and its scores compared with the
+naive loop: one whole forward pass for each mask, with a hook on the user's own module. The error is
+the largest difference of logits ÷ the largest logit, in float32; up to 1e-4 is "equal". The cost
+counts multiplications of the whole architecture: prediction and all maps ÷ prediction alone. Names
+without a head are checked with one put on.
+
+Beside these: open_clip's timm towers run as timm's models do; transformers' ViT, ViT-MSN, DeiT
+(both heads), PVT, and BEiT and Data2Vec without mean pooling take the closed form, as do CLIP's and
+MetaCLIP 2's image towers with prompts; DINOv2, BEiT, Data2Vec, CLIP, SigLIP, I-JEPA, Swin, Swin V2
+and PVT v2 classifiers the direct path. timm's hierarchical transformers (Swin, PVT v2, Twins, MViT
+v2, Hiera, GC ViT, DaViT, PiT, XCiT, VOLO, TNT, MaxViT, CoAtNet, LeViT, EfficientFormer, FastViT and
+others) take the direct path too. `tests/test_transformers.py` and `tests/test_timm_stages.py`
+compare all these with naive loops, small and in float64. `vit-reciprocam models 'PATTERN'` says of
+any timm name by which path, or why not.
+
+"""
 _CLASSES = 8
 _TOLERANCE = 1e-4
 
@@ -63,7 +83,7 @@ class Check:
         reason: Why not the closed form, or why refused.
         cost: Multiplications of all maps and the prediction ÷ those of the prediction alone.
         error: The largest difference from the naive loop's logits ÷ the largest of these.
-        status: "equal", "refused" or "DIFFERENT".
+        status: "equal", "refused", "DIFFERENT", or "failed" where it could not be built.
     """
 
     spec: str
@@ -77,6 +97,15 @@ class Check:
 
 def check(architecture: Architecture) -> Check:
     """Build an architecture and compare its chosen path with one whole forward pass a mask."""
+    try:
+        return _checked(architecture)
+    except Exception as error:  # one that cannot be built must not end the others' check
+        return Check(
+            architecture.spec, "", "-", f"{type(error).__name__}: {error}", status="failed"
+        )
+
+
+def _checked(architecture: Architecture) -> Check:
     whole, images = architecture.whole()
     kind = type(whole).__name__
     try:
@@ -145,11 +174,37 @@ def _error(model: nn.Module, images: Tensor) -> float:
     return float((scores - expected).abs().max() / expected.abs().max())
 
 
+def report(checks: Sequence[Check]) -> str:
+    """Markdown: a row for each kind of model, then one for each name."""
+    groups: dict[tuple[str, ...], list[Check]] = defaultdict(list)
+    for one in checks:
+        library = one.spec.partition(":")[0]
+        groups[library, one.kind, one.path, one.reason, one.status].append(one)
+    lines = [
+        "| library | model, its last block | names | path | cost | largest error | status |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (library, kind, path, reason, status), members in groups.items():
+        costs = [one.cost for one in members if one.cost is not None]
+        errors = [one.error for one in members if one.error is not None]
+        cost = f"{min(costs):.2f} to {max(costs):.2f}" if costs else ""
+        error = f"{max(errors):.0e}" if errors else ""
+        because = f"{path}: {reason}" if reason else path
+        lines.append(
+            f"| {library} | {kind} | {len(members)} | {because} | {cost} | {error} | {status} |"
+        )
+    lines += ["", "| name | path | cost | status |", "| --- | --- | --- | --- |"]
+    for one in checks:
+        cost = "" if one.cost is None else f"{one.cost:.2f}"
+        lines.append(f"| `{one.spec}` | {one.path} | {cost} | {one.status} |")
+    return "\n".join(lines) + "\n"
+
+
 # --- what there is to check ------------------------------------------------------------------
 
 
 def architectures(pattern: str = "*") -> Iterator[Architecture]:
-    """Those of the installed libraries whose spec fits a pattern such as "timm:deit*"."""
+    """Those of the installed libraries that fit a pattern, such as "deit*" or "torchvision:*"."""
     sources = (
         ("timm", _of_timm),
         ("torchvision", _of_torchvision),
@@ -158,7 +213,8 @@ def architectures(pattern: str = "*") -> Iterator[Architecture]:
     for library, source in sources:
         if importlib.util.find_spec(library) is not None:
             for one in source():
-                if fnmatch.fnmatch(one.spec, pattern):
+                name = one.spec.partition(":")[2]
+                if fnmatch.fnmatch(one.spec, pattern) or fnmatch.fnmatch(name, pattern):
                     yield one
 
 
@@ -177,11 +233,14 @@ def _of_timm() -> Iterator[Architecture]:
         if embed is not None and getattr(embed, "grid_size", None):
             step = height // embed.grid_size[0]
         size = (3 * step, 4 * step)
-        for options in ({"depth": 2, "img_size": size}, {"depth": 2}, {"img_size": size}, {}):
+        shared = getattr(getattr(_last_block(outline), "attn", None), "num_kv_heads", None)
+        grouped = {"depth": 2, "img_size": size, "num_kv_heads": (shared,) * 2}
+        tries: Any = ({"depth": 2, "img_size": size}, grouped, {"depth": 2}, {"img_size": size}, {})
+        for options in tries:
             try:
                 model = timm.create_model(name, num_classes=_CLASSES, **options)
                 break
-            except TypeError:  # not every builder takes these
+            except (TypeError, AssertionError):  # not every builder takes these
                 continue
         if "img_size" in options or embed is None:
             height, width = size
@@ -192,6 +251,10 @@ def _of_timm() -> Iterator[Architecture]:
             yield Architecture(
                 f"timm:{name}", functools.partial(whole, name), functools.partial(small, name)
             )
+
+
+def _last_block(model: Any) -> Any:
+    return model.blocks[-1] if hasattr(model, "blocks") else None
 
 
 def _of_torchvision() -> Iterator[Architecture]:
@@ -249,15 +312,14 @@ def _of_open_clip() -> Iterator[Architecture]:
             return build(name)
 
     def small(name: str) -> tuple[nn.Module, Tensor]:
-        patch = open_clip.get_model_config(name)["vision_cfg"].get("patch_size")
-        if patch is None:  # a timm tower, whose depth is its name's
-            return build(name)
+        patch = open_clip.get_model_config(name)["vision_cfg"]["patch_size"]
         return build(name, layers=2, image_size=4 * patch)
 
     for name in open_clip.list_models():
-        yield Architecture(
-            f"open_clip:{name}", functools.partial(whole, name), functools.partial(small, name)
-        )
+        if "patch_size" in open_clip.get_model_config(name)["vision_cfg"]:  # else timm's, as there
+            yield Architecture(
+                f"open_clip:{name}", functools.partial(whole, name), functools.partial(small, name)
+            )
 
 
 def _images(channels: int, height: int, width: int) -> Tensor:

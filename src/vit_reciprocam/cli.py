@@ -6,6 +6,7 @@ Results go to stdout, all else to stderr.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import json
 import time
@@ -216,6 +217,12 @@ def models(
     pattern: Annotated[
         str, typer.Argument(help="Names to look at, such as 'deit*' or 'vit_base*'.")
     ] = "*",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare each with the naive loop, random weights.")
+    ] = False,
+    destination: Annotated[
+        Path | None, typer.Option("--out", help="With --check, a file for its table.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -225,6 +232,9 @@ def models(
     out; all of them take about half a minute. The table has those that can be explained; --json has
     every name with its reason.
     """
+    if check:
+        _check_models(pattern, destination, as_json, debug)
+        return
     with _errors_in_one_line(debug):
         rows = []
         if fnmatch.fnmatch("demo", pattern):
@@ -257,6 +267,24 @@ def models(
         shown = ", ".join(fitting[:NAMES_SHOWN]) + more
         out.print(f"[bold]{verdict}[/bold], {len(fitting)}: {escape(why)}", highlight=False)
         out.print(Padding(escape(shown), (0, 0, 0, 4)), highlight=False)
+
+
+def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -> None:
+    with _errors_in_one_line(debug):
+        try:
+            from vit_reciprocam import checks
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("models --check", "torch") from error
+        found = list(checks.architectures(pattern))
+        if not found:
+            raise InputError(f"no architecture of the installed libraries fits {pattern!r}")
+        results = [checks.check(one) for one in _progress(found, "Checking")]
+        if file is not None:
+            write_atomically(file, (checks.HEAD + checks.report(results)).encode())
+        everything = [dataclasses.asdict(one) for one in results]
+        typer.echo(json.dumps(everything, indent=2) if as_json else checks.report(results))
+    if any(one.status in ("DIFFERENT", "failed") for one in results):
+        raise typer.Exit(1)
 
 
 # --- what the commands share ----------------------------------------------------------------

@@ -31,6 +31,7 @@ from vit_reciprocam.adapters.timm_blocks import (
     attention_pool_unknown,
     block_parts,
 )
+from vit_reciprocam.adapters.timm_stages import split as split_stages
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
 
@@ -49,12 +50,11 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """
     name = type(model).__name__
     _check_head(model)
-    if not isinstance(model, _PLAIN):
-        raise ModelError(
-            f"timm's {name} is not supported: it is no Vision Transformer, made of encoder "
-            "blocks with a LayerNorm before their attention"
-        )
     _refuse_bypassed_code(model)
+    if not isinstance(model, _PLAIN):
+        if block != -1 or pool:
+            raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
+        return split_stages(model)
     m: Any = model
     if pool:
         return _split_pool(m)
@@ -106,12 +106,11 @@ def _check_head(model: Any) -> None:
 def _refuse_bypassed_code(model: nn.Module) -> None:
     """The model is run by its parts, so what stands around them must be timm's own."""
     name = type(model).__name__
-    base = next(kind for kind in _PLAIN if isinstance(model, kind))
     for method in ("forward", "forward_features"):
-        if getattr(type(model), method) is not getattr(base, method):
+        if not getattr(type(model), method).__module__.startswith("timm."):
             raise ModelError(
                 f"{name} has a {method} of its own, which running its parts would bypass. Explain "
-                f"a plain {base.__name__} with the same weights"
+                "timm's own class with the same weights"
             )
     if has_hooks(model):
         raise ModelError(

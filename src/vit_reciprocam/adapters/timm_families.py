@@ -1,0 +1,314 @@
+"""timm's hierarchical and other transformers: the last attention of each, and what follows it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters.parts import same
+from vit_reciprocam.errors import ModelError
+from vit_reciprocam.split import Tap
+
+__all__ = ["FAMILIES", "REFUSED", "Arranged", "Last", "MethodInput", "laid", "unsupported"]
+
+Grid = tuple[int, int]
+_After = Callable[[Any, Grid], Any]
+
+
+@dataclass(frozen=True)
+class MethodInput(Tap):
+    """F is what this method of the block takes, because its attention takes windows of F."""
+
+    method: str = ""
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """As of `Tap`; the method is the class's own again afterwards."""
+        block = self.modules[0]
+        attend = getattr(block, self.method)
+        setattr(block, self.method, lambda tokens: attend(change(tokens, 0)))
+        try:
+            yield
+        finally:
+            delattr(block, self.method)
+
+
+@dataclass(frozen=True)
+class Arranged(Tap):
+    """The block's tokens and F are no (B, T, D) in the order of the image; these bring them there.
+
+    Attributes:
+        inward: The block's -> (B, T, D), row by row.
+        outward: Its inverse.
+    """
+
+    inward: Callable[[Tensor], Tensor] = same
+    outward: Callable[[Tensor], Tensor] = same
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """As of `Tap`, in the order of the image."""
+        with super().changed(lambda x, number: self.outward(change(self.inward(x), number))):
+            yield
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last block of a model in which tokens attend to each other, and what follows it.
+
+    Attributes:
+        block: What is called with X, and perhaps more.
+        tap: Where in it F stands.
+        after: What the block gives, and the grid -> what `model.forward_head` takes.
+        attention: How its tokens attend; refused if its class is no attention.
+        layout: Of what the block takes: "tokens" (B, T, D), "rows" (B, h, w, D) or "channels"
+            (B, D, h, w).
+        flat: Whether F is (B, T, D) though the block takes another layout; X is made so too.
+        prefix: How many tokens stand before the patches.
+        grid: (h, w) where the model fixes it.
+        batched: Whether the block takes more tensors, one an image.
+        one_window: Its side, where the block must not cut the grid in windows.
+        enter: What takes X, where that is not the block but a module in it.
+        run: X -> what the block gives, from `enter` on.
+        because: Why the closed form does not hold.
+    """
+
+    block: Any
+    tap: Tap
+    after: _After
+    attention: Any
+    layout: str = "tokens"
+    flat: bool = False
+    prefix: int = 0
+    grid: Grid | None = None
+    batched: bool = False
+    one_window: int | None = None
+    enter: Any = None
+    run: Callable[[Tensor], Tensor] | None = None
+    because: str = "the head averages all tokens"
+
+
+def unsupported(model: nn.Module, reason: str) -> ModelError:
+    """The error that names the model and the reason."""
+    return ModelError(f"timm's {type(model).__name__} is not supported: {reason}")
+
+
+def laid(x: Tensor, grid: Grid) -> Tensor:
+    """(B, T, D) -> (B, D, h, w)."""
+    laid: Tensor = x.transpose(1, 2).unflatten(2, grid)
+    return laid
+
+
+_TOKEN = "the parts of its last attention are not known"
+
+
+def _last(block: Any, after: _After, layout: str = "tokens", **more: Any) -> Last:
+    """The common case: norm1, then attn."""
+    attention = more.pop("attention", None) or getattr(block, "attn", None)
+    tap = more.pop("tap", None) or Tap((getattr(block, "norm1", None) or block,))
+    return Last(block, tap, after, attention, layout, **more)
+
+
+def _block(m: Any) -> Any:
+    return m.stages[-1].blocks[-1]
+
+
+def _at_input(m: Any, attention: Any, after: _After, layout: str = "channels") -> Last:
+    """No norm stands before the attention."""
+    return Last(_block(m), Tap((attention or m,), "input"), after, attention, layout)
+
+
+def _as_is(y: Any, _grid: Grid) -> Any:
+    return y
+
+
+def _normed(m: Any) -> _After:
+    return lambda y, _: m.norm(y)
+
+
+def _to_channels(norm: Callable[[Tensor], Tensor] = same) -> _After:
+    """(B, h, w, D) -> (B, D, h, w), then perhaps a norm."""
+    return lambda y, _: norm(y.permute(0, 3, 1, 2))
+
+
+def _class_token(m: Any, blocks: Any) -> Last:
+    if not blocks:
+        raise unsupported(m, "it has no class attention")
+    return _last(blocks[-1], _normed(m), prefix=1, because=_TOKEN)
+
+
+def _coat(m: Any) -> Last:
+    if m.parallel_blocks is not None:
+        raise unsupported(m, "its last blocks join three token grids, and its head reads all")
+    block = m.serial_blocks4[-1]
+    more = {"attention": block.factoratt_crpe, "prefix": 1, "because": _TOKEN}
+    return _last(block, lambda y, _: m.norm4(y), **more)
+
+
+def _davit(m: Any) -> Last:
+    blocks = [block for pair in m.stages[-1].blocks for block in pair]
+    spatial = [at for at, block in enumerate(blocks) if type(block).__name__ == "SpatialBlock"]
+    if not spatial:
+        raise unsupported(m, "its last stage attends between channels, not between tokens")
+    later = nn.Sequential(*blocks[spatial[-1] + 1 :], m.norm_pre)
+    return _last(blocks[spatial[-1]], lambda y, _: later(y), "channels", flat=True)
+
+
+def _encoder(m: Any) -> Last:
+    """DeepSeek's and Qwen's: an encoder, what may merge its patches, and a head."""
+    encoder, norm = m.encoder, getattr(m.encoder, "norm", same)
+    merge = getattr(encoder, "aligner", None) or getattr(encoder, "merger", None) or same
+    return _last(encoder.blocks[-1], lambda y, grid: merge(norm(y).unflatten(1, grid)))
+
+
+def _gcvit(m: Any) -> Last:
+    norm = m.stages[-1].norm
+    return _last(_block(m), lambda y, _: norm(y).permute(0, 3, 1, 2), "rows", batched=True)
+
+
+def _hiera(m: Any) -> Last:
+    """Its tokens stand in the order of mask units."""
+    block, number = m.blocks[-1], len(m.blocks) - 1
+    number -= block.do_expand  # which pools within, after the cut
+    grid = m.reroll.schedule[number][1]
+    order = m.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), number).flatten()
+    back = order.argsort()
+    tap = Arranged((block.norm1,), inward=lambda x: x[:, order], outward=lambda x: x[:, back])
+    return _last(block, _as_is, tap=tap, grid=(grid[0], grid[1]))
+
+
+def _maxxvit(m: Any) -> Last:
+    block = _block(m)
+    if type(block).__name__ == "TransformerBlock2d":
+        norm = getattr(block.norm1, "norm", block.norm1)  # may be pooled after it
+        return _last(block, _normed(m), "channels", tap=Tap((norm,)))
+    part = getattr(block, "attn_grid", None) or getattr(block, "attn", block)
+    if getattr(block, "nchw_attn", False):
+        return _last(part, _normed(m), "channels", attention=part)
+    return _last(part, _to_channels(m.norm), "rows", attention=part)
+
+
+def _metaformer(m: Any) -> Last:
+    block = _block(m)
+    if m.stages[-1].use_nchw:
+        return _last(block, _as_is, "channels", attention=block.token_mixer)
+    return _last(block, laid, attention=block.token_mixer)
+
+
+def _mvit(m: Any) -> Last:
+    prefix = int(m.cls_token is not None)
+    because = _TOKEN if m.global_pool == "token" else Last.because
+    return _last(_block(m), lambda y, _: m.norm(y[0]), prefix=prefix, because=because)
+
+
+def _nest(m: Any) -> Last:
+    """Its last level is one block: (B, 1, T, D)."""
+    block = m.levels[-1].transformer_encoder[-1]
+    tap = Arranged((block.norm1,), inward=lambda x: x[:, 0], outward=lambda x: x[:, None])
+    return _last(block, lambda y, _: m.norm(y).permute(0, 3, 1, 2), tap=tap)
+
+
+def _pit(m: Any) -> Last:
+    prefix = m.cls_token.shape[1]
+    block, more = m.transformers[-1].blocks[-1], {"prefix": prefix, "because": _TOKEN}
+    return _last(block, lambda y, _: m.norm(y[:, :prefix]), **more)
+
+
+def _pvt(m: Any) -> Last:
+    norm = m.stages[-1].norm
+    return _last(_block(m), lambda y, grid: laid(norm(y), grid))
+
+
+def _swin_v2(block: Any, method: str, after: _After) -> Last:
+    """Its norms follow attention and MLP: what the attention reads is the stream itself."""
+    return _last(block, after, "rows", tap=MethodInput((block,), method=method))
+
+
+def _tiny_vit(m: Any) -> Last:
+    """Its norm stands within the attention, after the windows are cut."""
+    block = _block(m)
+    tap, side = Tap((block.attn.norm,)), block.window_size
+    return _last(block, _to_channels(), "rows", flat=True, one_window=side, tap=tap)
+
+
+def _tnt(m: Any) -> Last:
+    """X enters after the inner pixels were added to the patches."""
+    block = m.blocks[-1]
+    norm, attention = block.norm_out, block.attn_out
+
+    def run(x: Tensor) -> Tensor:
+        x = x + block.drop_path(attention(norm(x)))
+        y: Tensor = x + block.drop_path(block.mlp(block.norm_mlp(x)))
+        return y
+
+    tap, more = Tap((norm,)), {"attention": attention, "prefix": 1, "because": _TOKEN}
+    return _last(block, _normed(m), tap=tap, enter=norm, run=run, **more)
+
+
+def _twins(m: Any) -> Last:
+    blocks, position = m.blocks[-1], m.pos_block[-1]
+    if len(blocks) > 1:  # else it follows the last block too
+        return _last(blocks[-1], _normed(m))
+    return _last(blocks[-1], lambda y, grid: m.norm(position(y, grid)))
+
+
+FAMILIES: dict[str, Callable[[Any], Last]] = {
+    "CSATv2": lambda m: _last(m.stages[-1][-1], _as_is, "channels", flat=True),
+    "CoaT": _coat,
+    "ConVit": lambda m: _class_token(m, m.blocks),
+    "DaVit": _davit,
+    "DeepseekVitClassifier": _encoder,
+    "EfficientFormer": lambda m: _last(_block(m), _normed(m), attention=_block(m).token_mixer),
+    "EfficientFormerV2": lambda m: _at_input(m, _block(m).token_mixer, _normed(m)),
+    "EfficientVit": lambda m: _at_input(m, _block(m).context_module.main, _as_is),
+    "EfficientVitLarge": lambda m: _at_input(m, _block(m).context_module.main, _as_is),
+    "EfficientVitMsra": lambda m: _at_input(m, _block(m).mixer.m, _as_is),
+    "FastVit": lambda m: _last(
+        _block(m),
+        lambda y, _: m.final_conv(y),
+        "channels",
+        tap=Tap((getattr(_block(m), "norm", m),)),
+        attention=_block(m).token_mixer,
+    ),
+    "GlobalContextVit": _gcvit,
+    "Hiera": _hiera,
+    "HieraDet": lambda m: _last(m.blocks[-1], _as_is, "rows"),
+    "Levit": lambda m: _at_input(m, _block(m).attn, _as_is, "channels" if m.use_conv else "tokens"),
+    "MaxxVit": _maxxvit,
+    "MetaFormer": _metaformer,
+    "MultiScaleVit": _mvit,
+    "Nest": _nest,
+    "NextViT": lambda m: _last(
+        _block(m), _normed(m), "channels", attention=getattr(_block(m), "e_mhsa", None)
+    ),
+    "PoolingVisionTransformer": _pit,
+    "PyramidVisionTransformerV2": _pvt,
+    "Qwen3VitClassifier": _encoder,
+    "SwinTransformer": lambda m: _last(m.layers[-1].blocks[-1], _normed(m), "rows"),
+    "SwinTransformerV2": lambda m: _swin_v2(m.layers[-1].blocks[-1], "_attn", _normed(m)),
+    "SwinTransformerV2Cr": lambda m: _swin_v2(_block(m), "_shifted_window_attn", _to_channels()),
+    "TNT": _tnt,
+    "TinyVit": _tiny_vit,
+    "Twins": _twins,
+    "VOLO": lambda m: _class_token(m, m.post_network),
+    "VisionTransformerSAM": lambda m: _last(m.blocks[-1], _to_channels(m.neck), "rows"),
+    "Visformer": lambda m: _last(m.stage3[-1], _normed(m), "channels"),
+    "Xcit": lambda m: _class_token(m, m.cls_attn_blocks),
+}
+
+REFUSED = {
+    "ByobNet": "its blocks have convolutions, or attend over four interleaved grids (MobileViT)",
+    "CrossVit": "it has two token grids, of small and of large patches, and its head reads both",
+    "EdgeNeXt": "its attention is between channels, not between tokens",
+    "Gemma4VitClassifier": "its pooler reads where patches lie, which is not passed on here",
+    "SHViT": "its attention follows a norm over all tokens together and reads part of their width",
+    "SwiftFormer": "its attention weighs tokens by one sum and compares no two of them",
+} | dict.fromkeys(
+    ("ConvNeXt", "EfficientNet", "FocalNet", "MambaOut", "MlpMixer", "ResNet", "Sequencer2d"),
+    "it has no attention, so its last block is no cut of this method's kind",
+)

@@ -1,0 +1,136 @@
+"""timm's hierarchical and other transformers -> Split.
+
+All take the direct path. The model is run up to its last block in which tokens attend to each
+other; what follows it in the model's own forward pass is repeated, one line a family.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters.parts import call_of, infer_grid, repeated
+from vit_reciprocam.adapters.timm_families import (
+    FAMILIES,
+    REFUSED,
+    Arranged,
+    Last,
+    MethodInput,
+    laid,
+    unsupported,
+)
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.split import Cut, Split
+
+__all__ = ["split"]
+
+
+def split(model: nn.Module) -> Split:
+    """Cut a timm model at the last of its blocks in which tokens attend to each other.
+
+    The cut is the block's first norm, or the attention's input where no norm precedes it
+    (EfficientFormerV2, EfficientViT, LeViT, Swin V2). A DaViT's last block attends between
+    channels, so the one before it is cut. Attention within windows (DaViT, GCViT, MaxViT, Swin)
+    covers the whole last grid at the image size that most models were trained for; where several
+    windows do, a kept patch changes the tokens of its own window only.
+
+    Raises:
+        ModelError: If the model is not supported, with the reason.
+    """
+    bases = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("timm.")]
+    family = next((FAMILIES[base] for base in bases if base in FAMILIES), None)
+    if family is None:
+        reasons = [REFUSED[base] for base in bases if base in REFUSED]
+        raise unsupported(
+            model, reasons[0] if reasons else "no attention between patch tokens is known in it"
+        )
+    last = family(model)
+    kind = type(last.attention).__name__
+    if not any(word in kind.lower() for word in ("att", "mla", "mhsa", "gpsa")):
+        raise unsupported(
+            model, f"its last block, {type(last.block).__name__}, has no attention between tokens"
+        )
+    return Split(
+        cut=functools.partial(_cut, model, last),
+        prefix_tokens=last.prefix,
+        block=last.block,
+        tap=last.tap,
+        direct_because=last.because,
+    )
+
+
+def _cut(model: Any, last: Last, images: Tensor) -> Cut:
+    height, width = images.shape[2:]
+    enter = last.enter or last.block
+    try:
+        args, options = call_of(model, enter, images)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"this model cannot take images of {height}x{width} pixels: {error}"
+        ) from error
+    grid = _grid(last, args, options, (height, width))
+    if last.one_window and grid != (last.one_window, last.one_window):
+        raise InputError(
+            f"the last grid of these images is {grid[0]}x{grid[1]}, but this model's attention "
+            f"covers {last.one_window}x{last.one_window}: resize the images"
+        )
+    tap = last.tap
+
+    def inward(x: Tensor) -> Tensor:
+        if isinstance(tap, Arranged):
+            return tap.inward(x)
+        if not last.flat:
+            return x
+        return x.flatten(1, 2) if last.layout == "rows" else x.flatten(2).transpose(1, 2)
+
+    def call(x: Tensor) -> tuple[Any, ...]:
+        """The block's arguments with x as its tokens."""
+        more = repeated(args[1:], len(images), len(x) // len(images)) if last.batched else args[1:]
+        if isinstance(tap, Arranged):
+            x = tap.outward(x)
+        elif last.flat:
+            x = x.unflatten(1, grid) if last.layout == "rows" else laid(x, grid)
+        return (x, *more)
+
+    def norm(x: Tensor) -> Tensor:
+        if isinstance(tap, MethodInput):
+            return x
+        module = tap.modules[0]
+        tokens: Tensor = x
+        if enter is not module:  # some blocks do more before their norm
+            tokens = call_of(enter, module, *call(x), **options)[0][0]
+        if tap.side == "output":
+            tokens = module(tokens)
+        return tap.inward(tokens) if isinstance(tap, Arranged) else tokens
+
+    def rest(normed: Tensor, x: Tensor) -> Tensor:
+        with tap.replaced(normed):
+            y = last.run(x) if last.run else enter(*call(x), **options)
+        logits: Tensor = model.forward_head(last.after(y, grid))
+        return logits
+
+    return Cut(
+        grid=grid,
+        x=inward(args[0]),
+        norm=norm,
+        rest=rest,
+        channels_first=last.layout == "channels" and not last.flat,
+    )
+
+
+def _grid(last: Last, args: Any, options: Any, size: tuple[int, int]) -> tuple[int, int]:
+    if last.grid is not None:
+        return last.grid
+    x = args[0]
+    if last.layout != "tokens":
+        rows, columns = x.shape[1:3] if last.layout == "rows" else x.shape[2:]
+        return int(rows), int(columns)
+    for value in (*args[1:], *options.values()):  # some blocks are told
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return int(value[0]), int(value[1])
+    return infer_grid(x.shape[-2] - last.prefix, *size)
