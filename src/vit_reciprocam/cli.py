@@ -140,7 +140,8 @@ def explain_command(
         summary = destination / "explanations.json"
         if summary.exists() and not is_ours(summary):
             raise InputError(f"{summary} is not ours to replace: choose another --out")
-        if ":" in model and weights is None:
+        name = model.partition(":")[2]
+        if name and weights is None and not Path(name).is_dir():
             err.print(
                 f"fetching {model}, or taking it from the cache (--weights FILE needs no network)",
                 highlight=False,

@@ -43,8 +43,9 @@ _NOT_FINITE = (
 class ReciproCAM:
     """Explains the predictions of a Vision Transformer; the model is left as it is.
 
-    The model runs by its parts: hooks on the modules inside run as ever, while hooks on the whole
-    model or on its last block would be bypassed, so a model with such hooks is refused.
+    The model runs by its parts, and hooks on the modules inside run as ever. With hooks on the last
+    block the direct path runs, since the closed form would bypass them; a model with hooks on the
+    whole is refused.
 
     Example:
         >>> import timm, torch
@@ -126,8 +127,8 @@ class ReciproCAM:
         Args:
             images: Preprocessed, on the model's device and of its dtype.
             targets: None = each image's top-1 | int for all | "all" | (B,) one an image | (B, K);
-                (1, K) broadcasts | a function of the unmasked logits (B, C) that gives one of
-                these.
+                (1, K) broadcasts | a function of the unmasked logits, a NumPy array (B, C), that
+                gives one of these.
 
         Returns:
             Maps, scores and the unmasked prediction, as NumPy arrays.
