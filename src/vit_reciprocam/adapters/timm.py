@@ -58,7 +58,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     m: Any = model
     if pool:
         return _split_pool(m)
-    blocks = m.blocks_token_only if isinstance(model, Cait) else m.blocks
+    blocks = list(m.blocks_token_only if isinstance(model, Cait) else m.blocks)
     last = blocks[block_index(block, len(blocks)) :]
     parts = block_parts(last[0])
     tokens = _readout_tokens(m)
@@ -127,10 +127,10 @@ def _readout_tokens(model: Any) -> int | None:
 
 
 def _cut(
-    model: Any, blocks: nn.ModuleList, parts: BlockParts, tokens: int | None, images: Tensor
+    model: Any, blocks: list[nn.Module], parts: BlockParts, tokens: int | None, images: Tensor
 ) -> Cut:
     grid = _grid(model, tuple(images.shape))
-    calls = calls_of(model, list(blocks), images)
+    calls = calls_of(model, blocks, images)
     args, options = calls[0]
     apart = isinstance(model, Cait)  # its class attention takes patches and class token apart
     x = torch.cat([args[1], args[0]], dim=1) if apart else args[0]
