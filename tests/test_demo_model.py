@@ -171,6 +171,14 @@ def test_export_of_other_settings(tmp_path, torch_model, demo, masking):
     np.testing.assert_allclose(explainer(images, "all").scores, expected.scores, rtol=0, atol=1e-5)
 
 
+def test_export_refuses_a_pooling_that_is_not_there(tmp_path, torch_model, demo):
+    settings = {"class_names": list(CLASSES), "preprocess": demo.preprocess, "name": "m"}
+    with pytest.raises(InputError, match="reads its class token"):
+        export_explainer(
+            torch_model, tmp_path / "m.onnx", masking=Masking(layer="pool"), **settings
+        )
+
+
 def test_export_refuses_what_has_no_closed_form(tmp_path, demo):
     model = VisionTransformer(img_size=112, patch_size=56, embed_dim=12, depth=1, num_heads=1)
     model.global_pool = "avg"

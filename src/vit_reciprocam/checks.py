@@ -49,8 +49,8 @@ MetaCLIP 2's image towers with prompts; DINOv2, BEiT, Data2Vec, CLIP, SigLIP, I-
 and PVT v2 classifiers the direct path. timm's hierarchical transformers (Swin, PVT v2, Twins, MViT
 v2, Hiera, GC ViT, DaViT, PiT, XCiT, VOLO, TNT, MaxViT, CoAtNet, LeViT, EfficientFormer, FastViT and
 others) take the direct path too. `tests/test_transformers.py` and `tests/test_timm_stages.py`
-compare all these with naive loops, small and in float64. `vit-reciprocam models 'PATTERN'` says of
-any timm name by which path, or why not.
+compare these with naive loops, small and in float64, all but EfficientViT-L.
+`vit-reciprocam models 'PATTERN'` says of any timm name by which path, or why not.
 
 """
 _CLASSES = 8

@@ -10,7 +10,7 @@ from vit_reciprocam.adapters.parts import same
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.split import Cut, Split, Tap
 
-__all__ = ["split"]
+__all__ = ["logits_of", "split"]
 
 
 def split(

@@ -107,6 +107,11 @@ def _refuse_bypassed_code(model: nn.Module) -> None:
     """The model is run by its parts, so what stands around them must be timm's own."""
     name = type(model).__name__
     for method in ("forward", "forward_features"):
+        if not hasattr(model, method):
+            raise ModelError(
+                f"timm's {name} is no classifier but gives features: create the model without "
+                "features_only"
+            )
         if not getattr(type(model), method).__module__.startswith("timm."):
             raise ModelError(
                 f"{name} has a {method} of its own, which running its parts would bypass. Explain "

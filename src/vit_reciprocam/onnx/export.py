@@ -34,7 +34,7 @@ class _Explained(nn.Module):
         self.masking = masking
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        split = split_model(self.model)
+        split = split_model(self.model, pool=self.masking.layer == "pool")
         cut = split.cut(images)
         count = 1 + cut.grid[0] * cut.grid[1]
         rows = closed_form_rows(cut, split.prefix_tokens, self.masking)(0, count)
@@ -68,12 +68,13 @@ def export_explainer(
 
     Raises:
         ClosedFormError: If the closed form does not hold for the model.
+        InputError: If the masking is before a pooling that the model does not have.
     """
     check_mode(model)
-    reason = split_model(model).direct_because
+    masking = masking or Masking()
+    reason = split_model(model, pool=masking.layer == "pool").direct_because
     if reason:
         raise ClosedFormError(f"only closed-form models can be exported: {reason}")
-    masking = masking or Masking()
     metadata = Metadata(
         name=name,
         class_names=tuple(class_names),
