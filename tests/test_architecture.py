@@ -40,6 +40,9 @@ ROWS = [
     },
     {"reciprocam", "onnx.export"},
     {"checks", "classifier"},
+    {"cli.parts"},
+    {"cli.explain", "cli.models"},
+    {"cli.demo"},
     {"cli"},
     {"__main__"},
 ]

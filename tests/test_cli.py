@@ -172,7 +172,7 @@ def test_before_fetching_it_says_so(scenes, monkeypatch):
     def offline(*_, **__):
         raise vit_reciprocam.errors.DownloadError("no network")
 
-    monkeypatch.setattr("vit_reciprocam.cli.load", offline)
+    monkeypatch.setattr("vit_reciprocam.cli.explain.load", offline)
     result = run("explain", scenes / "0.png", "--model", "timm:test_vit")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
@@ -208,7 +208,7 @@ def test_a_second_run_does_not_explain_the_first_ones_pictures(scenes):
 
 
 def test_unexpected_errors_are_one_line_too(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_reciprocam.cli.load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("vit_reciprocam.cli.explain.load", lambda *_, **__: 1 / 0)
     result = explain_demo(scenes, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == "error: division by zero (unexpected: --debug shows where)\n"
@@ -269,9 +269,9 @@ def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     names = ["a" * 60, "b", "c", "d", "e", "f"]
     why = {"a" * 60: ("closed-form", ""), "b": ("direct", "it pools")}
-    monkeypatch.setattr("vit_reciprocam.cli.timm_names", lambda pattern: names)
+    monkeypatch.setattr("vit_reciprocam.cli.models.timm_names", lambda pattern: names)
     monkeypatch.setattr(
-        "vit_reciprocam.cli.describe_timm", lambda name: why.get(name, ("-", "it is none"))
+        "vit_reciprocam.cli.models.describe_timm", lambda name: why.get(name, ("-", "it is none"))
     )
     printed = run("models", "x*").stdout
     assert printed.count("a") >= 60
@@ -289,7 +289,7 @@ def test_models_without_a_wildcard_or_without_torch(monkeypatch):
     def missing(pattern):
         raise vit_reciprocam.errors.MissingDependencyError("listing", "torch")
 
-    monkeypatch.setattr("vit_reciprocam.cli.timm_names", missing)
+    monkeypatch.setattr("vit_reciprocam.cli.models.timm_names", missing)
     assert run("models", "deit*").exit_code == 2
     listing = run("models")
     assert listing.exit_code == 0

@@ -1,0 +1,43 @@
+"""The command line: `vit-reciprocam explain | demo | models`.
+
+One module a command; results go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from vit_reciprocam.cli.demo import demo_command
+from vit_reciprocam.cli.explain import explain_command
+from vit_reciprocam.cli.models import models_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vit-reciprocam",
+    help="See what a Vision Transformer looks at, for the price of one forward pass.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut long defaults
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("explain")(explain_command)
+app.command("demo")(demo_command)
+app.command("models")(models_command)
+
+
+def main() -> None:
+    """Entry point of the `vit-reciprocam` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"vit-reciprocam {version('vit-reciprocam')}")
+        raise typer.Exit

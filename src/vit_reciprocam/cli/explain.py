@@ -1,0 +1,188 @@
+"""`vit-reciprocam explain`: what a model predicts for pictures, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import PIL.Image
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from vit_reciprocam.classifier import SPECS, explain, load, parse_targets
+from vit_reciprocam.cli.parts import (
+    DEFAULT_MODEL,
+    DEFAULT_OUT,
+    AsJson,
+    Debug,
+    Out,
+    UseColormap,
+    err,
+    errors_in_one_line,
+    out,
+    progress,
+)
+from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
+from vit_reciprocam.explanation import MOST_DRAWN, Explanation
+from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
+from vit_reciprocam.images import find_images
+from vit_reciprocam.masks import KERNELS, LAYERS, Masking
+from vit_reciprocam.render import COLORMAPS
+
+
+def explain_command(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
+    ],
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(SPECS)}.")] = DEFAULT_MODEL,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Local .safetensors or .pth file instead of the published weights."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help="top1 (the default), top3 …, a class's index or name, or all; may be given again.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."),
+    ] = None,
+    kernel: Annotated[str, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = "gaussian",
+    class_token: Annotated[bool, typer.Option(help="Keep the class token under the masks.")] = True,
+    layer: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = "norm1",
+    destination: Out = DEFAULT_OUT,
+    colormap: UseColormap = "viridis",
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the map on the picture.")] = 0.55,
+    device: Annotated[str, typer.Option(help="Of a PyTorch model: cpu, cuda, mps …")] = "cpu",
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse pictures with more pixels; default: Pillow's limit."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Explain what a model predicts for pictures.
+
+    Writes a folder for each picture: overlays, maps and a manifest, and one explanations.json.
+    They show the region that the model saw, mostly the centre crop. Bright yellow is strong, dark
+    purple weak, and each map is scaled for itself.
+
+    Exit code 0: all done; 1: some pictures failed, they are listed and the others done; 2: nothing
+    could be done.
+    """
+    with errors_in_one_line(debug):
+        if max_pixels is not None:
+            PIL.Image.MAX_IMAGE_PIXELS = max_pixels
+        check_choice("colormap", colormap, COLORMAPS)
+        settings: dict[str, Any] = {"kernel": kernel, "class_token": class_token, "layer": layer}
+        Masking(**settings)
+        paths = find_images(images)
+        check_folder(destination)
+        summary = destination / "explanations.json"
+        if summary.exists() and not is_ours(summary):
+            raise InputError(f"{summary} is not ours to replace: choose another --out")
+        name = model.partition(":")[2]
+        if name and weights is None and not Path(name).is_dir():
+            err.print(
+                f"fetching {model}, or taking it from the cache (--weights FILE needs no network)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        classifier = load(model, weights=weights, prompts=prompt, device=device)
+        classifier.make_explainer(**settings)
+        targets = target or ["top1"]
+        parse_targets(classifier, targets=targets)
+    failures: list[dict[str, str]] = []
+    records: list[dict[str, Any]] = []
+    for path, folder in progress(_folders(paths, destination), "Explaining"):
+        try:
+            explanation = explain(path, classifier, targets=targets, **settings)
+            explanation.save(folder, colormap=colormap, opacity=opacity)
+        except (ReciproCAMError, OSError) as error:
+            if debug:
+                err.print_exception()
+            failures.append({"source": str(path), "error": str(error)})
+            continue
+        records.append(record(explanation, folder))
+    report = report_of(model, settings, records, failures)
+    if records:
+        with errors_in_one_line(debug):
+            write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
+    print_report(report, as_json)
+    for failure in failures:
+        err.print(f"[red]failed:[/red] {escape(failure['error'])}", highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1 if records else 2)
+
+
+def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
+    """Each picture with its folder, named after it; a second one of that name gets a number."""
+    taken: set[str] = set()
+    folders = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name.casefold() in taken:
+            name, number = f"{path.stem}-{number}", number + 1
+        taken.add(name.casefold())
+        folders.append((path, destination / name))
+    return folders
+
+
+def record(explanation: Explanation, folder: Path) -> dict[str, Any]:
+    """What is printed and written of one picture."""
+    return explanation.record() | {"path": explanation.path, "folder": str(folder)}
+
+
+def report_of(
+    model: str,
+    settings: dict[str, Any],
+    records: list[dict[str, Any]],
+    failures: list[dict[str, str]],
+) -> dict[str, Any]:
+    """What is printed and written of a run."""
+    return {
+        "generator": GENERATOR,
+        "model": model,
+        "settings": settings,
+        "images": records,
+        "failures": failures,
+    }
+
+
+def print_report(report: dict[str, Any], as_json: bool) -> None:
+    """As a table, or as one JSON document."""
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    if not report["images"]:
+        return
+    headings = ("picture", "explained class", "probability", "folder")
+    table = Table(*(Column(heading, overflow="fold") for heading in headings))
+    for record in report["images"]:
+        targets = record["targets"]
+        if len(targets) > MOST_DRAWN:
+            targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
+        rows = [
+            (
+                target["name"] + (" (no preference)" if target["degenerate"] else ""),
+                f"{target['probability']:.1%}",
+            )
+            for target in targets
+        ]
+        if hidden := len(record["targets"]) - len(targets):
+            rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
+        predicted = record["prediction"]
+        if predicted["index"] not in [target["index"] for target in record["targets"]]:
+            rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}"))
+        for number, row in enumerate(rows):
+            picture, folder = Path(record["source"]).name, record["folder"]
+            edges = ("", "") if number else (escape(picture), escape(folder))
+            table.add_row(edges[0], *map(escape, row), edges[1])
+    out.print(table)
