@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from timm.data import create_transform
 
@@ -214,6 +215,16 @@ def test_equals_timms_transform_to_the_bit(image_size, size, crop_pct, resize, m
     assert torch.equal(torch.from_numpy(ours), theirs)
 
 
+@pytest.mark.parametrize("image_size", [(303, 240), (225, 229), (640, 427), (301, 224)])
+def test_half_a_pixel_is_rounded_as_transformers_does(image_size):
+    image = photo(*image_size)
+    theirs = transformers.CLIPImageProcessorPil()
+    ours = Preprocess(
+        (224, 224), "shortest", 1.0, "bicubic", theirs.image_mean, theirs.image_std, half="down"
+    )
+    assert np.array_equal(ours(image), theirs(images=image)["pixel_values"][0])
+
+
 def test_region_is_what_the_view_shows():
     image = photo(300, 200)
     for resize in ("shortest", "squash"):
@@ -235,6 +246,8 @@ def test_preprocess_refuses_unknown_choices():
         Preprocess((8, 8), resize="pad")
     with pytest.raises(InputError, match="interpolation must be one of"):
         Preprocess((8, 8), interpolation="area")
+    with pytest.raises(InputError, match="half must be one of 'even', 'down'"):
+        Preprocess((8, 8), half="up")
 
 
 def test_extreme_aspect_is_refused_before_it_eats_the_memory():

@@ -167,6 +167,8 @@ class Preprocess:
         interpolation: nearest, bilinear, bicubic or lanczos.
         mean: A channel's mean, of values in [0, 1].
         std: A channel's standard deviation.
+        half: Where the margin around the crop is odd, its left and top half is rounded "even", as
+            timm and torchvision do, or "down", as transformers does.
     """
 
     size: tuple[int, int]
@@ -175,6 +177,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    half: str = "even"
 
     def __post_init__(self) -> None:
         """Check the choices.
@@ -184,6 +187,7 @@ class Preprocess:
         """
         check_choice("resize", self.resize, ("shortest", "squash"))
         check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
+        check_choice("half", self.half, ("even", "down"))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """The model's input of an RGB picture: float32 (3, height, width)."""
@@ -243,5 +247,6 @@ class Preprocess:
         return width, height
 
     def _corner(self, width: int, height: int) -> tuple[int, int]:
-        """Top and left of the centre crop, as torchvision rounds them."""
-        return round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
+        """Top and left of the centre crop."""
+        rounded = round if self.half == "even" else math.floor
+        return rounded((height - self.size[0]) / 2), rounded((width - self.size[1]) / 2)

@@ -143,8 +143,7 @@ def _class_names(config: Any) -> tuple[str, ...] | None:
 def _preprocess(name: str, processor: Any) -> Preprocess:
     """A processor's steps as a `Preprocess`.
 
-    Two things differ by less than the eye sees: processors that resize with torchvision round
-    otherwise, and where the crop cannot be centred the processor's may lie one pixel to the side.
+    Processors that resize with torchvision round otherwise, by less than the eye sees.
 
     Raises:
         ModelError: If it does something else.
@@ -175,6 +174,7 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
         interpolation=interpolation,
         mean=tuple(processor.image_mean) if normalise else (0.0, 0.0, 0.0),
         std=tuple(processor.image_std) if normalise else (1.0, 1.0, 1.0),
+        half="down",
     )
     if not _agree(processor, preprocess):
         raise _unsupported(name, processor, "does more than resize, crop and normalise")
