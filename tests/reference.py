@@ -31,26 +31,32 @@ def cut_of(model):
 
 
 @torch.no_grad()
-def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cut_of):
+def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cut_of, prefix=None):
     """Logits (B, C, h, w) under each mask, and (B, C) unmasked.
 
     `find_cut` gives of a model the block, the modules in it whose output is F, or whose input.
+    `prefix` is how many tokens stand before the patches; timm's models tell.
     """
     model = copy.deepcopy(model).double().eval()
     images = images.double()
+    prefix = model.num_prefix_tokens if prefix is None else prefix
     block, modules, side = find_cut(model)
-    plain = model(images)
+    plain = logits_of(model(images))
     result = torch.empty(*plain.shape, *grid, dtype=torch.float64)
     for row in range(grid[0]):
         for column in range(grid[1]):
-            mask = naive_mask(grid, row, column, kernel, model.num_prefix_tokens, class_token)
-            mask = torch.tensor(mask, dtype=torch.float64)[None, :, None]
+            mask = naive_mask(grid, row, column, kernel, prefix, class_token)
+            mask = torch.tensor(mask, dtype=torch.float64)
 
-            def after(_module, _args, output, mask=mask):
-                return output * mask
+            def masked(tokens, mask=mask):
+                shape = (-1, 1) if tokens.ndim == 3 else (*grid, 1)  # or (B, h, w, D)
+                return tokens * mask.view(shape)
 
-            def before(_module, args, mask=mask):
-                return (args[0] * mask, *args[1:])
+            def after(_module, _args, output, masked=masked):
+                return masked(output)
+
+            def before(_module, args, masked=masked):
+                return (masked(args[0]), *args[1:])
 
             if layer == "block":
                 hooks = [block.register_forward_pre_hook(before)]
@@ -58,7 +64,12 @@ def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cu
                 hooks = [module.register_forward_hook(after) for module in modules]
             else:
                 hooks = [module.register_forward_pre_hook(before) for module in modules]
-            result[:, :, row, column] = model(images)
+            result[:, :, row, column] = logits_of(model(images))
             for hook in hooks:
                 hook.remove()
     return result, plain
+
+
+def logits_of(output):
+    """transformers' models give them inside an object."""
+    return getattr(output, "logits", output)

@@ -1,12 +1,18 @@
 """The check of architectures, and whether docs/models.md says what the code does."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from vit_reciprocam import checks
+from vit_reciprocam import catalogue, checks
+from vit_reciprocam.adapters.transformers_families import FAMILIES
+from vit_reciprocam.classifier import timm_names
 from vit_reciprocam.cli import app
+from vit_reciprocam.errors import ModelError
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 SAMPLE = [
@@ -27,28 +33,75 @@ SAMPLE = [
     "timm:vit_relpos_base_patch16_cls_224",
     "timm:vit_small_patch16_18x2_224",
     "timm:vit_small_r26_s32_224",
+    # others: each layout of tokens and each kind of tap
+    "timm:crossvit_9_240",
+    "timm:efficientvit_m0",
+    "timm:gcvit_xxtiny",
+    "timm:hiera_tiny_224",
+    "timm:levit_128s",
+    "timm:pit_ti_distilled_224",
+    "timm:swinv2_cr_tiny_224",
+    "timm:test_coatnet",
+    "timm:tiny_vit_5m_224",
+    "timm:volo_d4_448",
+    "hf:BeitForImageClassification(use_mean_pooling=False)",
+    "hf:DeiTForImageClassificationWithTeacher",
+    "hf:Dinov2ForImageClassification",
+    "hf:PvtForImageClassification",
+    "hf:SiglipModel",
+    "hf:Siglip2ForImageClassification",
+    "hf:Swinv2ForImageClassification",
+    "open_clip:MobileCLIP-B",
     "open_clip:RN50",
     "open_clip:ViT-B-32",
+    "torchvision:maxvit_t",
     "torchvision:vit_b_32",
 ]
 
 
 def documented():
-    """Spec -> path, cost and status of the second table."""
+    """Spec -> path, cost, what was compared and status, of the table of names."""
     cells = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines()]
     return {row[0].strip("`"): row[1:] for row in cells if row[0].startswith("`")}
+
+
+def one(spec):
+    (architecture,) = [found for found in catalogue.architectures(spec) if found.spec == spec]
+    return architecture
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries' own builders
 @pytest.mark.parametrize("spec", SAMPLE)
 def test_the_table_says_what_the_code_does(spec):
-    (architecture,) = checks.architectures(spec)
-    one = checks.check(architecture)
-    path, cost, status = documented()[spec]
-    assert (one.path, one.status) == (path, status), one.reason
-    assert one.status in ("equal", "refused")
-    if one.cost is not None:
-        assert one.cost == pytest.approx(float(cost), abs=0.02)
+    found = checks.check(one(spec))
+    path, cost, compared, status = documented()[spec]
+    assert (found.path, found.compared) == (path, compared), found.reason
+    said, _, reason = status.removesuffix(", with a head").partition(": ")
+    assert (found.status, found.status == "refused" and found.reason) == (said, reason or False)
+    assert found.status in ("equal", "refused")
+    if found.cost is not None:
+        assert found.cost == pytest.approx(float(cost), abs=0.02)
+
+
+def test_the_table_has_every_name():
+    libraries = ("timm", "torchvision", "open_clip_torch", "transformers")
+    text = " ".join(TABLE.read_text().split())
+    for library in libraries:
+        if f"{library} {version(library)}," not in text:
+            pytest.skip(f"the table was made with another {library} than {version(library)}")
+    everything = list(catalogue.architectures())
+    names = documented()
+    assert {one.spec for one in everything if one.listed} <= set(names)
+    assert set(names) <= {one.spec for one in everything}
+    failed = [name for name, row in names.items() if not row[-1].startswith(("equal", "refused:"))]
+    assert not failed
+
+
+def test_every_family_of_transformers_is_in_the_catalogue():
+    specs = {one.spec for one in catalogue.architectures("hf:*")}
+    assert {f"hf:{family}" for family in FAMILIES} <= specs
+    for family in FAMILIES:
+        one(f"hf:{family}").small()
 
 
 def test_a_wrong_map_is_found(monkeypatch):
@@ -58,22 +111,92 @@ def test_a_wrong_map_is_found(monkeypatch):
     assert result.exit_code == 1
 
 
+def test_masks_that_make_no_difference_prove_nothing(monkeypatch):
+    @torch.no_grad()
+    def zeroed(model):
+        for parameter in model.parameters():
+            parameter.zero_()
+        return model.eval()
+
+    monkeypatch.setattr(checks, "_shaken", zeroed)
+    assert checks.check(one("timm:test_vit")).status == "DIFFERENT"
+
+
+def test_what_float32_cannot_tell_float64_can(monkeypatch):
+    monkeypatch.setattr(checks, "_TOLERANCE", 1e-9)
+    found = checks.check(one("timm:test_vit"))
+    assert (found.status, found.compared) == ("equal", "cut, 12 masks")
+
+
 def test_one_that_cannot_be_built_does_not_end_the_check(monkeypatch, tmp_path):
     def fail():
         raise RuntimeError("no such thing")
 
-    broken = checks.Architecture("timm:broken", fail, fail)
-    monkeypatch.setattr(checks, "architectures", lambda _pattern: [broken])
+    broken = catalogue.Architecture("timm:broken", fail, fail)
+    monkeypatch.setattr(catalogue, "architectures", lambda _pattern: [broken])
     table = tmp_path / "models.md"
     result = CliRunner().invoke(app, ["models", "--check", "--out", str(table)])
     assert result.exit_code == 1
-    assert "| `timm:broken` | - |  | failed |" in table.read_text()
+    assert "| `timm:broken` | - |  |  | failed |" in table.read_text()
+    assert f"timm {version('timm')}" in table.read_text()
+
+
+def test_a_small_model_of_another_kind_is_no_proof():
+    whole, other = one("timm:test_vit").whole, one("timm:test_vit2").small
+    found = checks.check(catalogue.Architecture("timm:mixed", whole, other))
+    assert found.status == "failed"
+    assert "another kind" in found.reason
+
+
+def test_what_is_refused_before_it_is_built():
+    def refuse():
+        raise ModelError("timm's Odd is not supported: it is odd. Supported are all others")
+
+    found = checks.check(catalogue.Architecture("timm:odd", refuse, refuse, listed=False))
+    assert (found.status, found.path, found.reason) == ("refused", "-", "it is odd")
+    report = checks.report([found])
+    assert "| timm | others | 1 | it is odd |" in report
+    assert "`timm:odd`" not in report
 
 
 def test_a_pattern_that_fits_nothing():
-    result = CliRunner().invoke(app, ["models", "--check", "resnet*"])
-    assert result.exit_code == 2
-    assert "no architecture" in result.output
+    for options in (["--check"], []):
+        result = CliRunner().invoke(app, ["models", "torchvision:nothing*", *options])
+        assert result.exit_code == 2
+        assert "fits 'torchvision:nothing*'" in result.output
+
+
+def test_the_list_has_every_library():
+    def listed(pattern):
+        result = CliRunner().invoke(app, ["models", pattern, "--json"])
+        return {row["model"]: (row["path"], row["why"]) for row in json.loads(result.stdout)}
+
+    assert listed("torchvision:vit_b_*") == {
+        "torchvision:vit_b_16": ("closed-form", ""),
+        "torchvision:vit_b_32": ("closed-form", ""),
+    }
+    towers = listed("open_clip:ViT-B-32*")
+    assert towers["open_clip:ViT-B-32"] == ("closed-form", "")
+    assert towers["open_clip:ViT-B-32-SigLIP2-256"][0] == "direct"
+    classes = listed("hf:*Dinov2*")
+    assert set(classes) == {
+        "hf:Dinov2ForImageClassification",
+        "hf:Dinov2WithRegistersForImageClassification",
+    }
+    assert all(path == "direct" for path, _ in classes.values())
+    assert listed("test_resnet") == {  # of timm, found by name only
+        "timm:test_resnet": (
+            "-",
+            "it has no attention, so its last block is no cut of this method's kind",
+        )
+    }
+
+
+def test_timm_s_transformers_are_listed_and_its_other_models_are_not():
+    names = timm_names("*")
+    assert {"deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "crossvit_9_240"} <= set(names)
+    assert "resnet50" not in names
+    assert len(names) == len(set(names))
 
 
 MASKS = checks.mask_matrix

@@ -303,7 +303,7 @@ def test_explain_takes_what_load_returns(small):
 @pytest.mark.parametrize("name", ["demo", "small"])
 def test_misspelt_settings_are_listed(name, small):
     classifier = vr.load("demo") if name == "demo" else small
-    with pytest.raises(InputError, match=r"keyword of explain must be .*'kernel'.* got 'kernal'"):
+    with pytest.raises(InputError, match=r"a setting.* must be .*'kernel'.* got 'kernal'"):
         vr.explain(ASSETS / "demo.png", classifier, kernal="dirac")
 
 

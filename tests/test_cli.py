@@ -210,7 +210,7 @@ def test_a_second_run_does_not_explain_the_first_ones_pictures(scenes):
 def test_unexpected_errors_are_one_line_too(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("vit_reciprocam.cli.explain.load", lambda *_, **__: 1 / 0)
     result = explain_demo(scenes, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert result.stderr == "error: division by zero (unexpected: --debug shows where)\n"
 
 
@@ -222,7 +222,12 @@ def test_a_timm_model_with_local_weights(tmp_path):
     arguments += ["--kernel", "dirac", "--no-class-token", "--layer", "block", "--json"]
     result = run("explain", ASSETS / "demo.png", *arguments, "--out", tmp_path / "out")
     report = json.loads(result.stdout)
-    assert report["settings"] == {"kernel": "dirac", "class_token": False, "layer": "block"}
+    assert report["settings"] == {
+        "method": "reciprocam",
+        "kernel": "dirac",
+        "class_token": False,
+        "layer": "block",
+    }
     with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
         assert saved["maps"].shape == (1, 1, 10, 10)
 
@@ -273,12 +278,12 @@ def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
     monkeypatch.setattr(
         "vit_reciprocam.cli.models.describe_timm", lambda name: why.get(name, ("-", "it is none"))
     )
-    printed = run("models", "x*").stdout
+    printed = run("models", "z*").stdout
     assert printed.count("a") >= 60
     assert "…" in printed, "of many names of one reason some are shown"
     assert "direct, 1: it pools\n    timm:b" in printed
     assert "not supported, 4: it is none\n    timm:c, timm:d, timm:e, …" in printed
-    assert len(json.loads(run("models", "x*", "--json").stdout)) == 6
+    assert len(json.loads(run("models", "z*", "--json").stdout)) == 6
 
 
 def test_models_without_a_wildcard_or_without_torch(monkeypatch):
@@ -299,7 +304,7 @@ def test_models_without_a_wildcard_or_without_torch(monkeypatch):
 
 def test_version_and_help():
     assert run("--version").stdout == f"vit-reciprocam {vit_reciprocam.__version__}\n"
-    for command in ("explain", "demo", "models"):
+    for command in ("explain", "demo", "evaluate", "models"):
         assert command in run("--help").stdout
         assert run(command, "--help").exit_code == 0
     shown = run("explain", "--help").stdout

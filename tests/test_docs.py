@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 import typer
 from PIL import Image
 from safetensors.torch import save_file
@@ -78,7 +79,10 @@ def test_the_adapter_in_the_docs_runs():
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(block, names)
-    assert names["logits"].shape == (101, 1, 1000)
+    assert (names["e"].maps.shape, names["e"].path) == ((1, 1, 10, 10), "direct")
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    expected = vr.ReciproCAM(names["model"]).scores(images, [3, 7])
+    torch.testing.assert_close(names["explainer"].scores(images, [3, 7]), expected)
 
 
 def test_the_examples_in_docstrings_run():
@@ -90,6 +94,9 @@ def test_the_examples_in_docstrings_run():
 @pytest.mark.parametrize("name", sorted(set(vr.__all__) - {"__version__"}))
 def test_public_names_say_what_they_are(name):
     thing = getattr(vr, name)
+    if name == "METHODS":
+        assert all(inspect.getdoc(method) for method in thing.values())
+        return
     assert inspect.getdoc(thing)
     for method, function in inspect.getmembers(thing, inspect.isfunction):
         if not method.startswith("_"):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.explanation import Explanation, min_max, softmax
+from vit_reciprocam.explanation import Explanation, softmax
 from vit_reciprocam.images import Preprocess
+from vit_reciprocam.maps import min_max
 
 NAMES = ("tench, Tinca tinca", "goldfish", "a/b: c")
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from reference import naive_mask
+from reference import naive_logits
 from vit_reciprocam import ReciproCAM
 from vit_reciprocam.adapters import open_clip as adapter
 from vit_reciprocam.adapters import open_clip_hub as hub
@@ -87,48 +87,42 @@ def zero_shot(tower, images=None):
     return ZeroShot(tower, prompts, scale=7.0, bias=-1.0)
 
 
-def last_block(tower):
+def last_block(tower, block=-1):
     if isinstance(tower, TimmModel):
-        return tower.trunk.blocks[-1], tower.trunk.blocks[-1].norm1
-    return tower.transformer.resblocks[-1], tower.transformer.resblocks[-1].ln_1
+        return tower.trunk.blocks[block], tower.trunk.blocks[block].norm1
+    return tower.transformer.resblocks[block], tower.transformer.resblocks[block].ln_1
 
 
-@torch.no_grad()
-def naive(model, images, *, kernel, class_token, layer, grid=GRID):
-    """Logits (B, C, h, w): for each patch a whole forward pass with the tokens masked."""
-    block, norm = last_block(model.tower)
-    result = []
-    for row, column in itertools.product(range(grid[0]), range(grid[1])):
-        mask = torch.tensor(naive_mask(grid, row, column, kernel, 1, class_token)).double()
-
-        def before(_module, args, mask=mask[:, None]):
-            return (args[0] * mask, *args[1:])
-
-        def after(_module, _args, output, mask=mask[:, None]):
-            return output * mask
-
-        if layer == "block":
-            hook = block.register_forward_pre_hook(before)
-        else:
-            hook = norm.register_forward_hook(after)
-        result.append(model(images))
-        hook.remove()
-    return torch.stack(result, dim=-1).unflatten(-1, grid)
+def at_block(model, block=-1):
+    block, norm = last_block(model.tower, block)
+    return block, [norm], "output"
 
 
-def assert_exact(tower, path, masking):
+def at_pool(model):
+    """What is pooled: the output of the pooler's LayerNorm, the last norm or the last block."""
+    tower = model.tower
+    if isinstance(tower, TimmModel):
+        return None, [tower.trunk.norm], "output"
+    if tower.attn_pool is not None:
+        return None, [tower.attn_pool.ln_k], "output"
+    last = tower.transformer if tower.final_ln_after_pool else tower.ln_post
+    return None, [last], "output"
+
+
+def assert_exact(tower, path, masking, find_cut=at_block, **cut):
     images = images_for(tower)
     model = zero_shot(tower, images)
-    expected = naive(model, images, **masking)
+    where = masking | {"layer": "norm1"} if find_cut is at_pool else masking
+    expected, _ = naive_logits(model, images, GRID, prefix=1, find_cut=find_cut, **where)
     assert expected.std(dim=(2, 3)).min() > 1e-4, "the masks make no difference: nothing was tested"
-    explainer = ReciproCAM(model, score="logit", **masking)
+    explainer = ReciproCAM(model, score="logit", **masking, **cut)
     explanation = explainer(images, "all")
     assert explanation.path == path
     torch.testing.assert_close(explainer.scores(images, "all"), expected, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         np.testing.assert_allclose(explanation.logits, model(images).float(), rtol=1e-6)
-    other = ReciproCAM(model, score="logit", path="direct", **masking).scores(images, "all")
-    torch.testing.assert_close(other, expected, rtol=1e-9, atol=1e-9)
+    other = ReciproCAM(model, score="logit", path="direct", **masking, **cut)
+    torch.testing.assert_close(other.scores(images, "all"), expected, rtol=1e-9, atol=1e-9)
 
 
 # --- exactness -------------------------------------------------------------------------------
@@ -196,7 +190,7 @@ def test_checkpointing_changes_nothing():
     [
         ({}, "block", "the last block has forward hooks"),
         ({}, "attn", "the last block's attention has forward hooks"),
-        ({"qk_norm": True}, "attn", "the last block's attention has forward hooks"),
+        ({"qk_norm": True}, "attn", "the last block's attn has forward hooks"),
     ],
 )
 def test_hooks_in_the_last_block_still_count(options, part, words):
@@ -235,6 +229,69 @@ def test_blocks_of_unknown_parts_take_the_direct_path(part):
 def test_scaled_cosine_attention_has_no_closed_form():
     with pytest.raises(ClosedFormError, match="attention is a scaled cosine"):
         ReciproCAM(zero_shot(vit(scaled_cosine_attn=True)), path="closed-form")
+
+
+# --- other cuts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masking", MASKINGS[:3])
+@pytest.mark.parametrize("block", [-1, -2, -3])
+@pytest.mark.parametrize("options", [{}, {"pool_type": "avg"}, {"qk_norm": True}])
+def test_earlier_blocks(options, block, masking):
+    path = "closed-form" if block == -1 and "pool_type" not in options else "direct"
+    find_cut = partial(at_block, block=block)
+    assert_exact(vit(layers=3, **options), path, masking, find_cut, block=block)
+
+
+def test_blocks_that_do_not_exist():
+    with pytest.raises(InputError, match=r"-1, the last, to -2.*got -3"):
+        ReciproCAM(zero_shot(vit()), block=-3)
+    with pytest.raises(ClosedFormError, match="the cut is not in the last block"):
+        ReciproCAM(zero_shot(vit()), block=-2, path="closed-form")
+
+
+def test_the_earlier_blocks_of_a_timm_tower():
+    find_cut = partial(at_block, block=-2)
+    assert_exact(around_timm(), "direct", MASKINGS[0], find_cut, block=-2)
+
+
+def pooler(**options):
+    settings = {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}
+    return vit(**(settings | options))
+
+
+POOLS = {
+    "mean": lambda: vit(pool_type="avg"),
+    "mean, norm after": lambda: vit(pool_type="avg", final_ln_after_pool=True),
+    "attention": pooler,  # tokens are wider than the queries
+    "attention, as wide": lambda: pooler(output_dim=12),
+    "attention, the mean of many": lambda: pooler(pool_type="avg", attn_pooler_queries=9),
+    "attention, one query": lambda: pooler(attn_pooler_queries=1),
+    "timm mean": lambda: around_timm(pool="avg"),
+    "timm attention": lambda: around_timm(pool="map", proj="none"),
+}
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "dirac"])
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("name", POOLS)
+def test_cut_before_the_pooling(name, class_token, kernel):
+    masking = {"kernel": kernel, "class_token": class_token, "layer": "pool"}
+    assert_exact(POOLS[name](), "closed-form", masking, at_pool)
+
+
+def test_pools_that_are_not_there_or_of_unknown_parts():
+    with pytest.raises(InputError, match="VisionTransformer reads its class token: use layer="):
+        ReciproCAM(zero_shot(vit()), layer="pool")
+    masking = {"kernel": "gaussian", "class_token": True, "layer": "pool"}
+    for find, words in (
+        (lambda tower: tower.attn_pool, "the attention pooler has forward hooks"),
+        (lambda tower: tower.attn_pool.attn, "the attention pooler's attention has forward hooks"),
+    ):
+        tower = hooked(pooler(), find)
+        assert_exact(tower, "direct", masking, at_pool)
+        with pytest.raises(ClosedFormError, match=words):
+            ReciproCAM(zero_shot(tower), layer="pool", path="closed-form")
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
@@ -277,12 +334,22 @@ def test_the_same_weights_in_timm_give_the_same_maps(masking):
 # --- what is refused, what is left alone -----------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [vit, around_timm, lambda: vit(pool_type="avg")])
-def test_the_tower_is_left_as_it_was(build):
+@pytest.mark.parametrize(
+    ("build", "cut"),
+    [
+        (vit, {}),
+        (vit, {"block": -2}),
+        (around_timm, {}),
+        (lambda: vit(pool_type="avg"), {}),
+        (pooler, {"layer": "pool"}),
+        (pooler, {"layer": "pool", "path": "direct"}),
+    ],
+)
+def test_the_tower_is_left_as_it_was(build, cut):
     tower = build()
     last_block(tower)[1].train()
     before = copy.deepcopy(tower)
-    ReciproCAM(zero_shot(tower)).scores(images_for(tower))
+    ReciproCAM(zero_shot(tower), **cut).scores(images_for(tower))
     for one, other in zip(before.modules(), tower.modules(), strict=True):
         assert type(one) is type(other)
         assert one.training == other.training
@@ -320,9 +387,9 @@ def sequence_first():
         ),
         (lambda: vit(layers=0), "last block is a NoneType"),
         (sequence_first, "Transformer is not open_clip's own"),
-        (lambda: hooked(vit(), lambda tower: tower), "hooks on its VisionTransformer"),
-        (lambda: hooked(vit(), lambda tower: tower.transformer), "hooks on its Transformer"),
-        (lambda: hooked(around_timm(), lambda tower: tower), "hooks on its TimmModel"),
+        (lambda: hooked(vit(), lambda tower: tower), "the VisionTransformer has forward hooks"),
+        (lambda: hooked(vit(), lambda tower: tower.transformer), r"hooks \(at transformer\)"),
+        (lambda: hooked(around_timm(), lambda tower: tower), "the TimmModel has forward hooks"),
         (lambda: hooked(around_timm(), lambda tower: tower.trunk), "has forward hooks"),
         (lambda: vit(patch_dropout=0.5).train(), r"training mode .*PatchDropout"),
     ],

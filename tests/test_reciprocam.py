@@ -1,10 +1,13 @@
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -12,6 +15,10 @@ from safetensors.torch import load_file
 from conftest import MODELS, tiny_images, tiny_model
 from reference import naive_logits, naive_mask
 from vit_reciprocam import ReciproCAM
+from vit_reciprocam.adapters import by_target
+from vit_reciprocam.adapters.open_clip import zero_shot as zero_shot_open_clip
+from vit_reciprocam.adapters.timm import split as split_timm
+from vit_reciprocam.adapters.transformers import zero_shot as zero_shot_transformers
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, UnknownClassError
 
 PATHS = ["closed-form", "direct"]
@@ -306,7 +313,7 @@ def test_inference_tensors():
         (torch.zeros(1, 1, 8, 12), r"takes 3 channel\(s\), got images of 1"),
         (torch.zeros(0, 3, 8, 12), "empty batch"),
         (torch.zeros(1, 3, 8, 12).double(), "images are torch.float64 and the model torch.float32"),
-        (torch.zeros(1, 3, 8, 12, device="meta"), "images are on meta and the model on cpu"),
+        (torch.zeros(1, 3, 8, 12, device="meta"), "images are on the meta device"),
         (np.zeros((1, 3, 8, 12)), "must be a torch.Tensor .* got ndarray"),
     ],
 )
@@ -458,19 +465,26 @@ class Own(torch.nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0].amax(dim=1))
 
 
-@pytest.mark.parametrize("grid_output", [True, False])
-def test_a_module_of_ones_own(grid_output):
+@pytest.mark.parametrize(
+    ("target", "grid_output", "shape"),
+    [
+        ("norm", True, (2, 3, 1)),  # (B, h, w, D)
+        ("norm", False, (6, 1)),  # (B, T, D)
+        ("embed", True, (2, 3)),  # (B, D, h, w)
+    ],
+)
+def test_a_module_of_ones_own(target, grid_output, shape):
     torch.manual_seed(0)
     model, grid = Own(grid_output).double().eval(), (2, 3)
+    module = getattr(model, target)
     images = tiny_images(grid).double()
-    given = {} if grid_output else {"grid": grid}
-    explainer = ReciproCAM(model, target=model.norm, score="logit", **given)
+    explainer = ReciproCAM(model, target=module, score="logit", grid=grid)
     scores = explainer.scores(images, "all")
     expected = torch.empty(2, 5, *grid, dtype=torch.float64)
     for row, column in np.ndindex(*grid):
         mask = naive_mask(grid, row, column, "gaussian", 0, True)
-        mask = torch.tensor(mask, dtype=torch.float64).view(*(grid if grid_output else (6,)), 1)
-        hook = model.norm.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
+        mask = torch.tensor(mask, dtype=torch.float64).view(shape)
+        hook = module.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
         expected[:, :, row, column] = model(images).detach()
         hook.remove()
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
@@ -488,13 +502,36 @@ def test_target_equals_the_adapter_on_a_vit():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"grid": (2, 2)}, r"grid=\(2, 2\) is 4 patches, but the target LayerNorm gives 6 tokens"),
-        ({}, r"gives 6 tokens: say how the patches lie with grid=\(h, w\)"),
-        ({"grid": (2, 3), "prefix_tokens": -1}, "must not be negative"),
+        (
+            {"grid": (2, 2)},
+            r"grid=\(2, 2\) is 4 patches, but the target LayerNorm gives \(2, 6, 12\): 6 tokens",
+        ),
+        ({}, r"gives \(2, 6, 12\): say how the patches lie with grid=\(h, w\)"),
+        ({"target": "embed"}, r"Conv2d gives \(2, 12, 2, 3\): say how the patches lie with grid="),
+        (
+            {"target": "embed", "grid": (3, 2)},
+            r"\(2, 12, 2, 3\), in which grid=\(3, 2\) is neither of \(B, h, w, D\) nor of",
+        ),
+        ({"target": "embed", "grid": (2, 3), "prefix_tokens": 1}, "has no prefix"),
+        ({"grid": 6}, r"grid must be \(h, w\), two positive whole numbers of patches, got 6"),
+        ({"grid": (6,)}, r"grid must be .* got \(6,\)"),
+        ({"grid": (-2, -3)}, r"grid must be .* got \(-2, -3\)"),
+        ({"grid": (1.5, 4)}, r"grid must be .* got \(1\.5, 4\)"),
+        ({"grid": (2, 3), "prefix_tokens": -1}, "whole number and not negative, got -1"),
+        ({"grid": (2, 3), "prefix_tokens": "1"}, "whole number and not negative, got '1'"),
         ({"grid": (2, 3), "layer": "block"}, "leave out layer and block"),
         ({"target": torch.nn.Linear(1, 1)}, "one of the model's own modules"),
         ({"target": "head", "grid": (1, 1)}, "must give tokens"),
         ({"target": None, "grid": (2, 3)}, "go with target"),
+        ({"grid": (2, 3), "split": split_timm}, "leave out one"),
+        (
+            {"target": None, "split": split_timm, "layer": "pool"},
+            "leave out layer='pool' and block",
+        ),
+        ({"target": None, "split": split_timm, "block": -2}, "leave out layer='pool' and block"),
+        ({"target": None, "split": split_timm, "grid": (2, 3)}, "go with target"),
+        ({"target": None, "split": "timm"}, "split must be a function, got str"),
+        ({"target": None, "split": lambda model: model}, "Split, but gave VisionTransformer"),
     ],
 )
 def test_targets_that_make_no_sense(settings, words):
@@ -505,6 +542,210 @@ def test_targets_that_make_no_sense(settings, words):
     with pytest.raises(InputError, match=words):
         ReciproCAM(explained, **(settings | {"target": target}))(tiny_images())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layout_that_may_be_two_is_refused():
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Conv2d(3, 2, 4, stride=4)
+
+        def forward(self, images):
+            return self.embed(images).mean(dim=(2, 3))
+
+    model = Square().eval()
+    explainer = ReciproCAM(model, target=model.embed, grid=(2, 2))
+    with pytest.raises(InputError, match=r"may be \(B, h, w, D\) or \(B, D, h, w\)"):
+        explainer(tiny_images((2, 2)))
+
+
+class TokensFirst(torch.nn.Module):
+    """torch's encoder layer by its defaults, on (T, B, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 12, 4, stride=4)
+        self.encoder = torch.nn.TransformerEncoderLayer(12, 3, 24)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, images):
+        return self.head(self.encoder(self.embed(images).flatten(2).permute(2, 0, 1)).mean(dim=0))
+
+
+class Windows(torch.nn.Module):
+    """Two windows an image, in the batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 12, 4, stride=4)
+        self.encoder = torch.nn.LayerNorm(12)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, images):
+        windows = self.embed(images).flatten(2).mT.reshape(-1, 3, 12)
+        return self.head(self.encoder(windows).view(len(images), 6, 12).amax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("build", "grid", "count", "words"),
+    [
+        (TokensFirst, (2, 3), 6, r"gives 6 rows for 7 image\(s\), \(6, 7, 12\): .* \(T, B, D\)"),
+        (TokensFirst, (2, 3), 4, r"gives 6 rows for 4 image\(s\)"),
+        (TokensFirst, (1, 1), 1, r"gives 6 rows for 1 image\(s\)"),
+        (Windows, (1, 3), 2, r"gives 4 rows for 2 image\(s\), .* windows in its batch"),
+    ],
+)
+def test_tokens_that_do_not_lie_one_row_an_image_are_refused(build, grid, count, words):
+    model = build().eval()
+    # one mask at a time: with six images and six tokens no shape would be wrong
+    explainer = ReciproCAM(model, target=model.encoder, grid=grid, memory_limit=1)
+    with pytest.raises(InputError, match=words):
+        explainer(tiny_images(count=count))
+
+
+def test_as_many_tokens_as_images_is_no_mistake():
+    torch.manual_seed(0)
+    model = Own(grid_output=False).double().eval()
+    explainer = ReciproCAM(model, target=model.norm, grid=(2, 3))
+    images = tiny_images(count=6).double()
+    torch.testing.assert_close(
+        explainer.scores(images, "all")[:2], explainer.scores(images[:2], "all")
+    )
+
+
+def test_a_model_that_joins_its_images_is_refused():
+    model = Own(grid_output=False).eval()
+    model.head.register_forward_hook(lambda _module, _args, output: output.mean(0, keepdim=True))
+    explainer = ReciproCAM(model, target=model.norm, grid=(2, 3))
+    with pytest.raises(ModelError, match="one row of logits an image, but gave 1 for 2 images"):
+        explainer(tiny_images())
+
+
+class DropsOnItsOwn(Own):
+    def forward(self, images):
+        return torch.nn.functional.dropout(super().forward(images), 0.5, self.training)
+
+
+@pytest.mark.parametrize("how", ["target", "split"])
+def test_ones_own_code_in_training_mode_is_refused(how):
+    model = DropsOnItsOwn(grid_output=False).eval()
+    cut = {"target": model.norm, "grid": (2, 3)}
+    if how == "split":
+        made = by_target.split(model, model.norm, grid=(2, 3), prefix_tokens=0)
+        cut = {"split": lambda _model: made}
+    explainer = ReciproCAM(model, **cut)
+    assert explainer(tiny_images()).path == "direct"
+    model.training = True  # of itself, but of no module inside
+    with pytest.raises(ModelError, match=r"the model is in training mode, .*call model\.eval\(\)"):
+        explainer(tiny_images())
+    model.eval().mix.train()
+    with pytest.raises(ModelError, match=r"its mix \(Linear\) is in training mode"):
+        ReciproCAM(model, **cut)
+    assert model.mix.training
+    assert not model.training
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_split_of_ones_own(layer):
+    model, images = tiny_model(reg_tokens=1), tiny_images()
+    called = []
+
+    def split(given):
+        called.append(given)
+        return split_timm(given)
+
+    explainer = ReciproCAM(model, split=split, layer=layer)
+    expected = ReciproCAM(model, layer=layer)(images, "all")
+    e = explainer(images, "all")
+    np.testing.assert_array_equal(e.scores, expected.scores)
+    assert e.path == expected.path == "closed-form"
+    model.load_state_dict(tiny_model(seed=5, reg_tokens=1).state_dict())
+    np.testing.assert_array_equal(
+        explainer(images, "all").scores, ReciproCAM(model, layer=layer)(images, "all").scores
+    )
+    assert all(one is model for one in called)
+
+
+def test_a_split_that_promises_a_closed_form_without_a_readout():
+    model = Own(grid_output=False).eval()
+    made = by_target.split(model, model.norm, grid=(2, 3), prefix_tokens=0)
+    made = dataclasses.replace(made, direct_because="")
+    with pytest.raises(ModelError, match="no readout: say so in its direct_because"):
+        ReciproCAM(model, split=lambda _model: made)(tiny_images())
+
+
+# --- prompts as classes ------------------------------------------------------------------------
+
+
+def codes(texts, length=8):
+    """Texts as numbers, one a letter, between a start and an end."""
+    rows = [[0, *(2 + ord(letter) % 40 for letter in text[: length - 2]), 49] for text in texts]
+    return torch.tensor([row + [49] * (length - len(row)) for row in rows])
+
+
+def clip_of_transformers():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3}
+    text = sizes | {"vocab_size": 50, "max_position_embeddings": 8}
+    text |= {"bos_token_id": 0, "eos_token_id": 49}
+    vision = sizes | {"intermediate_size": 24, "patch_size": 4, "image_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config).eval()
+
+    def tokenizer(texts, **_options):
+        return {"input_ids": codes(texts)}
+
+    def embed(texts):
+        return model.get_text_features(**tokenizer(texts)).pooler_output
+
+    return zero_shot_transformers, model, tokenizer, embed
+
+
+def clip_of_open_clip():
+    vision = open_clip.CLIPVisionCfg(layers=1, width=12, head_width=4, patch_size=4, image_size=8)
+    text = open_clip.CLIPTextCfg(width=8, heads=2, layers=1, context_length=8, vocab_size=50)
+    model = open_clip.CLIP(8, vision_cfg=vision, text_cfg=text).eval()
+    return zero_shot_open_clip, model, codes, lambda texts: model.encode_text(codes(texts))
+
+
+CLIPS = [clip_of_transformers, clip_of_open_clip]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", CLIPS)
+def test_only_a_templates_own_place_is_filled(build):
+    torch.manual_seed(0)
+    zero_shot, model, tokenizer, embed = build()
+    made = zero_shot(model, tokenizer, ["ab", "{}"], ["{} {x}"])
+    expected = torch.nn.functional.normalize(embed(["ab {x}", "{} {x}"]), dim=-1)
+    torch.testing.assert_close(made.prompts, expected)
+    assert (made.prompts[0] - made.prompts[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", CLIPS)
+@pytest.mark.parametrize(
+    ("prompts", "templates", "words"),
+    [
+        ("dog", ["{}"], "prompts must be a list of at least one text, got 'dog'"),
+        ([], ["{}"], "prompts must be a list"),
+        ([3], ["{}"], "prompts must be a list"),
+        (3, ["{}"], "prompts must be a list of at least one text, got 3"),
+        (["dog"], "{}", "templates must be a list"),
+        (["dog"], ["a photo"], "template 'a photo' has no place {} for the prompt"),
+        (["dog"], ["{}", "{0}"], r"template '\{0\}' has no place"),
+    ],
+)
+def test_prompts_that_cannot_be_used(build, prompts, templates, words):
+    zero_shot, model, tokenizer, _ = build()
+    with pytest.raises(InputError, match=words):
+        zero_shot(model, tokenizer, prompts, templates)
+
+
+@pytest.mark.parametrize("build", CLIPS)
+def test_prompts_are_not_embedded_in_training_mode(build):
+    zero_shot, model, tokenizer, _ = build()
+    with pytest.raises(ModelError, match=r"CLIP.* is in training mode: call model\.eval\(\) first"):
+        zero_shot(model.train(), tokenizer, ["dog"])
+    assert all(module.training for module in model.modules())
 
 
 class Adapted(torch.nn.Module):

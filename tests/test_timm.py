@@ -9,6 +9,7 @@ from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -284,6 +285,13 @@ def test_cut_before_the_pooling(family):
             )
     because = ReciproCAM(model, layer="pool")(images).path
     assert because == ("direct" if family == "max" else "closed-form")
+
+
+def test_other_cuts_of_hierarchical_models_are_refused():
+    model = SwinTransformer(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    for cut in ({"block": -2}, {"layer": "pool"}):
+        with pytest.raises(InputError, match="plain ViTs, and this is a SwinTransformer"):
+            ReciproCAM(model.eval(), **cut)
 
 
 def test_pools_that_are_not_there_or_not_linear():

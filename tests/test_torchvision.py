@@ -31,7 +31,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from reference import naive_mask
+from reference import naive_logits
 from vit_reciprocam import ReciproCAM
 from vit_reciprocam.adapters.torchvision_hub import _preprocess, load_torchvision
 from vit_reciprocam.errors import (
@@ -107,62 +107,49 @@ def hooked(find):
     return model
 
 
-def at_ln_1(model):
-    block = model.encoder.layers[-1]
-    return block, block.ln_1, "output"
+def at_ln_1(model, block=-1):
+    block = model.encoder.layers[block]
+    return block, [block.ln_1], "output"
 
 
-def at_norm1(model):
-    block = model.features[-1][-1]
-    return block, block.norm1, "output"
+def at_norm1(model, block=-1):
+    block = model.features[-1][block]
+    return block, [block.norm1], "output"
 
 
-def at_attention(model):
-    block = model.features[-1][-1]
-    return block, block.attn, "input"
+def at_attention(model, block=-1):
+    block = model.features[-1][block]
+    return block, [block.attn], "input"
 
 
-@torch.no_grad()
-def naive(model, images, grid, find, *, kernel, class_token, layer):
-    """Logits (B, C, h, w): for each patch a whole forward pass with the tokens masked.
-
-    `find` names the last block, the module where F stands, and on which side of it.
-    """
-    block, module, side = find(model)
-    result = []
-    prefix = 1 if isinstance(model, VisionTransformer) else 0
-    for row, column in itertools.product(range(grid[0]), range(grid[1])):
-        mask = torch.tensor(naive_mask(grid, row, column, kernel, prefix, class_token)).double()
-        mask = mask[None, :, None] if prefix else mask.view(1, *grid, 1)
-
-        def before(_module, args, mask=mask):
-            return tuple(arg * mask for arg in args)
-
-        def after(_module, _args, output, mask=mask):
-            return output * mask
-
-        if layer == "block":
-            hook = block.register_forward_pre_hook(before)
-        elif side == "input":
-            hook = module.register_forward_pre_hook(before)
-        else:
-            hook = module.register_forward_hook(after)
-        result.append(model(images))
-        hook.remove()
-    return torch.stack(result, dim=-1).unflatten(-1, grid)
+def at_pool(model):
+    return None, [model.norm], "output"
 
 
-def assert_exact(model, images, grid, find, path, masking):
+def naive(model, images, grid, find, *, kernel, class_token=True, layer="norm1"):
+    return naive_logits(
+        model,
+        images,
+        grid,
+        find_cut=find,
+        prefix=1 if isinstance(model, VisionTransformer) else 0,
+        kernel=kernel,
+        class_token=class_token,
+        layer="norm1" if layer == "pool" else layer,
+    )[0]
+
+
+def assert_exact(model, images, grid, find, path, masking, **cut):
     expected = naive(model, images, grid, find, **masking)
     assert expected.std(dim=(2, 3)).min() > 1e-4, "the masks make no difference: nothing was tested"
-    explainer = ReciproCAM(model, score="logit", **masking)
+    explainer = ReciproCAM(model, score="logit", **masking, **cut)
     explanation = explainer(images, "all")
     assert explanation.path == path
     torch.testing.assert_close(explainer.scores(images, "all"), expected, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         np.testing.assert_allclose(explanation.logits, model(images).float(), rtol=1e-6)
-    other = ReciproCAM(model, score="logit", path="direct", **masking).scores(images, "all")
-    torch.testing.assert_close(other, expected, rtol=1e-9, atol=1e-9)
+    other = ReciproCAM(model, score="logit", path="direct", **masking, **cut)
+    torch.testing.assert_close(other.scores(images, "all"), expected, rtol=1e-9, atol=1e-9)
 
 
 # --- exactness -------------------------------------------------------------------------------
@@ -223,7 +210,7 @@ def test_attention_without_biases():
     assert_exact(shaken(model), images, (4, 4), at_ln_1, "closed-form", MASKINGS[0])
 
 
-@pytest.mark.parametrize("find", [lambda m: m.encoder.layers[-1], lambda m: at_ln_1(m)[1]])
+@pytest.mark.parametrize("find", [lambda m: m.encoder.layers[-1], lambda m: at_ln_1(m)[1][0]])
 def test_hooks_in_the_last_block_still_count(find):
     model = vit()
 
@@ -255,6 +242,51 @@ def test_swin_transformers_equal_the_naive_loops(name, masking):
 def test_a_swin_transformer_says_why_it_is_direct():
     with pytest.raises(ClosedFormError, match="the head averages all tokens"):
         ReciproCAM(swin(), path="closed-form")
+
+
+# --- other cuts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [-1, -2, -3])
+@pytest.mark.parametrize("masking", MASKINGS[:2] + MASKINGS[-1:])
+def test_earlier_blocks(masking, block):
+    for name, (model, grid, find) in {
+        "vit": (vit(num_layers=3), (4, 4), at_ln_1),
+        "swin": (swin(depths=[1, 3]), (6, 9), at_norm1),
+        "swin_v2": (swin_v2(depths=[1, 3]), (6, 9), at_attention),
+    }.items():
+        path = "closed-form" if name == "vit" and block == -1 else "direct"
+        at_block = partial(find, block=block)
+        images = tiny_images(grid).double()
+        assert_exact(model, images, grid, at_block, path, masking, block=block)
+
+
+@pytest.mark.parametrize("build", [vit, swin])
+def test_blocks_that_do_not_exist(build):
+    with pytest.raises(InputError, match=r"-1, the last, to -2.*got -3"):
+        ReciproCAM(build(), block=-3)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "dirac"])
+@pytest.mark.parametrize(("build", "grid"), [(swin, (4, 4)), (swin, (6, 9)), (swin_v2, (6, 9))])
+def test_cut_before_the_pooling(build, grid, kernel):
+    masking = {"kernel": kernel, "layer": "pool"}
+    assert_exact(build(), tiny_images(grid).double(), grid, at_pool, "closed-form", masking)
+
+
+def test_pools_that_are_not_there_or_no_mean():
+    with pytest.raises(InputError, match="VisionTransformer reads its class token: use layer="):
+        ReciproCAM(vit(), layer="pool")
+    with pytest.raises(InputError, match="cuts after the last block: leave out block"):
+        ReciproCAM(swin(), layer="pool", block=-2)
+    model = swin()
+    model.avgpool = nn.AdaptiveMaxPool2d(1)
+    with pytest.raises(InputError, match=r"the head pools by AdaptiveMaxPool2d\("):
+        ReciproCAM(model, layer="pool")
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.avgpool.register_forward_hook(lambda _module, _args, output: 2 * output)
+    with pytest.raises(ModelError, match="the AdaptiveAvgPool2d has forward hooks"):
+        ReciproCAM(model, layer="pool")
 
 
 def converted(state):
@@ -346,9 +378,9 @@ def own_swin_block():
         (lambda: vit(num_layers=0), "block of this VisionTransformer is a NoneType"),
         (lambda: own_forward(lambda m: m.encoder.layers[-1]), "is a Own, .* must be torchvision's"),
         (own_swin_block, r"is a Own, which is not supported: .* SwinTransformerBlock"),
-        (lambda: hooked(lambda m: m), "hooks on its VisionTransformer"),
-        (lambda: hooked(lambda m: m.encoder), "hooks on its Encoder"),
-        (lambda: hooked(lambda m: m.encoder.layers), "hooks on its Sequential"),
+        (lambda: hooked(lambda m: m), "the VisionTransformer has forward hooks"),
+        (lambda: hooked(lambda m: m.encoder), "the Encoder has forward hooks"),
+        (lambda: hooked(lambda m: m.encoder.layers), r"hooks \(at encoder.layers\)"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(build, words):

@@ -13,7 +13,7 @@ from torch import nn
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from reference import naive_mask
+from reference import naive_logits
 from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
 from vit_reciprocam.adapters.transformers_families import image_tower
 from vit_reciprocam.adapters.transformers_hub import load_transformers
@@ -25,6 +25,10 @@ from vit_reciprocam.errors import (
     ModelError,
     WeightsError,
 )
+from vit_reciprocam.images import Preprocess
+from vit_reciprocam.masks import Masking
+from vit_reciprocam.onnx.export import export_explainer
+from vit_reciprocam.onnx.runtime import OnnxExplainer
 from vit_reciprocam.reciprocam import ReciproCAM
 
 COMMON = {
@@ -165,30 +169,20 @@ def images_of(size):
     return tiny_images((height // 4, width // 4)).double()
 
 
-@torch.no_grad()
-def naive(model, images, one, *, kernel="gaussian", class_token=True, layer="norm1"):
-    """Logits (B, C, h, w): for each patch a whole forward pass."""
-    block = model.get_submodule(one.block)
-    result = []
-    for row in range(one.grid[0]):
-        for column in range(one.grid[1]):
-            mask = naive_mask(one.grid, row, column, kernel, one.prefix, class_token)
-            mask = torch.tensor(mask, dtype=torch.float64)[None, :, None]
+def naive(model, images, one, *, kernel="gaussian", class_token=True, layer="norm1", pooled=None):
+    """Logits (B, C, h, w): masked at the case's cut, or in the output of the module `pooled`."""
 
-            def masked(_module, args, _out=None, mask=mask):
-                if _out is not None:
-                    return _out * mask
-                return args[0] * mask, *args[1:]
+    def find_cut(model):
+        block = model.get_submodule(one.block)
+        if pooled is not None:
+            return None, [model.get_submodule(pooled)], "output"
+        side = "output" if "norm" in one.cut else "input"
+        return block, [block.get_submodule(one.cut)], side
 
-            place = block.get_submodule(one.cut) if layer == "norm1" else block
-            if "norm" in one.cut and layer == "norm1":
-                hook = place.register_forward_hook(masked)
-            else:
-                hook = place.register_forward_pre_hook(masked)
-            output = model(images)
-            hook.remove()
-            result.append(output if isinstance(output, torch.Tensor) else output.logits)
-    return torch.stack(result, dim=-1).unflatten(-1, one.grid)
+    settings = {"kernel": kernel, "class_token": class_token, "layer": layer}
+    return naive_logits(model, images, one.grid, find_cut=find_cut, prefix=one.prefix, **settings)[
+        0
+    ]
 
 
 def assert_equal(ours, wanted, tolerance=1e-9):
@@ -235,6 +229,100 @@ def test_both_paths_agree(name):
     model, images = model_of(one), images_of(one.size)
     direct = ReciproCAM(model, score="logit", path="direct", memory_limit=1).scores(images, "all")
     assert_equal(ReciproCAM(model, score="logit").scores(images, "all"), direct)
+
+
+# Other cuts
+
+
+def earlier(one):
+    """The case with the block before its last."""
+    return SimpleNamespace(**vars(one) | {"block": f"{one.block[:-1]}{int(one.block[-1]) - 1}"})
+
+
+@pytest.mark.parametrize(("name", "attention"), RUNS)
+def test_the_block_before_the_last(name, attention):
+    one = CASES[name]
+    model, images = model_of(one, attention), images_of(one.size)
+    explainer = ReciproCAM(model, score="logit", block=-2)
+    assert_equal(explainer.scores(images, "all"), naive(model, images, earlier(one)))
+    with pytest.raises(ClosedFormError, match=r"not in the last block|the head reads"):
+        ReciproCAM(model, block=-2, path="closed-form")
+
+
+@pytest.mark.parametrize("block", [-1, -2, -3])
+@pytest.mark.parametrize("layer", ["norm1", "block"])
+def test_every_block(block, layer):
+    for kind in ("ViT", "Dinov2"):
+        model = build(f"{kind}ForImageClassification", SQUARE | {"num_hidden_layers": 3})
+        path = "vit.layers" if kind == "ViT" else "dinov2.encoder.layer"
+        norm = "layernorm_before" if kind == "ViT" else "norm1"
+        one = case(kind, SQUARE, f"{path}.{3 + block}", norm, prefix=1)
+        settings = {"class_token": False, "layer": layer}
+        explainer = ReciproCAM(model, score="logit", block=block, **settings)
+        images = images_of(16)
+        assert_equal(explainer.scores(images, "all"), naive(model, images, one, **settings))
+
+
+def test_blocks_that_do_not_exist():
+    for block in (0, -3):
+        with pytest.raises(InputError, match=f"-1, the last, to -2.*got {block}"):
+            ReciproCAM(model_of(CASES["vit"]), block=block)
+
+
+POOLED = {  # the module whose output is pooled
+    "ijepa": "ijepa.layernorm",
+    "dinov2": "dinov2.layernorm",
+    "dinov2_registers": "dinov2_with_registers.layernorm",
+    "beit_mean": "beit.layernorm",
+    "data2vec_mean": "data2vec_vision.layernorm",
+    "clip": "vision_model.encoder.layers.1",
+    "metaclip": "vision_model.encoder.layers.1",
+    "siglip": "vision_model.post_layernorm",
+    "swin": "swin.layernorm",
+    "swinv2": "swinv2.layernorm",
+    "pvt_v2": "pvt_v2.encoder.layers.1.layer_norm",
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_cut_before_the_pooling(name):
+    one = CASES[name]
+    for attention in one.attentions:
+        model, images = model_of(one, attention), images_of(one.size)
+        for kernel in ("gaussian", "dirac"):
+            for class_token in (True, False):
+                settings = {"kernel": kernel, "class_token": class_token}
+                wanted = naive(model, images, one, pooled=POOLED[name], **settings)
+                for path in ("closed-form", "direct"):
+                    explainer = ReciproCAM(
+                        model, score="logit", layer="pool", path=path, **settings
+                    )
+                    assert_equal(explainer.scores(images, "all"), wanted)
+        with torch.no_grad():
+            np.testing.assert_allclose(
+                explainer(images).logits, model(images).logits.numpy(), rtol=1e-4
+            )
+
+
+def test_swin_with_several_windows_before_the_pooling():
+    one = SimpleNamespace(**vars(CASES["swin"]) | {"grid": (3, 4), "size": (24, 32)})
+    model, images = model_of(one), images_of(one.size)
+    ours = ReciproCAM(model, score="logit", layer="pool").scores(images, "all")
+    assert_equal(ours, naive(model, images, one, pooled="swin.layernorm"))
+
+
+def test_pools_that_are_not_there_or_no_mean():
+    for name in CASES.keys() - POOLED:
+        with pytest.raises(InputError, match="reads its class token: use layer='norm1'"):
+            ReciproCAM(model_of(CASES[name]), layer="pool")
+    model = model_of(CASES["beit_mean"])
+    model.beit.pooler.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="the BeitPooler has forward hooks"):
+        ReciproCAM(model, layer="pool")
+    model = model_of(CASES["swin"])
+    model.swin.pooler = nn.AdaptiveMaxPool1d(1)
+    with pytest.raises(InputError, match=r"the head pools all patches by AdaptiveMaxPool1d\("):
+        ReciproCAM(model, layer="pool")
 
 
 def test_the_reason_for_the_direct_path_is_told():
@@ -388,12 +476,12 @@ def test_unknown_parts_take_the_direct_path():
     model, images = model_of(one), images_of(one.size)
     attention = model.vit.layers[1].attention
     hook = attention.register_forward_hook(lambda *_: None)
-    assert "ViTAttention has forward hooks" in split(model).direct_because
+    assert "attention has forward hooks" in split(model).direct_because
     hook.remove()
     doubled = Doubled(12, 12).double()
     doubled.load_state_dict(attention.v_proj.state_dict())
     attention.v_proj = doubled
-    assert "Doubled whose forward is not of transformers" in split(model).direct_because
+    assert "value projection is a Doubled, not a plain Linear" in split(model).direct_because
     ours = ReciproCAM(model, score="logit").scores(images, "all")
     assert_equal(ours, naive(model, images, one))
 
@@ -461,6 +549,61 @@ def test_zero_shot(kind, attention):
     tolerance = 1e-9 if attention == "sdpa" else 1e-6
     ours = explainer.scores(images, "all")
     assert_equal(ours, naive(classifier, images, one), tolerance)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_other_cuts_of_towers(kind, attention):
+    classifier = zero_shot(two_towers(kind, attention), Letters(), ["ab", "c", "gfe"])
+    images, one = images_of(16), SimpleNamespace(grid=(4, 4), prefix=TOWERS[kind])
+    one.block, one.cut = "tower.vision.encoder.layers.0", "layer_norm1"
+    earlier = ReciproCAM(classifier, score="logit", block=-2)
+    assert_equal(earlier.scores(images, "all"), naive(classifier, images, one))
+    if kind != "SiglipModel":
+        with pytest.raises(InputError, match="VisionModel reads its class token: use layer="):
+            ReciproCAM(classifier, layer="pool")
+        return
+    for kernel in ("gaussian", "dirac"):
+        pooled = "tower.vision.post_layernorm"
+        wanted = naive(classifier, images, one, kernel=kernel, pooled=pooled)
+        for path in ("closed-form", "direct"):
+            settings = {"layer": "pool", "kernel": kernel, "path": path}
+            explainer = ReciproCAM(classifier, score="logit", **settings)
+            assert_equal(explainer.scores(images, "all"), wanted)
+
+
+def test_the_attention_pool_is_exported_for_any_batch(tmp_path):
+    classifier = zero_shot(two_towers("SiglipModel"), Letters(), ["ab", "c"]).float().eval()
+    settings = {"resize": "squash", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    export_explainer(
+        classifier,
+        tmp_path / "model.onnx",
+        class_names=["ab", "c"],
+        preprocess=Preprocess(size=(16, 16), interpolation="bicubic", **settings),
+        name="siglip",
+        masking=Masking(layer="pool"),
+    )
+    images = tiny_images((4, 4), count=3)
+    ours = OnnxExplainer(tmp_path / "model.onnx")(images.numpy(), "all")
+    wanted = ReciproCAM(classifier, layer="pool")(images, "all")
+    np.testing.assert_allclose(ours.scores, wanted.scores, rtol=0, atol=1e-5)
+
+
+def test_hooks_on_the_attention_pool_still_count():
+    classifier = zero_shot(two_towers("SiglipModel"), Letters(), ["ab", "c"])
+    images, one = images_of(16), SimpleNamespace(grid=(4, 4), prefix=0, block="tower")
+    head = classifier.tower.vision.head
+    for module, double, words in (
+        (head, lambda *args: 2 * args[2], "the head's attention pool has forward hooks"),
+        (head.attention, lambda *args: (2 * args[2][0],), "the head's attention has forward hooks"),
+    ):
+        hook = module.register_forward_hook(double)
+        wanted = naive(classifier, images, one, pooled="tower.vision.post_layernorm")
+        explainer = ReciproCAM(classifier, score="logit", layer="pool")
+        assert_equal(explainer.scores(images, "all"), wanted)
+        with pytest.raises(ClosedFormError, match=words):
+            ReciproCAM(classifier, layer="pool", path="closed-form")
+        hook.remove()
 
 
 def test_templates_are_averaged():

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from vit_reciprocam.classifier import Classifier, explain, load
     from vit_reciprocam.explanation import Explanation
     from vit_reciprocam.images import Preprocess
+    from vit_reciprocam.methods import METHODS
     from vit_reciprocam.reciprocam import ReciproCAM
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "Classifier",
     "Explanation",
     "Preprocess",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "METHODS": "methods",
     "Classifier": "classifier",
     "Explanation": "explanation",
     "Preprocess": "images",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, check_choice
-from vit_reciprocam.explanation import Explanation
+from vit_reciprocam.explanation import Explanation, softmax
 from vit_reciprocam.images import ImageSource, Preprocess, read_image
 from vit_reciprocam.masks import Masking
-from vit_reciprocam.targets import find_class, top_classes
+from vit_reciprocam.methods import METHODS, check_settings
+from vit_reciprocam.targets import find_class, resolve_targets, top_classes
 
 __all__ = [
     "ASSETS",
@@ -35,8 +36,11 @@ SPECS = ("demo", "timm:NAME", "hf:ID", "torchvision:NAME", "open_clip:NAME/TAG")
 
 _TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 
-Explainer = Callable[[np.ndarray, Any], Explanation]
-"""Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them."""
+Explainer = Callable[..., Explanation]
+"""Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them.
+
+`logits=`, (B, C), spares methods that need them besides a forward pass, where they are known.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Classifier:
         preprocess: From a picture to the model's input.
         num_classes: C.
         class_names: One a class, or None where not known.
-        make_explainer: Settings of `ReciproCAM` -> a function that explains a preprocessed batch.
+        make_explainer: `method`, a name of `METHODS`, and its settings -> a function that explains
+            a preprocessed batch.
+        predict: Logits (B, C) of a preprocessed batch.
+        digest: SHA-256 of the weights, once called.
+        device: Where it computes.
     """
 
     name: str
@@ -58,6 +66,9 @@ class Classifier:
     num_classes: int
     class_names: tuple[str, ...] | None = dataclasses.field(repr=False)
     make_explainer: Callable[..., Explainer] = dataclasses.field(repr=False)
+    predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+    digest: Callable[[], str] = dataclasses.field(repr=False)
+    device: str = dataclasses.field(default="cpu", repr=False)
 
 
 def load(
@@ -77,7 +88,8 @@ def load(
             "timm:NAME"; "hf:ID" of the Hugging Face hub, or "hf:FOLDER"; "torchvision:NAME";
             "open_clip:NAME/TAG".
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
-            the model's published weights from the hub.
+            the model's published weights from the hub. "random" leaves them untrained, to measure
+            time and memory: nothing is fetched but the configuration of a model of the hub.
         class_names: One a class; by default those of the ImageNet variant the model was trained on.
         prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
             compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
@@ -106,16 +118,9 @@ def load(
         raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
     if prompts is not None and kind not in ("hf", "open_clip"):
         raise InputError(f"{spec!r} has classes of its own: prompts are for open_clip: and hf:")
-    load_from = {
-        "timm": _from_timm,
-        "hf": _from_hf,
-        "torchvision": _from_torchvision,
-        "open_clip": _from_open_clip,
-    }[kind]
+    texts = {} if prompts is None else {"prompts": prompts, "templates": templates}
     try:
-        model, preprocess, names = load_from(
-            name, weights=weights, prompts=prompts, templates=templates, options=options
-        )
+        model, preprocess, names = _load_from(kind, name, weights, texts, options)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
     if class_names is not None:
@@ -136,43 +141,31 @@ _EXTRAS = {
 }
 
 
-def _from_timm(name: str, *, weights: Any, options: Any, **_: Any) -> Any:
-    from vit_reciprocam.adapters.timm_hub import load_timm
+def _load_from(kind: str, name: str, weights: Any, texts: Any, options: Any) -> Any:
+    """Model, preprocessing and class names from the library of that kind."""
+    if kind == "timm":
+        from vit_reciprocam.adapters.timm_hub import load_timm
 
-    return load_timm(name, weights=weights, options=options)
+        return load_timm(name, weights=weights, options=options)
+    if kind == "torchvision":
+        from vit_reciprocam.adapters.torchvision_hub import load_torchvision
 
+        return load_torchvision(name, weights=weights, options=options)
+    if kind == "hf":
+        from vit_reciprocam.adapters.transformers_hub import load_transformers
 
-def _from_torchvision(name: str, *, weights: Any, options: Any, **_: Any) -> Any:
-    from vit_reciprocam.adapters.torchvision_hub import load_torchvision
-
-    return load_torchvision(name, weights=weights, options=options)
-
-
-def _from_hf(name: str, *, weights: Any, prompts: Any, templates: Any, options: Any) -> Any:
-    from vit_reciprocam.adapters.transformers_hub import load_transformers
-
-    if weights is not None:
-        raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
-    return load_transformers(name, prompts=prompts, templates=templates, options=options)
-
-
-def _from_open_clip(name: str, *, weights: Any, prompts: Any, templates: Any, options: Any) -> Any:
+        if weights not in (None, "random"):
+            raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
+        return load_transformers(name, **texts, random=weights is not None, options=options)
     from vit_reciprocam.adapters.open_clip_hub import load_open_clip
 
-    if prompts is None:
+    if not texts:
         raise InputError(
             f"open_clip:{name} compares pictures with texts: give its classes with prompts=["
             "'a photo of a dog', …], on the command line --prompt, once a class"
         )
     architecture, _, tag = (name, "", "") if ":" in name else name.partition("/")
-    return load_open_clip(
-        architecture,
-        tag or None,
-        prompts=prompts,
-        templates=templates,
-        weights=weights,
-        options=options,
-    )
+    return load_open_clip(architecture, tag or None, **texts, weights=weights, options=options)
 
 
 def explain(
@@ -194,7 +187,8 @@ def explain(
         top: Explain each picture's `top` most probable classes; by default 1.
         targets: Instead of `top`: a class by name or index, "top3" for the three most probable,
             several of these, or "all"; for every picture.
-        settings: Of `ReciproCAM`: kernel, class_token, layer, score, path …
+        settings: method="reciprocam" or another name of `METHODS`, and its settings: of
+            `ReciproCAM` kernel, class_token, layer, score, path …
 
     Raises:
         ImageError: If a picture cannot be read.
@@ -278,46 +272,54 @@ def _load_demo() -> Classifier:
     model = OnnxExplainer(ASSETS / "demo.onnx")
 
     def make_explainer(
-        *, score: str = "probability", path: str = "auto", **masking: Any
+        *,
+        method: str = "reciprocam",
+        score: str = "probability",
+        path: str = "auto",
+        **masking: Any,
     ) -> Explainer:
-        _check_names(masking, ("kernel", "class_token", "layer", "score", "path"))
+        check_choice("method of an exported model", method, ("reciprocam",))
+        for name in masking:
+            check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
         check_choice("path", path, ("auto", "closed-form"))
         model.check_settings(Masking(**masking), score)
-        return model
+        return lambda batch, targets, logits=None: model(batch, targets)
 
     metadata = model.metadata
     names = metadata.class_names
-    return Classifier("demo", model, metadata.preprocess, len(names), names, make_explainer)
-
-
-def _check_names(settings: Iterable[str], known: Iterable[str]) -> None:
-    for name in settings:
-        check_choice("a keyword of explain", name, ("top", "targets", *known))
+    return Classifier(
+        "demo",
+        model,
+        metadata.preprocess,
+        len(names),
+        names,
+        make_explainer,
+        predict=lambda batch: model(batch).logits,
+        digest=lambda: hashlib.sha256((ASSETS / "demo.onnx").read_bytes()).hexdigest(),
+    )
 
 
 def timm_names(pattern: str) -> list[str]:
-    """Names of timm models that fit a pattern.
+    """Names of timm models that fit a pattern; for "*" those of its transformers.
 
     Raises:
         MissingDependencyError: If timm is not installed.
         InputError: If none fits.
     """
-    names: list[str] = _timm_hub("listing timm's models").list_names(pattern)
-    return names
+    return _timm("listing timm's models").names(pattern)  # type: ignore[no-any-return]
 
 
 def describe_timm(name: str) -> tuple[str, str]:
     """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
-    path, why = _timm_hub(name).describe(name)
-    return path, why
+    return _timm(name).describe(name)  # type: ignore[no-any-return]
 
 
-def _timm_hub(what: str) -> Any:
+def _timm(what: str) -> Any:
     try:
-        from vit_reciprocam.adapters import timm_hub
+        from vit_reciprocam.catalogue import timm
     except ModuleNotFoundError as error:
         raise MissingDependencyError(what, "torch") from error
-    return timm_hub
+    return timm
 
 
 def _moved(model: Any, device: str) -> Any:
@@ -333,18 +335,47 @@ def _torch_classifier(
 ) -> Classifier:
     import torch
 
+    from vit_reciprocam.adapters.by_target import logits_of
     from vit_reciprocam.reciprocam import ReciproCAM
 
-    known = list(inspect.signature(ReciproCAM).parameters)[1:]
+    def tensor(batch: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(batch).to(next(model.parameters()))
 
-    def make_explainer(**settings: Any) -> Explainer:
-        _check_names(settings, known)
-        explainer = ReciproCAM(model, **settings)
+    @torch.no_grad()
+    def predict(batch: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = logits_of(model(tensor(batch))).float().cpu().numpy()
+        return logits
 
-        def run(batch: np.ndarray, targets: Any) -> Explanation:
-            return explainer(torch.from_numpy(batch).to(next(model.parameters())), targets)
+    def digest() -> str:
+        summary = hashlib.sha256()
+        for key, value in model.state_dict().items():
+            summary.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            flat = value.cpu().contiguous().flatten()
+            summary.update(flat.view(torch.uint8).numpy().tobytes())
+        return summary.hexdigest()
+
+    def make_explainer(*, method: str = "reciprocam", **settings: Any) -> Explainer:
+        check_settings(method, settings)
+        if method == "reciprocam":
+            explainer = ReciproCAM(model, **settings)
+            return lambda batch, targets, logits=None: explainer(tensor(batch), targets)
+
+        def run(batch: np.ndarray, targets: Any, logits: np.ndarray | None = None) -> Explanation:
+            logits = predict(batch) if logits is None else logits
+            chosen = resolve_targets(targets, logits)
+            return Explanation(
+                scores=METHODS[method](model, tensor(batch), chosen, **settings).cpu().numpy(),
+                logits=logits,
+                probs=softmax(logits),
+                targets=chosen,
+                path="",
+                settings={"method": method, "model": spec, **settings},
+            )
 
         return run
 
+    device = str(next(model.parameters()).device)
     classes = model.num_labels if hasattr(model, "num_labels") else model.num_classes
-    return Classifier(spec, model, preprocess, classes, class_names, make_explainer)
+    return Classifier(
+        spec, model, preprocess, classes, class_names, make_explainer, predict, digest, device
+    )

@@ -22,35 +22,16 @@ from vit_reciprocam import render
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.files import write_folder
 from vit_reciprocam.images import ImageSource, Preprocess, read_image
+from vit_reciprocam.maps import min_max
 from vit_reciprocam.targets import find_class
 
-__all__ = ["MOST_DRAWN", "Explanation", "min_max", "softmax"]
+__all__ = ["MOST_DRAWN", "Explanation", "softmax"]
 
 MOST_DRAWN = 12
 """Of more targets than this the most probable are drawn and listed."""
 
 _SCHEMA = 1
 _SAME_SHAPE = 0.05
-
-
-def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Maps from scores: each (h, w) scaled to [0, 1], and which of them are degenerate.
-
-    A constant score says nothing about where, so its map is zeros and it is marked; "constant"
-    allows for the rounding of float32.
-
-    Args:
-        scores: (..., h, w).
-
-    Returns:
-        Maps (..., h, w) float32, and bool (...).
-    """
-    low = scores.min(axis=(-2, -1), keepdims=True)
-    high = scores.max(axis=(-2, -1), keepdims=True)
-    flat = high - low <= 4 * np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
-    maps = (scores - low).astype(np.float32, copy=False)
-    maps /= np.where(flat, np.inf, high - low)
-    return maps, flat[..., 0, 0]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -67,12 +48,12 @@ class Explanation:
     Attributes:
         scores: (B, K, h, w) float32: the target's softmax probability with only that window kept
             (or its logit, see `settings["score"]`). Comparable between classes and images, as
-            `maps` are not.
+            `maps` are not. Of other methods the maps themselves.
         logits: (B, C) float32 of the unmasked images.
         probs: (B, C) float32, their softmax.
         targets: (B, K) int64, the explained classes.
-        path: "closed-form" or "direct": how the scores were computed.
-        settings: What was run: method, model, kernel, class_token, layer, score.
+        path: "closed-form" or "direct": how the scores were computed; "" of other methods.
+        settings: What was run: method, model and the method's settings.
         class_names: One a class, where known.
         pictures: For each image the region that the model saw, RGB, where known.
         sources: For each image its file name, where known.
@@ -106,6 +87,8 @@ class Explanation:
     @cached_property
     def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
         maps, degenerate = min_max(self.scores)
+        if not self.path:  # of another method, maps already
+            maps = self.scores.view()
         maps.flags.writeable = degenerate.flags.writeable = False
         return maps, degenerate
 
@@ -246,7 +229,7 @@ class Explanation:
             return f"<pre>{html.escape(repr(self))}</pre>"
         figures = []
         for image in range(len(self)):
-            data = base64.b64encode(_png(self.grid(image=image))).decode()
+            data = base64.b64encode(render.png(self.grid(image=image))).decode()
             names = ", ".join(self.names[image][target] for target in self._drawn(image))
             alt = html.escape(f"Saliency maps: {names}")
             source = f"data:image/png;base64,{data}"
@@ -341,12 +324,12 @@ class Explanation:
             if self.pictures is not None:
                 record["grid"] = f"{prefix}grid.png"
                 grid = self.grid(image=image, colormap=colormap, opacity=opacity)
-                files[record["grid"]] = _png(grid)
+                files[record["grid"]] = render.png(grid)
                 for number, target in enumerate(self._drawn(image), 1):
                     picture = self.overlay(target, image=image, colormap=colormap, opacity=opacity)
                     about = record["targets"][target]
                     about["overlay"] = f"{prefix}{number}-{_slug(_short(about['name']))}.png"
-                    files[about["overlay"]] = _png(picture)
+                    files[about["overlay"]] = render.png(picture)
             records.append(record)
         manifest = {
             "schema": _SCHEMA,
@@ -387,12 +370,6 @@ def _short(name: str) -> str:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "unnamed"
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _rebuild(values: dict[str, Any]) -> Explanation:

@@ -18,6 +18,7 @@ __all__ = [
     "check_folder",
     "holds_results",
     "is_ours",
+    "library_versions",
     "write_atomically",
     "write_folder",
 ]
@@ -25,15 +26,32 @@ __all__ = [
 GENERATOR = "vit-reciprocam"
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
-LIBRARIES = ("vit-reciprocam", "numpy", "pillow", "torch", "timm", "onnxruntime")
+LIBRARIES = (
+    "vit-reciprocam",
+    "numpy",
+    "pillow",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "onnxruntime",
+    "grad-cam",
+    "captum",
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name and move it into place: nobody ever sees half of it."""
+    """Write a file under another name and move it into place: nobody ever sees half of it.
+
+    The content is on the disk before the name is, so that a power cut leaves no empty file.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -95,12 +113,18 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
         write_atomically(folder / name, content)
     for name in earlier - {MANIFEST, PARTIAL, *files}:
         (folder / Path(name).name).unlink(missing_ok=True)
-    about = {"generator": GENERATOR, **manifest, "versions": _versions(), "files": sorted(files)}
+    about = {
+        "generator": GENERATOR,
+        **manifest,
+        "versions": library_versions(),
+        "files": sorted(files),
+    }
     write_atomically(complete, _json(about))
     partial.unlink()
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of this package and of what it computes with, as far as they are installed."""
     found = {}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters import by_target, check_mode, split_model
+from vit_reciprocam.adapters import by_target, check_images, check_mode, split_model
 from vit_reciprocam.closed_form import closed_form_rows
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.explanation import Explanation, softmax
@@ -32,7 +32,7 @@ from vit_reciprocam.masks import Masking, mask_matrix
 from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.targets import resolve_targets
 
-__all__ = ["ReciproCAM", "direct_rows"]
+__all__ = ["ReciproCAM", "direct_rows", "reciprocam"]
 
 _NOT_FINITE = (
     "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
@@ -69,29 +69,34 @@ class ReciproCAM:
         target: nn.Module | None = None,
         grid: tuple[int, int] | None = None,
         prefix_tokens: int = 0,
+        split: Callable[[nn.Module], Split] | None = None,
         memory_limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Prepare to explain a supported model.
 
         Args:
-            model: A classifier in evaluation mode, on any device; any module with `target`.
+            model: A classifier in evaluation mode, on any device; any module with `target` or
+                `split`.
             kernel: The window kept around each patch: "gaussian", 3x3 (the paper's default), or
                 "dirac".
             class_token: False also masks the prefix tokens (the paper's ablation).
             layer: Where tokens are masked: "norm1" (the paper's default) or "block"; for heads that
                 pool all tokens also "pool", just before that. The last is not the paper's method:
-                there is no attention left between mask and head, but it is a closed form.
+                no block is left between mask and head, only the pool; but it is a closed form.
             score: "probability", the paper's, or "logit", without the softmax.
             path: "auto" takes the closed form where it holds, and the result's `path` says what
                 ran; "closed-form" raises where it does not hold; "direct" always runs H once a
                 mask.
-            block: Which encoder block, counted from the end; others than the last take the direct
-                path.
-            target: For a model that is not supported: the module whose output (B, T, D) or
-                (B, h, w, D) is masked. Each mask then costs a forward pass of the whole model.
+            block: Which encoder block, counted from the end, of a hierarchical model within its
+                last stage; others than the last take the direct path.
+            target: For a model that is not supported: the module whose output (B, T, D),
+                (B, h, w, D) or (B, D, h, w) is masked. It must run once in a forward pass. Each
+                mask then costs a forward pass of the whole model.
             grid: With `target`, (h, w) of its patches.
             prefix_tokens: With `target`, how many tokens stand before the patches.
+            split: For a model that is not supported, instead of `target`: a function that cuts it,
+                model -> `Split` (docs/adapters.md). It is called anew for each batch.
             memory_limit: About how many bytes a chunk of masks may take, beside the model and the
                 result; never less than one mask for all images. By default 32 MiB for
                 the closed form and 128 MiB for the direct path on the CPU, where larger chunks fall
@@ -116,6 +121,7 @@ class ReciproCAM:
         self.target = target
         self.grid = grid
         self.prefix_tokens = prefix_tokens
+        self.split = split
         self.memory_limit = memory_limit
         self.progress = progress
         self._choose_path(self._split())
@@ -172,8 +178,10 @@ class ReciproCAM:
         split = self._split()
         path = self._choose_path(split)
         self._check_mode()
-        _check_images(self.model, images)
+        check_images(self.model, images)
         cut = split.cut(images)
+        if path == "closed-form" and cut.readout is None:
+            raise ModelError("the split has no readout: say so in its direct_because")
         prepare = closed_form_rows if path == "closed-form" else direct_rows
         rows = prepare(cut, split.prefix_tokens, self.masking)
         count = 1 + cut.grid[0] * cut.grid[1]
@@ -204,6 +212,8 @@ class ReciproCAM:
 
     def _split(self) -> Split:
         if self.target is not None:
+            if self.split is not None:
+                raise InputError("target and split both say where the cut is: leave out one")
             if self.masking.layer != "norm1" or self.block != -1:
                 raise InputError("target says where the cut is: leave out layer and block")
             return by_target.split(
@@ -211,6 +221,18 @@ class ReciproCAM:
             )
         if self.grid is not None or self.prefix_tokens:
             raise InputError("grid and prefix_tokens go with target; else they are found")
+        if self.split is not None:
+            if self.masking.layer == "pool" or self.block != -1:
+                raise InputError("split says where the cut is: leave out layer='pool' and block")
+            if not callable(self.split):
+                raise InputError(f"split must be a function, got {type(self.split).__name__}")
+            made: Any = self.split(self.model)
+            if not isinstance(made, Split):
+                raise InputError(
+                    "split must be a function that gives a vit_reciprocam.split.Split, but gave "
+                    f"{type(made).__name__}"
+                )
+            return made
         return split_model(self.model, block=self.block, pool=self.masking.layer == "pool")
 
     def _choose_path(self, split: Split) -> str:
@@ -223,7 +245,9 @@ class ReciproCAM:
 
     def _check_mode(self) -> None:
         """Refuse a model whose output is random: its maps would be other than its predictions'."""
-        if any(module.training for module in self._modules):
+        if self.target is not None or self.split is not None:
+            by_target.refuse_training(self.model)
+        elif any(module.training for module in self._modules):
             check_mode(self.model)
 
     def _rows_at_once(self, cut: Cut, path: str) -> int:
@@ -235,6 +259,13 @@ class ReciproCAM:
             numbers = numbers // cut.x.shape[1] * cut.readout.tokens
         limit = self.memory_limit or _default_limit(cut.x.device, path)
         return max(1, limit // (20 * numbers * cut.x.element_size()))
+
+
+def reciprocam(
+    model: nn.Module, images: Float[Tensor, "B ch H W"], targets: Any = None, **settings: Any
+) -> Float[Tensor, "B K h w"]:
+    """`ReciproCAM.scores` as a function, for `METHODS`; settings are those of `ReciproCAM`."""
+    return ReciproCAM(model, **settings).scores(images, targets)
 
 
 def _default_limit(device: torch.device, path: str) -> int:
@@ -278,33 +309,3 @@ def _wide(values: Tensor) -> Tensor:
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
-
-
-def _check_images(model: nn.Module, images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise InputError(
-            "images must be a torch.Tensor of preprocessed images (B, 3, H, W), got "
-            f"{type(images).__name__}. For files, PIL images and arrays use vit_reciprocam.explain"
-        )
-    if images.ndim != 4:
-        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
-        raise InputError(f"images must be (B, 3, H, W), got {tuple(images.shape)}{hint}")
-    if not len(images):
-        raise InputError("images is an empty batch")
-    parameter = next(model.parameters())
-    if images.device != parameter.device:
-        raise InputError(
-            f"images are on {images.device} and the model on {parameter.device}: "
-            "move them with images.to(device)"
-        )
-    if images.dtype != parameter.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise InputError(
-            f"images are {images.dtype} and the model {parameter.dtype}: "
-            "convert them with images.to(dtype)"
-        )
-    total = images.sum(dtype=torch.promote_types(images.dtype, torch.float32))
-    if not total.isfinite():  # one pass over the pixels; which images, only then
-        broken = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            numbers = ", ".join(map(str, broken))
-            raise InputError(f"images hold NaN or infinity: image(s) {numbers} of the batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_reciprocam.errors import InputError, check_choice
 
-__all__ = ["COLORMAPS", "colorize", "overlay", "panels", "upsample"]
+__all__ = ["COLORMAPS", "colorize", "overlay", "panels", "png", "upsample"]
 
 
 def _anchors(*rows: str) -> np.ndarray:
@@ -83,6 +84,13 @@ def overlay(
         raise InputError(f"opacity must be between 0 and 1; got {opacity}")
     colours = colorize(upsample(saliency, (picture.height, picture.width)), colormap)
     return Image.blend(picture, Image.fromarray(colours), opacity)
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file's content."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def panels(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,16 @@ from torch.nn.functional import linear
 
 from vit_reciprocam.errors import ModelError
 
-__all__ = ["Attention", "Cut", "MeanPool", "Projection", "Readout", "Split", "Tap"]
+__all__ = [
+    "Attention",
+    "Cut",
+    "MeanPool",
+    "Projection",
+    "Readout",
+    "Split",
+    "Tap",
+    "projections",
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,17 @@ class Projection:
     def __call__(self, tokens: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch A"]:
         """Weight and bias applied to tokens."""
         return linear(tokens, self.weight, self.bias)
+
+
+def projections(weights: Sequence[Tensor], bias: Tensor | None) -> list[Projection]:
+    """Linear layers that are one: their shares of its weight, with their shares of its bias.
+
+    Args:
+        weights: (out, in) each.
+        bias: Of all, one after the other; None where there is none.
+    """
+    biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
+    return [Projection(*share) for share in zip(weights, biases, strict=True)]
 
 
 @dataclass(frozen=True)

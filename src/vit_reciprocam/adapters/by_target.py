@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vit_reciprocam.adapters.parts import same
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.split import Cut, Split, Tap
 
-__all__ = ["logits_of", "split"]
+__all__ = ["logits_of", "refuse_training", "split"]
 
 
 def split(
     model: nn.Module, target: nn.Module, *, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> Split:
-    """Cut a model at the output of one of its modules, (B, T, D) or (B, h, w, D).
+    """Cut a model at the output of one of its modules: (B, T, D), (B, h, w, D) or (B, D, h, w).
 
     What follows the cut is run by running the whole model with that output replaced, so nothing
     needs to be known of it, and each mask costs one forward pass.
@@ -24,7 +26,8 @@ def split(
     Args:
         model: Images -> logits (B, C), or an object that holds them as `logits`.
         target: The module, called once a forward pass.
-        grid: (h, w) of the patches; not needed for outputs (B, h, w, D).
+        grid: (h, w) of the patches; of an output of four dimensions it also says which are rows and
+            columns. Where it leaves that open, the cut refuses.
         prefix_tokens: How many tokens stand before the patches.
 
     Raises:
@@ -32,40 +35,51 @@ def split(
     """
     if not isinstance(target, nn.Module) or all(target is not one for one in model.modules()):
         raise InputError("target must be one of the model's own modules, such as model.blocks[-1]")
-    if prefix_tokens < 0:
-        raise InputError(f"prefix_tokens must not be negative, got {prefix_tokens}")
+    sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if grid is not None and not (len(sides) == 2 and all(_whole(side, 1) for side in sides)):
+        raise InputError(
+            f"grid must be (h, w), two positive whole numbers of patches, got {grid!r}"
+        )
+    if not _whole(prefix_tokens, 0):
+        raise InputError(
+            f"prefix_tokens must be a whole number and not negative, got {prefix_tokens!r}"
+        )
     tap = Tap((target,))
 
     def cut(images: Tensor) -> Cut:
-        outputs: list[Any] = []
-
-        def note(tokens: Tensor, _number: int) -> Tensor:
-            outputs.append(tokens)
-            return tokens
-
-        with tap.changed(note):
-            logits_of(model(images))
-        if len(outputs) != 1:
-            raise ModelError(
-                f"the target {type(target).__name__} ran {len(outputs)} times in one forward pass; "
-                "it must run once"
-            )
-        tokens = outputs[0]
+        tokens = _tokens(model, tap, images)
+        lie, channels_first = _layout(tokens, target, grid, prefix_tokens)
+        if tokens.shape[1] == len(images):  # perhaps (T, B, D): with one image more it would show
+            _tokens(model, tap, torch.cat([images, images[:1]]))
 
         def rest(normed: Tensor, _x: Tensor) -> Tensor:
-            times = len(normed) // len(images)
             with tap.replaced(normed):
-                return logits_of(model(images.repeat(times, 1, 1, 1)))
+                return _run(model, images.repeat(len(normed) // len(images), 1, 1, 1))
 
-        return Cut(grid=_grid(tokens, target, grid, prefix_tokens), x=tokens, norm=same, rest=rest)
+        return Cut(grid=lie, x=tokens, norm=same, rest=rest, channels_first=channels_first)
 
     return Split(
         cut=cut,
-        prefix_tokens=prefix_tokens,
+        prefix_tokens=int(prefix_tokens),
         block=target,
         tap=tap,
         direct_because="the cut is at a module that you named, and what follows it is not known",
     )
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Refuse training mode altogether: code of a user's own may ask for it and drop at random.
+
+    Raises:
+        ModelError: If the model or a module of it is in training mode; names it.
+    """
+    for name, module in model.named_modules():
+        if module.training:
+            what = f"its {name} ({type(module).__name__})" if name else "the model"
+            raise ModelError(
+                f"{what} is in training mode, in which a module of your own may act at random: "
+                "call model.eval() first"
+            )
 
 
 def logits_of(output: Any) -> Tensor:
@@ -81,31 +95,80 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _grid(
-    tokens: Any, target: nn.Module, grid: tuple[int, int] | None, prefix: int
-) -> tuple[int, int]:
-    name = type(target).__name__
+def _run(model: nn.Module, images: Tensor) -> Tensor:
+    logits = logits_of(model(images))
+    if len(logits) != len(images):
+        raise ModelError(
+            f"the model must give one row of logits an image, but gave {len(logits)} for "
+            f"{len(images)} images"
+        )
+    return logits
+
+
+def _tokens(model: nn.Module, tap: Tap, images: Tensor) -> Tensor:
+    """What the target gives in a forward pass, for each image its own."""
+    outputs: list[Any] = []
+
+    def note(tokens: Tensor, _number: int) -> Tensor:
+        outputs.append(tokens)
+        return tokens
+
+    with tap.changed(note):
+        _run(model, images)
+    name = type(tap.modules[0]).__name__
+    if len(outputs) != 1:
+        raise ModelError(
+            f"the target {name} ran {len(outputs)} times in one forward pass; it must run once"
+        )
+    tokens = outputs[0]
     if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
         what = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise InputError(
-            f"the target {name} must give tokens (B, T, D) or (B, h, w, D), but gave {what}"
+            f"the target {name} must give tokens (B, T, D), (B, h, w, D) or (B, D, h, w), but gave "
+            f"{what}"
         )
-    if tokens.ndim == 4:
-        have = (tokens.shape[1], tokens.shape[2])
-        if prefix:
-            raise InputError(f"a grid of tokens {have} has no prefix: use prefix_tokens=0")
-        if grid is not None and tuple(grid) != have:
-            raise InputError(f"the target {name} gives a grid of {have} tokens, not {tuple(grid)}")
-        return have
-    patches = tokens.shape[1] - prefix
+    if len(tokens) != len(images):
+        raise InputError(
+            f"the target {name} gives {len(tokens)} rows for {len(images)} "
+            f"image(s), {tuple(tokens.shape)}: it puts the tokens first, (T, B, D), or has windows "
+            "in its batch. Name a module whose first dimension is the images"
+        )
+    return tokens
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
+
+
+def _layout(
+    tokens: Tensor, target: nn.Module, grid: tuple[int, int] | None, prefix: int
+) -> tuple[tuple[int, int], bool]:
+    """The grid (h, w), and whether the channels stand before it."""
+    name, shape = type(target).__name__, tuple(tokens.shape)
     if grid is None:
         raise InputError(
-            f"the target {name} gives {tokens.shape[1]} tokens: say how the patches lie with "
-            "grid=(h, w), and how many tokens stand before them with prefix_tokens="
+            f"the target {name} gives {shape}: say how the patches lie with grid=(h, w), and how "
+            "many tokens stand before them with prefix_tokens="
         )
-    if grid[0] * grid[1] != patches:
+    h, w = map(int, grid)
+    if tokens.ndim == 4:
+        last, first = shape[1:3] == (h, w), shape[2:] == (h, w)
+        if prefix:
+            raise InputError(f"a grid of tokens {shape} has no prefix: use prefix_tokens=0")
+        if not last and not first:
+            raise InputError(
+                f"the target {name} gives {shape}, in which grid={h, w} is neither of (B, h, w, D) "
+                "nor of (B, D, h, w)"
+            )
+        if last and first:
+            raise InputError(
+                f"the target {name} gives {shape}, which may be (B, h, w, D) or (B, D, h, w): name "
+                "a module with another width, or one that gives (B, T, D)"
+            )
+        return (h, w), first
+    if h * w != shape[1] - prefix:
         raise InputError(
-            f"grid={tuple(grid)} is {grid[0] * grid[1]} patches, but the target {name} gives "
-            f"{tokens.shape[1]} tokens, of which prefix_tokens={prefix} are no patches"
+            f"grid={h, w} is {h * w} patches, but the target {name} gives {shape}: {shape[1]} "
+            f"tokens, of which prefix_tokens={prefix} are no patches"
         )
-    return int(grid[0]), int(grid[1])
+    return (h, w), False

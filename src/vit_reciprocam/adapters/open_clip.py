@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import open_clip
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention as CustomAttention
 from open_clip.transformer import (
+    AttentionalPooler,
     CustomResidualAttentionBlock,
     ResidualAttentionBlock,
     Transformer,
@@ -22,16 +24,27 @@ from vit_reciprocam.adapters.multihead import (
     multihead_output,
     multihead_unknown,
 )
-from vit_reciprocam.adapters.parts import call_of, has_hooks
-from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.adapters.parts import (
+    block_index,
+    call_of,
+    is_own,
+    kind_of,
+    refuse_bypassed,
+    runs_as,
+    unknown_inside,
+)
+from vit_reciprocam.adapters.pooling import no_pool, split_pool
+from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, Cut, Projection, Readout, Split, Tap
+from vit_reciprocam.split import Attention, Cut, MeanPool, Readout, Split, Tap, projections
 
-__all__ = ["check_prompts", "split", "split_tower", "zero_shot"]
+__all__ = ["split", "split_tower", "zero_shot"]
+
+_POOL = ("_pool", "_global_pool")
 
 
-def split(model: nn.Module) -> NoReturn:
-    """Refuse a model without prompts.
+def split(model: nn.Module, **_options: Any) -> NoReturn:
+    """Refuse a model without prompts, wherever it is to be cut.
 
     Raises:
         ModelError: Always: neither a CLIP model nor its image tower has classes.
@@ -43,59 +56,66 @@ def split(model: nn.Module) -> NoReturn:
     )
 
 
-def split_tower(tower: nn.Module) -> Split:
-    """Cut an image tower at its last block; its logits are the features before normalisation.
+def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+    """Cut an image tower; its logits are the features before normalisation.
+
+    Args:
+        tower: The tower.
+        block: At which block, counted from the end.
+        pool: Cut before the pooling of its head instead.
 
     Raises:
         ModelError: If it is not supported, or if its own code or hooks would be bypassed by running
             its parts.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     name = type(tower).__name__
     base: Any = next((k for k in (VisionTransformer, TimmModel) if isinstance(tower, k)), None)
     if base is None:
         raise ModelError(f"open_clip's {name} is not supported: it is no Vision Transformer")
-    if type(tower).forward is not base.forward:
-        raise ModelError(f"{name} has a forward of its own, which running its parts would bypass")
-    _refuse_hooks(tower, name)
-    return _split_timm(tower) if base is TimmModel else _split_vit(tower)
+    return (_split_timm if base is TimmModel else _split_vit)(tower, block, pool)
 
 
-def _refuse_hooks(module: nn.Module, name: str) -> None:
-    if has_hooks(module):
-        raise ModelError(
-            f"the {name} has forward hooks on its {type(module).__name__}, which running its parts "
-            "would bypass: remove them first, or put them on the modules inside"
-        )
-
-
-def _split_timm(tower: Any) -> Split:
+def _split_timm(tower: Any, block: int, pool: bool) -> Split:
     """A timm model whose head goes on into the tower's own."""
+    refuse_bypassed(tower, tower.trunk, "open_clip")
     from vit_reciprocam.adapters.timm import split as split_trunk
 
     trunk = copy.copy(tower.trunk)  # a module of its own, which shares all that is inside
     trunk._modules = {**trunk._modules, "head": nn.Sequential(tower.trunk.head, tower.head)}
     trunk.num_classes = -1  # timm's 0 means no head
-    return split_trunk(trunk)
+    return split_trunk(trunk, block=block, pool=pool)
 
 
-def _split_vit(tower: Any) -> Split:
+def _split_vit(tower: Any, number: int, pool: bool) -> Split:
     name = type(tower).__name__
     transformer = tower.transformer
-    if type(transformer).forward is not Transformer.forward or not transformer.batch_first:
+    if not isinstance(transformer, Transformer) or not transformer.batch_first:
         raise ModelError(
-            f"the {name}'s {type(transformer).__name__} is not open_clip's own, which puts the "
-            "batch first"
+            f"the {name}'s {kind_of(transformer)} is not open_clip's own, which puts the batch "
+            "first"
         )
-    _refuse_hooks(transformer, name)
     if tower.pool_type == "none":
         raise ModelError(
             f"this {name} does not pool its tokens (pool_type='none', or a parallel or cascade "
             "attention pooler), so its output is not one vector an image"
         )
-    block = transformer.resblocks[-1] if len(transformer.resblocks) else None
+    blocks = list(transformer.resblocks) or [None]
+    block, *later = blocks[block_index(number, len(blocks)) :]
     if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
-        raise ModelError(f"the {name}'s last block is a {type(block).__name__}, not open_clip's")
-    because = _head_reads_all(tower) or _unknown(block)
+        raise ModelError(f"the {name}'s last block is a {kind_of(block)}, not open_clip's")
+    refuse_bypassed(tower, block, "open_clip", methods=_POOL if pool else ())
+    if pool:
+        return _split_pool(tower, block)
+    not_last = "the cut is not in the last block" if later else ""
+    own_pool = "" if is_own(tower, "open_clip", *_POOL) else f"{name} has a pool of its own"
+    because = (
+        _head_reads_all(tower)
+        or not_last
+        or own_pool
+        or _unknown(block)
+        or unknown_inside(tower.ln_post, "open_clip", "the norm after the last block")
+    )
     tap = Tap((block.ln_1,))
     b: Any = block
 
@@ -105,7 +125,10 @@ def _split_vit(tower: Any) -> Split:
 
     def rest(normed: Tensor, x: Tensor) -> Tensor:
         with tap.replaced(normed):
-            return head(block(x))
+            y = block(x)
+        for other in later:
+            y = other(y)
+        return head(y)
 
     def finish(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
         x = x + b.ls_1(_attended(b, heads))
@@ -113,14 +136,7 @@ def _split_vit(tower: Any) -> Split:
         return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
 
     def cut(images: Tensor) -> Cut:
-        channels, height, width = images.shape[1:]
-        wanted = (tower.conv1.in_channels, *tower.image_size)
-        if (channels, height, width) != wanted:
-            raise InputError(
-                f"this tower takes images of {wanted[0]} channel(s) of {wanted[1]}x{wanted[2]} "
-                f"pixels (height x width), got {channels} of {height}x{width}. Resize them, or "
-                "create the model with force_image_size="
-            )
+        _check_size(tower, images)
         return Cut(
             grid=tower.grid_size,
             x=call_of(tower, block, images)[0][0],
@@ -130,6 +146,80 @@ def _split_vit(tower: Any) -> Split:
         )
 
     return Split(cut=cut, prefix_tokens=1, block=block, tap=tap, direct_because=because)
+
+
+def _split_pool(tower: Any, block: nn.Module) -> Split:
+    """Cut before the pool: at the pooler's LayerNorm, or before the mean of all patches."""
+    pooler = tower.attn_pool
+    if pooler is None and tower.pool_type == "tok":
+        raise no_pool(tower)
+
+    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
+        _check_size(tower, images)
+        y = block(call_of(tower, block, images)[0][0])
+        if pooler is not None:
+            return tower.grid_size, pooler.ln_k(y)
+        return tower.grid_size, (y if tower.final_ln_after_pool else tower.ln_post(y))[:, 1:]
+
+    def project(features: Tensor) -> Tensor:
+        return features if tower.proj is None else features @ tower.proj
+
+    def after_mean(mean: Tensor) -> Tensor:
+        return project(tower.ln_post(mean) if tower.final_ln_after_pool else mean)
+
+    if pooler is None:
+        return split_pool(
+            tokens=tokens,
+            pool=lambda normed: normed.mean(dim=1),
+            finish=after_mean,
+            readout=MeanPool(after_mean),
+            block=block,
+        )
+    # of what the queries get, the head reads the first or the mean of the others
+    read = slice(0, 1) if tower.pool_type == "tok" else slice(1, None)
+
+    def attend(normed: Tensor) -> Tensor:
+        with Tap((pooler.ln_k,)).replaced(normed):
+            attended: Tensor = pooler(normed)[:, read]
+        return attended
+
+    def after_pooler(attended: Tensor) -> Tensor:
+        return project(tower.ln_post(attended).mean(dim=-2))
+
+    asking = pooler.ln_q(pooler.query)[read]
+    return split_pool(
+        tokens=tokens,
+        pool=attend,
+        finish=after_pooler,
+        readout=_pooler_unknown(pooler)
+        or Readout(
+            tokens=len(asking),
+            attention=multihead_attention(pooler.attn, asking),
+            finish=lambda heads, _f, _x: after_pooler(multihead_output(pooler.attn, heads)),
+        ),
+        block=block,
+        prefix=1,
+    )
+
+
+def _pooler_unknown(pooler: Any) -> str:
+    """Why running the attention pooler's parts would not be running it; empty if it would."""
+    if not runs_as(pooler, AttentionalPooler):
+        return f"the attention pooler is a {kind_of(pooler)}, whose parts are not known"
+    return multihead_unknown(pooler.attn, "the attention pooler's attention") or unknown_inside(
+        pooler, "open_clip", "the attention pooler", pooler.ln_k
+    )
+
+
+def _check_size(tower: Any, images: Tensor) -> None:
+    channels, height, width = images.shape[1:]
+    wanted = (tower.conv1.in_channels, *tower.image_size)
+    if (channels, height, width) != wanted:
+        raise InputError(
+            f"this tower takes images of {wanted[0]} channel(s) of {wanted[1]}x{wanted[2]} "
+            f"pixels (height x width), got {channels} of {height}x{width}. Resize them, or "
+            "create the model with force_image_size="
+        )
 
 
 def _head_reads_all(tower: Any) -> str:
@@ -143,24 +233,22 @@ def _head_reads_all(tower: Any) -> str:
 def _unknown(block: Any) -> str:
     """Why running the parts would not be running the block; empty if it would."""
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
-    if not any(type(block).forward is kind.forward for kind in kinds):
-        return f"the last block is a {type(block).__name__}, whose parts are not known"
-    if has_hooks(block):
-        return "the last block has forward hooks"
-    attention = block.attn
-    if type(attention).forward is not CustomAttention.forward:
-        return multihead_unknown(attention)
-    if has_hooks(attention):
-        return "the last block's attention has forward hooks"
-    return "the last block's attention is a scaled cosine" if attention.scaled_cosine else ""
+    if not runs_as(block, *kinds):
+        return f"the last block is a {kind_of(block)}, whose parts are not known"
+    if not is_own(block, "open_clip", "attention"):
+        return "the last block has an attention method of its own"
+    because = ""
+    if not runs_as(block.attn, CustomAttention):
+        because = multihead_unknown(block.attn)
+    elif block.attn.scaled_cosine:
+        because = "the last block's attention is a scaled cosine"
+    return because or unknown_inside(block, "open_clip", "the last block", block.ln_1)
 
 
 def _attention(attention: Any) -> Attention:
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_attention(attention)
-    weights, bias = attention.in_proj_weight.chunk(3), attention.in_proj_bias
-    biases = [None] * 3 if bias is None else bias.chunk(3)
-    query, key, value = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
+    query, key, value = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
     return Attention(
         heads=attention.num_heads,
         scale=attention.scale,
@@ -210,8 +298,9 @@ def zero_shot(
     if model.training:
         raise ModelError(f"the {type(model).__name__} is in training mode: call model.eval() first")
     check_prompts(prompts, templates)
+    fills = [functools.partial(filled, template) for template in templates]
     classes = open_clip.build_zero_shot_classifier(
-        m, tokenizer, list(prompts), list(templates), device=m.logit_scale.device
+        m, tokenizer, list(prompts), fills, device=m.logit_scale.device
     )
     tower = m.visual
     if getattr(tower, "output_tokens", False):  # CoCa's gives all tokens beside the features
@@ -224,17 +313,3 @@ def zero_shot(
         scale=m.logit_scale.exp().item(),
         bias=0.0 if bias is None else bias.item(),
     )
-
-
-def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
-    """Refuse what cannot be prompts and templates.
-
-    Raises:
-        InputError: If they are not lists of texts, or a template has no place for the prompt.
-    """
-    for what, texts in (("prompts", prompts), ("templates", templates)):
-        if isinstance(texts, str) or not texts or not all(isinstance(one, str) for one in texts):
-            raise InputError(f"{what} must be a list of at least one text, got {texts!r}")
-    for template in templates:
-        if "{}" not in template:
-            raise InputError(f"the template {template!r} has no place {{}} for the prompt")

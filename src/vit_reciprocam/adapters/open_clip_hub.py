@@ -15,8 +15,9 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower
 
-from vit_reciprocam.adapters.open_clip import check_prompts, split_tower, zero_shot
-from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.adapters.open_clip import split_tower, zero_shot
+from vit_reciprocam.adapters.weights import RANDOM
+from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
@@ -41,7 +42,7 @@ def load_open_clip(
             preprocessing and activation.
         prompts: As `zero_shot` takes them.
         templates: Likewise.
-        weights: A local file.
+        weights: A local file, or "random".
         options: For `open_clip.create_model`, such as `force_image_size=336`.
 
     Raises:
@@ -51,11 +52,12 @@ def load_open_clip(
         DownloadError: If the published weights or the tokenizer cannot be fetched.
     """
     check_prompts(prompts, templates)
-    path = None if weights is None else Path(weights)
-    trained = _training(name, tag, path)
+    random = weights == RANDOM
+    path = None if weights is None or random else Path(weights)
+    trained = _training(name, tag, path, random)
     _refuse_unsupported(name)
     tokenizer = _fetch(f"the tokenizer of {name!r}", lambda: open_clip.get_tokenizer(name))
-    model = _create(name, tag, path, trained, options)
+    model = _create(name, tag, path, random, trained, options)
     preprocess = _preprocess(model.visual.preprocess_cfg)
     return zero_shot(model.eval(), tokenizer, prompts, templates), preprocess, tuple(prompts)
 
@@ -63,7 +65,7 @@ def load_open_clip(
 _PREFIXES = ("hf-hub:", "local-dir:")
 
 
-def _training(name: str, tag: str | None, path: Path | None) -> dict[str, Any]:
+def _training(name: str, tag: str | None, path: Path | None, random: bool) -> dict[str, Any]:
     """open_clip's record of how a tag's weights were trained; empty where it has none."""
     if name.startswith(_PREFIXES):
         if path is not None:
@@ -74,7 +76,7 @@ def _training(name: str, tag: str | None, path: Path | None) -> dict[str, Any]:
         hint = f". Closest: {', '.join(close)}" if close else ""
         raise ModelError(f"open_clip {open_clip.__version__} has no model {name!r}{hint}")
     trained: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if not trained and (tag or path is None):
+    if not trained and (tag or (path is None and not random)):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         what = f"has no weights {tag!r} for {name!r}" if tag else f"needs a tag for {name!r}"
         raise ModelError(f"open_clip {what}: it publishes {tags}. A file goes by weights=")
@@ -93,17 +95,22 @@ def _create(
     name: str,
     tag: str | None,
     path: Path | None,
+    random: bool,
     trained: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
     settings = {"force_quick_gelu": bool(trained.get("quick_gelu")), **options}
-    if path is not None:
-        if not path.is_file():
-            raise WeightsError(f"no such weights file: {path}")
+    if path is not None and not path.is_file():
+        raise WeightsError(f"no such weights file: {path}")
+    if path is not None or random:
         keys = {"mean", "std", "interpolation", "resize_mode"} & trained.keys()
         settings["force_preprocess_cfg"] = {key: trained[key] for key in keys}
     try:
         with _quiet():
+            if random:
+                return open_clip.create_model(
+                    name, load_weights=False, **{"pretrained_text": False, **settings}
+                )
             return open_clip.create_model(
                 name, tag if path is None else str(path), require_pretrained=True, **settings
             )

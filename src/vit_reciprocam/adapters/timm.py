@@ -20,10 +20,12 @@ from vit_reciprocam.adapters.parts import (
     block_index,
     call_of,
     calls_of,
-    has_hooks,
     infer_grid,
-    same,
+    is_own,
+    refuse_bypassed,
+    unknown_inside,
 )
+from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.adapters.timm_blocks import (
     BlockParts,
     after_attention_pool,
@@ -33,10 +35,11 @@ from vit_reciprocam.adapters.timm_blocks import (
 )
 from vit_reciprocam.adapters.timm_stages import split as split_stages
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
+from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 
 __all__ = ["split"]
 
+_HEAD = ("forward_head", "pool", "_pool")
 _PLAIN = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
 
 
@@ -50,24 +53,26 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """
     name = type(model).__name__
     _check_head(model)
-    _refuse_bypassed_code(model)
     if not isinstance(model, _PLAIN):
         if block != -1 or pool:
             raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
         return split_stages(model)
     m: Any = model
-    if pool:
-        return _split_pool(m)
     blocks = list(m.blocks_token_only if isinstance(model, Cait) else m.blocks)
     last = blocks[block_index(block, len(blocks)) :]
+    refuse_bypassed(model, last[0], "timm", methods=("forward_features",))
+    if pool:
+        return _split_pool(m)
     parts = block_parts(last[0])
     tokens = _readout_tokens(m)
     if tokens is None:
         because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
     elif len(last) > 1:
         because = "the cut is not in the last block"
+    elif not is_own(model, "timm", *_HEAD):  # which may read more than the readout tokens
+        because = f"{name} has a head of its own"
     else:
-        because = parts.unknown
+        because = parts.unknown or unknown_inside(m.norm, "timm", "the norm after the last block")
     return Split(
         cut=functools.partial(_cut, m, last, parts, None if because else tokens),
         prefix_tokens=m.num_prefix_tokens,
@@ -79,6 +84,11 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
 
 def _check_head(model: Any) -> None:
     name = type(model).__name__
+    if not hasattr(model, "forward_features"):
+        raise ModelError(
+            f"timm's {name} is no classifier but gives features: create the model without "
+            "features_only"
+        )
     if getattr(model, "num_classes", None) == 0 or isinstance(
         getattr(model, "head", None), nn.Identity
     ):
@@ -100,27 +110,6 @@ def _check_head(model: Any) -> None:
         raise ModelError(
             "this Cait pools its patches, which its class attention never changes: create it with "
             "global_pool='token'"
-        )
-
-
-def _refuse_bypassed_code(model: nn.Module) -> None:
-    """The model is run by its parts, so what stands around them must be timm's own."""
-    name = type(model).__name__
-    for method in ("forward", "forward_features"):
-        if not hasattr(model, method):
-            raise ModelError(
-                f"timm's {name} is no classifier but gives features: create the model without "
-                "features_only"
-            )
-        if not getattr(type(model), method).__module__.startswith("timm."):
-            raise ModelError(
-                f"{name} has a {method} of its own, which running its parts would bypass. Explain "
-                "timm's own class with the same weights"
-            )
-    if has_hooks(model):
-        raise ModelError(
-            f"the {name} has forward hooks, which running its parts would bypass: remove them "
-            "first, or put them on the modules inside"
         )
 
 
@@ -169,56 +158,42 @@ def _cut(
 
 def _split_pool(model: Any) -> Split:
     """Cut before the head pools: after the last block and the norm that may follow it."""
+    refuse_bypassed(model, model.norm, "timm", methods=("forward_features", *_HEAD))
     prefix, pool = model.num_prefix_tokens, getattr(model, "attn_pool", None)
     if model.global_pool == "token":
-        raise InputError(
-            f"layer='pool' cuts before a head pools tokens, but this {type(model).__name__} reads "
-            "its class token: use layer='norm1'"
-        )
+        raise no_pool(model)
     with_prefix = getattr(model, "pool_include_prefix", pool is not None)
     skipped = 0 if with_prefix else prefix
-    because = ""
-    if pool is not None:
-        because = attention_pool_unknown(pool)
-    elif model.global_pool != "avg":
-        because = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
+
+    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
+        grid = _grid(model, tuple(images.shape))
+        (x,), _ = call_of(model, model.norm, images)
+        found = grid or infer_grid(x.shape[1] - prefix, *images.shape[2:])
+        return found, model.norm(x)[:, skipped:]
 
     def finish(pooled: Tensor) -> Tensor:
         logits: Tensor = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
 
-    def rest(normed: Tensor, _x: Tensor) -> Tensor:
-        if pool is not None:
-            return finish(pool(normed))
-        kind = model.global_pool
-        return finish(global_pool_nlc(normed, pool_type=kind, reduce_include_prefix=True))
-
-    def cut(images: Tensor) -> Cut:
-        grid = _grid(model, tuple(images.shape))
-        (x,), _ = call_of(model, model.norm, images)
-        readout: Readout | MeanPool | None = None
-        if not because:
-            readout = MeanPool(finish)
-            if pool is not None:
-                readout = Readout(
-                    tokens=pool.latent_len,
-                    attention=attention_pool(pool),
-                    finish=lambda heads, _normed, _x: finish(after_attention_pool(pool, heads)),
-                )
-        return Cut(
-            grid=grid or infer_grid(x.shape[1] - prefix, *images.shape[2:]),
-            x=model.norm(x)[:, skipped:],
-            norm=same,
-            rest=rest,
-            readout=readout,
+    readout: Readout | MeanPool | str = MeanPool(finish)
+    if pool is not None:
+        readout = attention_pool_unknown(pool) or Readout(
+            tokens=pool.latent_len,
+            attention=attention_pool(pool),
+            finish=lambda heads, _normed, _x: finish(after_attention_pool(pool, heads)),
         )
-
-    return Split(
-        cut=cut,
-        prefix_tokens=prefix - skipped,
+    elif model.global_pool != "avg":
+        readout = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
+    by_kind = functools.partial(
+        global_pool_nlc, pool_type=model.global_pool, reduce_include_prefix=True
+    )
+    return split_pool(
+        tokens=tokens,
+        pool=by_kind if pool is None else pool,
+        finish=finish,
+        readout=readout,
         block=model.norm,
-        tap=Tap((model.norm,)),
-        direct_because=because,
+        prefix=prefix - skipped,
     )
 
 
@@ -230,7 +205,10 @@ def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
         raise InputError(f"this model takes {wanted} channel(s), got images of {channels}")
     embed = getattr(model, "patch_embed", None)
     if embed is None:
-        return None
+        if not isinstance(model, NaFlexVit):
+            return None
+        rows, columns = model.embeds.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
     patch_h, patch_w = embed.patch_size
     if embed.strict_img_size:
         if (height, width) != tuple(embed.img_size):

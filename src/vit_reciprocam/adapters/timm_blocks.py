@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from timm.models import vision_transformer as vit
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import has_hooks, same
+from vit_reciprocam.adapters.parts import kind_of, not_plain, runs_as, same, unknown_inside
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.split import Attention, Projection, Tap
+from vit_reciprocam.split import Attention, Projection, Tap, projections
 
 __all__ = [
     "BlockParts",
@@ -79,7 +79,7 @@ def block_parts(block: nn.Module) -> BlockParts:
             tap=Tap((b.attn,), "input"),
             attention=lambda options, tokens: _attention(b.attn, options, tokens),
             after=lambda heads, f, x: _post_norm(b, _out(b.attn, heads, f), x),
-            unknown=_unknown(block, _POST_NORM, b.attn),
+            unknown=_unknown(block, _POST_NORM, (), b.attn),
         )
     if isinstance(block, vit.ParallelThingsBlock):
         return _parallel_things(b)
@@ -92,7 +92,7 @@ def block_parts(block: nn.Module) -> BlockParts:
             tap=Tap((b.norm1,)),
             attention=lambda options, tokens: _attention(attn, options, tokens),
             after=lambda heads, f, x: _pre_norm(b, _out(attn, heads, f), x),
-            unknown=_unknown(block, _PRE_NORM, attn),
+            unknown=_unknown(block, _PRE_NORM, (b.norm1,), attn),
         )
     raise ModelError(
         f"the last encoder block is a {type(block).__name__}, which is not supported: it has no "
@@ -100,34 +100,26 @@ def block_parts(block: nn.Module) -> BlockParts:
     )
 
 
-def _unknown(block: nn.Module, kinds: tuple[type, ...], *attentions: Any) -> str:
+def _unknown(
+    block: nn.Module, kinds: tuple[type, ...], norms: Sequence[nn.Module], *attentions: Any
+) -> str:
     """Why running the parts would not be running the block; empty if it would."""
-    if not _runs_as(block, kinds):
-        return f"the last block is a {type(block).__name__}, whose parts are not known"
-    if has_hooks(block):
-        return "the last block has forward hooks"
+    if not runs_as(block, *kinds):
+        return f"the last block is a {kind_of(block)}, whose parts are not known"
     for attention in attentions:
-        kind = type(attention).__name__
-        if not _runs_as(attention, _ATTENTIONS):
-            return f"the last block's attention is a {kind}, whose parts are not known"
-        if has_hooks(attention):
-            return "the last block's attention has forward hooks"
-        for name in ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj"):
-            projection = getattr(attention, name, None)
-            if projection is None:
-                continue
-            if type(projection).forward is not nn.Linear.forward:
-                kind = type(projection).__name__
-                return f"the last block's {name} projection is a {kind}, not a plain Linear"
-            if has_hooks(projection):
-                return "the last block's attention has forward hooks"
-    return ""
-
-
-def _runs_as(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether the forward of one of these classes is what runs."""
-    own = getattr(type(module), "forward", None)
-    return any(own is getattr(kind, "forward", module) for kind in kinds)
+        if not runs_as(attention, *_ATTENTIONS):
+            return (
+                f"the last block's attention is a {kind_of(attention)}, whose parts are not known"
+            )
+    for module in (block, *attentions):
+        for name in ("in_proj", "qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj"):
+            linear = getattr(module, name, None)
+            because = linear is not None and not_plain(
+                linear, f"the last block's {name} projection"
+            )
+            if because:
+                return because
+    return unknown_inside(block, "timm", "the last block", *norms)
 
 
 def _pre_norm(block: Any, attended: Tensor, x: Tensor) -> Tensor:
@@ -185,17 +177,16 @@ def _attention(attention: Any, options: dict[str, Any], tokens: int) -> Attentio
 
 def _projections(attention: Any) -> list[Projection]:
     if getattr(attention, "qkv", None) is not None:
-        weights = attention.qkv.weight.chunk(3)
-        biases = [None] * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
-        if getattr(attention, "q_bias", None) is not None:
-            biases = [attention.q_bias, None, attention.v_bias]  # k_bias is a buffer of zeros
+        query, key, value = projections(attention.qkv.weight.chunk(3), attention.qkv.bias)
+        if getattr(attention, "q_bias", None) is not None:  # k_bias is a buffer of zeros
+            query = Projection(query.weight, attention.q_bias)
+            value = Projection(value.weight, attention.v_bias)
     else:
         names = ("q_proj", "k_proj", "v_proj") if hasattr(attention, "q_proj") else ("q", "k", "v")
         linears = [getattr(attention, name) for name in names]
-        weights, biases = [one.weight for one in linears], [one.bias for one in linears]
-    projections = [Projection(w, b) for w, b in zip(weights, biases, strict=True)]
+        query, key, value = (Projection(one.weight, one.bias) for one in linears)
     groups = getattr(attention, "num_kv_groups", 1)
-    return [projections[0], *(_every_head(one, attention, groups) for one in projections[1:])]
+    return [query, *(_every_head(one, attention, groups) for one in (key, value))]
 
 
 def _every_head(projection: Projection, attention: Any, groups: int) -> Projection:
@@ -231,11 +222,8 @@ def _parallel_scaling(block: Any) -> BlockParts:
     """Attention and MLP side by side after one LayerNorm, as in ViT-22B: both are masked."""
 
     def attention(options: dict[str, Any], tokens: int) -> Attention:
-        biases: list[Tensor | None] = [None] * 4
-        if block.in_proj.bias is not None:
-            biases = list(block.in_proj.bias.split(block.in_split))
-        weights = block.in_proj.weight.split(block.in_split)
-        _, query, key, value = (Projection(w, b) for w, b in zip(weights, biases, strict=True))
+        joint = block.in_proj
+        _, query, key, value = projections(joint.weight.split(block.in_split), joint.bias)
         return Attention(
             heads=block.num_heads,
             scale=block.scale,
@@ -263,7 +251,7 @@ def _parallel_scaling(block: Any) -> BlockParts:
         tap=Tap((block.in_norm,)),
         attention=attention,
         after=after,
-        unknown=_unknown(block, (vit.ParallelScalingBlock,)),
+        unknown=_unknown(block, (vit.ParallelScalingBlock,), (block.in_norm,)),
     )
 
 
@@ -295,7 +283,8 @@ def _parallel_things(block: Any) -> BlockParts:
         x = x + torch.stack(attended).sum(dim=0)
         return x + torch.stack([mlp(x) for mlp in block.ffns]).sum(dim=0)
 
-    unknown = _unknown(block, (vit.ParallelThingsBlock,), *(branch.attn for branch in branches))
+    input_norms, attentions = [b.norm for b in branches], [b.attn for b in branches]
+    unknown = _unknown(block, (vit.ParallelThingsBlock,), input_norms, *attentions)
     norms = [branch.attn.q_norm for branch in branches]
     if not unknown and not all(isinstance(norm, nn.Identity) for norm in norms):
         unknown = "the last block's parallel attentions have query and key norms"
@@ -308,34 +297,32 @@ def _parallel_things(block: Any) -> BlockParts:
     )
 
 
-def _block_diagonal(projections: list[Any]) -> Projection:
-    weight = torch.block_diag(*(one.weight for one in projections))
-    if projections[0].bias is None:
+def _block_diagonal(every: list[Any]) -> Projection:
+    weight = torch.block_diag(*(one.weight for one in every))
+    if every[0].bias is None:
         return Projection(weight, None)
-    return Projection(weight, torch.cat([one.bias for one in projections]))
+    return Projection(weight, torch.cat([one.bias for one in every]))
 
 
 def attention_pool_unknown(pool: Any) -> str:
     """Why a pooling head's attention has no closed form; empty if it has."""
-    if type(pool).forward is not AttentionPoolLatent.forward:
-        return f"the head pools by a {type(pool).__name__}, whose parts are not known"
+    if not runs_as(pool, AttentionPoolLatent):
+        return f"the head pools by a {kind_of(pool)}, whose parts are not known"
     if pool.pos_embed is not None:
         return "the attention pool adds a position embedding to the tokens"
-    if any(has_hooks(module) for module in (pool, pool.kv)):
-        return "the attention pool has forward hooks"
-    return ""
+    because = not_plain(pool.kv, "the attention pool's kv projection")
+    return because or unknown_inside(pool, "timm", "the attention pool")
 
 
 def attention_pool(pool: Any) -> Attention:
     """The attention of a pooling head: learned queries, so no token asks."""
-    weights = pool.kv.weight.chunk(2)
-    biases = (None, None) if pool.kv.bias is None else pool.kv.bias.chunk(2)
+    key, value = projections(pool.kv.weight.chunk(2), pool.kv.bias)
     return Attention(
         heads=pool.num_heads,
         scale=pool.scale,
         query=lambda tokens: pool.q(pool.latent).expand(tokens.shape[0], -1, -1),
-        key=Projection(weights[0], biases[0]),
-        value=Projection(weights[1], biases[1]),
+        key=key,
+        value=value,
         query_norm=pool.q_norm,
         key_norm=None if isinstance(pool.k_norm, nn.Identity) else pool.k_norm,
     )

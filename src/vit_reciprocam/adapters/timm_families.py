@@ -28,14 +28,16 @@ class MethodInput(Tap):
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """As of `Tap`; the method is the class's own again afterwards."""
+        """As of `Tap`; the method is what it was again afterwards."""
         block = self.modules[0]
-        attend = getattr(block, self.method)
+        attend, users = getattr(block, self.method), vars(block).get(self.method)
         setattr(block, self.method, lambda tokens: attend(change(tokens, 0)))
         try:
             yield
         finally:
             delattr(block, self.method)
+            if users is not None:
+                setattr(block, self.method, users)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vit_reciprocam.adapters.timm import split
-from vit_reciprocam.adapters.weights import read_weights
+from vit_reciprocam.adapters.weights import RANDOM, read_weights
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
@@ -37,7 +37,10 @@ def load_timm(
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f". Closest: {', '.join(close)}" if close else ""
         raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
-    if weights is not None:
+    if weights == RANDOM:
+        split(_outline(name, options))
+        model: nn.Module = timm.create_model(name, **options)
+    elif weights is not None:
         model = _create_with(name, Path(weights), options)
     else:
         model = _download(name, options)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import call_of, infer_grid, repeated
+from vit_reciprocam.adapters.parts import call_of, infer_grid, refuse_bypassed, repeated
 from vit_reciprocam.adapters.timm_families import (
     FAMILIES,
     REFUSED,
@@ -48,6 +48,8 @@ def split(model: nn.Module) -> Split:
             model, reasons[0] if reasons else "no attention between patch tokens is known in it"
         )
     last = family(model)
+    around = () if last.run is None else (last.block,)
+    refuse_bypassed(model, last.block, "timm", *around, methods=("forward_features",))
     kind = type(last.attention).__name__
     if not any(word in kind.lower() for word in ("att", "mla", "mhsa", "gpsa")):
         raise unsupported(

@@ -18,40 +18,76 @@ from vit_reciprocam.adapters.multihead import (
     multihead_output,
     multihead_unknown,
 )
-from vit_reciprocam.adapters.parts import call_of, has_hooks, same
+from vit_reciprocam.adapters.parts import (
+    block_index,
+    call_of,
+    kind_of,
+    refuse_bypassed,
+    runs_as,
+    same,
+    unknown_inside,
+)
+from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Cut, Readout, Split, Tap
+from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
 
 __all__ = ["split"]
 
 
-def split(model: nn.Module) -> Split:
-    """Cut a torchvision model at its last block.
+def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+    """Cut a torchvision model at an encoder block, or before the pooling of its head.
 
-    A Swin Transformer's last block attends within windows. At the image size that it was trained
-    for, one window covers the whole last grid; on larger images a kept patch changes the tokens of
-    its own window only.
+    A Swin Transformer's blocks are those of its last stage, whose grid the maps have. They attend
+    within windows. At the image size that it was trained for, one window covers the whole last
+    grid; on larger images a kept patch changes the tokens of its own window only.
 
     Raises:
         ModelError: If it is no Vision or Swin Transformer with a head, or if its own code or hooks
             would be bypassed by running its parts.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     if isinstance(model, VisionTransformer):
-        return _split_vit(model)
+        if pool:
+            raise no_pool(model)
+        return _split_vit(model, block)
     if isinstance(model, SwinTransformer):
-        return _split_swin(model)
-    raise ModelError(
-        f"torchvision's {type(model).__name__} is not supported: it is neither a VisionTransformer "
-        "nor a SwinTransformer"
+        return _split_swin_pool(model) if pool else _split_swin(model, block)
+    raise _unsupported(model)
+
+
+_TASKS = {
+    "detection": "finds boxes in images, and gives no class scores of an image",
+    "segmentation": "labels pixels, and gives no class scores of an image",
+}
+
+
+def _unsupported(model: nn.Module) -> ModelError:
+    name = type(model).__name__
+    for cls in type(model).__mro__:
+        for task, does in _TASKS.items():
+            if cls.__module__.startswith(f"torchvision.models.{task}"):
+                return ModelError(
+                    f"torchvision's {name} {does}: pass a classifier, such as "
+                    "torchvision.models.vit_b_16(), or wrap it in a module that gives scores "
+                    "(batch, classes) and name where to cut it with target="
+                )
+    return ModelError(
+        f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
+        "SwinTransformer"
     )
 
 
-def _split_vit(model: Any) -> Split:
-    _check(model, VisionTransformer, model.heads, (model.encoder, model.encoder.layers))
-    block = _last(model, model.encoder.layers, (EncoderBlock,))
-    because = multihead_unknown(block.self_attention)
-    if has_hooks(block):
-        because = "the last block has forward hooks"
+def _split_vit(model: Any, number: int) -> Split:
+    _check_head(model, model.heads)
+    block, *later = _last(model, model.encoder.layers, (EncoderBlock,), number)
+    refuse_bypassed(model, block, "torchvision")
+    because = (
+        multihead_unknown(block.self_attention)
+        or unknown_inside(block, "torchvision", "the last block", block.ln_1)
+        or unknown_inside(model.encoder.ln, "torchvision", "the norm after the last block")
+    )
+    if later:
+        because = "the cut is not in the last block"
 
     def head(y: Tensor) -> Tensor:
         logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
@@ -59,7 +95,8 @@ def _split_vit(model: Any) -> Split:
 
     def rest(normed: Tensor, x: Tensor) -> Tensor:
         with tap.replaced(normed):
-            return head(block(x))
+            y = block(x)
+        return head(_through(later, y))
 
     def finish(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
         x = x + block.dropout(multihead_output(block.self_attention, heads))
@@ -90,32 +127,28 @@ def _split_vit(model: Any) -> Split:
     return Split(cut=cut, prefix_tokens=1, block=block, tap=tap, direct_because=because)
 
 
-def _split_swin(model: Any) -> Split:
-    _check(model, SwinTransformer, model.head, (model.features, model.features[-1]))
-    block = _last(model, model.features[-1], (SwinTransformerBlock, SwinTransformerBlockV2))
+_SWIN_BLOCKS = (SwinTransformerBlock, SwinTransformerBlockV2)
+
+
+def _split_swin(model: Any, number: int) -> Split:
+    _check_head(model, model.head)
+    block, *later = _last(model, model.features[-1], _SWIN_BLOCKS, number)
+    refuse_bypassed(model, block, "torchvision")
     if isinstance(block, SwinTransformerBlockV2):
         # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
         norm, tap = same, Tap((block.attn,), "input")
     else:
         norm, tap = block.norm1, Tap((block.norm1,))
-    patch = model.features[0][0]
-    merges = len(model.features) // 2 - 1
-    step = tuple(side * 2**merges for side in patch.stride)
 
     def rest(normed: Tensor, x: Tensor) -> Tensor:
         with tap.replaced(normed):
-            y = model.norm(block(x))
+            y = block(x)
+        y = model.norm(_through(later, y))
         logits: Tensor = model.head(model.flatten(model.avgpool(model.permute(y))))
         return logits
 
     def cut(images: Tensor) -> Cut:
-        _check_channels(patch, images)
-        height, width = images.shape[2:]
-        if not height or not width or height % step[0] or width % step[1]:
-            raise InputError(
-                f"this model takes images of multiples of {step[0]} by {step[1]} pixels (height x "
-                f"width), which the patches of its last stage tile, got {height}x{width}"
-            )
+        _check_swin_images(model, images)
         x = call_of(model, block, images)[0][0]
         return Cut(grid=(x.shape[1], x.shape[2]), x=x, norm=norm, rest=rest)
 
@@ -128,51 +161,74 @@ def _split_swin(model: Any) -> Split:
     )
 
 
-def _check(model: nn.Module, base: Any, head: nn.Module, around: Iterable[nn.Module]) -> None:
-    """The model is run by its parts, so what stands around them must be torchvision's own.
+def _split_swin_pool(model: Any) -> Split:
+    pool = model.avgpool
+    _check_head(model, model.head)
+    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
+        raise no_pool(model, f"the head pools by {pool}")
+    (block,) = _last(model, model.features[-1], _SWIN_BLOCKS)
+    refuse_bypassed(model, block, "torchvision", model.permute, pool, model.flatten)
 
-    Args:
-        model: The model.
-        base: torchvision's class.
-        head: What gives its class scores.
-        around: Modules inside that are not called when the parts are.
+    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
+        _check_swin_images(model, images)
+        y = model.norm(block(call_of(model, block, images)[0][0]))
+        return (y.shape[1], y.shape[2]), y.flatten(1, 2)
 
-    Raises:
-        ModelError: If it is not, or if there is no head.
-    """
-    name = type(model).__name__
+    return split_pool(
+        tokens=tokens,
+        pool=lambda normed: normed.mean(dim=1),
+        finish=model.head,
+        readout=MeanPool(model.head),
+        block=block,
+    )
+
+
+def _through(blocks: Iterable[nn.Module], y: Tensor) -> Tensor:
+    for block in blocks:
+        y = block(y)
+    return y
+
+
+def _check_head(model: nn.Module, head: nn.Module) -> None:
     last = list(head.modules())[-1]
     if isinstance(last, (nn.Identity, nn.Sequential)):  # the last of modules is Sequential if empty
         raise ModelError(
-            f"this {name} has no classification head but the identity in its place, so it has no "
-            "class scores to explain. Put a Linear there"
+            f"this {type(model).__name__} has no classification head but the identity in its "
+            "place, so it has no class scores to explain. Put a Linear there"
         )
-    if type(model).forward is not base.forward:
-        raise ModelError(
-            f"{name} has a forward of its own, which running its parts would bypass. Explain a "
-            f"plain {base.__name__} with the same weights"
-        )
-    for module in (model, *around):
-        if has_hooks(module):
-            raise ModelError(
-                f"the {name} has forward hooks on its {type(module).__name__}, which running its "
-                "parts would bypass: remove them first, or put them on the modules inside"
-            )
 
 
-def _last(model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...]) -> Any:
-    """The last block, of a kind whose forward is torchvision's.
+def _last(
+    model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int = -1
+) -> list[Any]:
+    """The block of a number from the end and those after it.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If it is not of a kind whose forward is torchvision's.
+        InputError: If there is none of that number.
     """
-    block = blocks[-1] if len(blocks) else None
-    if not any(type(block).forward is kind.forward for kind in kinds if block is not None):
+    every = list(blocks) or [None]
+    last = every[block_index(number, len(every)) :]
+    block = last[0]
+    if not runs_as(block, *kinds):
         raise ModelError(
-            f"the last encoder block of this {type(model).__name__} is a {type(block).__name__}, "
+            f"the last encoder block of this {type(model).__name__} is a {kind_of(block)}, "
             f"which is not supported: it must be torchvision's {kinds[0].__name__}"
         )
-    return block
+    return last
+
+
+def _check_swin_images(model: Any, images: Tensor) -> None:
+    patch = model.features[0][0]
+    merges = len(model.features) // 2 - 1
+    step_h, step_w = (side * 2**merges for side in patch.stride)
+    _check_channels(patch, images)
+    height, width = images.shape[2:]
+    if not height or not width or height % step_h or width % step_w:
+        raise InputError(
+            f"this model takes images of multiples of {step_h} by {step_w} pixels (height x "
+            f"width), which the patches of its last stage tile, got {height}x{width}"
+        )
 
 
 def _check_channels(stem: nn.Module, images: Tensor) -> None:

@@ -16,7 +16,7 @@ from torchvision.models import get_model, get_model_builder, get_model_weights, 
 from torchvision.transforms._presets import ImageClassification
 
 from vit_reciprocam.adapters.torchvision import split
-from vit_reciprocam.adapters.weights import read_weights
+from vit_reciprocam.adapters.weights import RANDOM, read_weights
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
@@ -33,8 +33,8 @@ def load_torchvision(
     Args:
         name: As `torchvision.models.get_model` takes it.
         weights: A local file, or the name of other published weights than the default ones, such as
-            "IMAGENET1K_SWAG_E2E_V1". A local file that still has its published name is prepared for
-            as those weights, any other file as the default ones.
+            "IMAGENET1K_SWAG_E2E_V1", or "random". A local file that still has its published name is
+            prepared for as those weights, any other file as the default ones.
         options: For torchvision's builder, such as `image_size=384`.
 
     Raises:
@@ -53,7 +53,10 @@ def load_torchvision(
         )
     published: Any = get_model_weights(name)
     model: Any
-    if weights is None or weights in published.__members__:
+    if weights == RANDOM:
+        _outline(name, options)
+        chosen, model = published.DEFAULT, _create(name, options)
+    elif weights is None or weights in published.__members__:
         chosen = published.DEFAULT if weights is None else published[weights]
         model = _download(name, chosen, options)
     else:

@@ -10,25 +10,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from vit_reciprocam.adapters.parts import call_of, same
+from vit_reciprocam.adapters.multihead import (
+    multihead_attention,
+    multihead_output,
+    multihead_unknown,
+)
+from vit_reciprocam.adapters.parts import (
+    Call,
+    block_index,
+    call_of,
+    calls_of,
+    is_own,
+    kind_of,
+    not_plain,
+    refuse_bypassed,
+    same,
+    unknown_inside,
+)
+from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.adapters.transformers_families import (
     FAMILIES,
     Grid,
     Parts,
+    Pooling,
     base_name,
     check_class,
     first,
     image_tower,
     tower_parts,
 )
-from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, Cut, Projection, Readout, Split, Tap
+from vit_reciprocam.split import Attention, Cut, MeanPool, Projection, Readout, Split, Tap
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
-_NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
-_NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
+NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
+NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
 _TEXTS_AT_ONCE = 256
 
 
@@ -46,17 +64,18 @@ def zero_shot(
             mean of its texts' normalised embeddings.
 
     Raises:
-        ModelError: If the model does not compare images with texts, or is not supported.
-        InputError: If there is no prompt or template, or one is too long for the model.
+        ModelError: If the model does not compare images with texts, is not supported, or is in
+            training mode.
+        InputError: If there is no prompt or template, or one that cannot be used.
     """
     m: Any = model
     if not hasattr(model, "get_text_features"):
         raise ModelError(f"this {type(model).__name__} has no text encoder to compare images with")
     tower = image_tower(model)
-    for what, texts in (("prompts", prompts), ("templates", templates)):
-        if isinstance(texts, str) or not texts:
-            raise InputError(f"{what} must be a list of at least one text; got {texts!r}")
-    every = [template.format(prompt) for prompt in prompts for template in templates]
+    if model.training:
+        raise ModelError(f"the {type(model).__name__} is in training mode: call model.eval() first")
+    check_prompts(prompts, templates)
+    every = [filled(template, prompt) for prompt in prompts for template in templates]
     embedded = torch.cat(
         [
             _embed(m, processor, every[start : start + _TEXTS_AT_ONCE])
@@ -88,12 +107,15 @@ def _embed(model: Any, processor: Any, texts: list[str]) -> Tensor:
     return embedded
 
 
-def split(model: nn.Module) -> Split:
-    """Cut a transformers model at its last block.
+def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+    """Cut a transformers model at an encoder block, or before the pooling of its head.
+
+    A hierarchical model's blocks are those of its last stage, whose grid the maps have.
 
     Raises:
         ModelError: If it is not a supported classifier, or if its own code or hooks would be
             bypassed by running its parts.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     check_class(type(model))
     if isinstance(first(model, "classifier", "cls_classifier"), nn.Identity):
@@ -108,63 +130,148 @@ def split(model: nn.Module) -> Split:
             f"this {type(model).__name__} is not laid out as expected ({error}): use transformers "
             "5.10 or newer"
         ) from error
-    return _split(model, parts)
+    return _split(model, parts, block, pool)
 
 
-def split_tower(tower: nn.Module) -> Split:
-    """Cut an image tower at its last block; its features take the place of logits.
+def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+    """Cut an image tower alike; its features take the place of logits.
 
     Raises:
         ModelError: If it is not a supported tower, or if its own code or hooks would be bypassed by
             running its parts.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     tower = image_tower(tower)
-    return _split(tower, tower_parts(tower))
+    return _split(tower, tower_parts(tower), block, pool)
 
 
-def _split(model: nn.Module, parts: Parts) -> Split:
-    _refuse_bypassed_code(model, parts.block)
-    norm = first(parts.block, *_NORM_1)
-    because = parts.reads if isinstance(parts.reads, str) else _unknown(parts.block)
-    tap = parts.tap or Tap((norm,))
+def _split(model: nn.Module, parts: Parts, number: int, pool: bool) -> Split:
+    refuse_bypassed(model, parts.blocks[-1], "transformers")
+    if pool:
+        return _split_pool(model, parts)
+    blocks = list(parts.blocks)[block_index(number, len(parts.blocks)) :]
+    if isinstance(parts.reads, str):
+        because = parts.reads
+    else:
+        because = unknown_parts(blocks[0]) if number == -1 else "the cut is not in the last block"
+        because = because or _unknown_norm(model, blocks[0])
+    norm = first(blocks[0], *NORM_1)
+    tap = Tap((blocks[0].attention,), "input") if parts.post_norm else Tap((norm,))
     return Split(
         cut=functools.partial(
-            _cut, model, parts, tap, same if tap.side == "input" else norm, not because
+            _cut, model, parts, blocks, tap, same if parts.post_norm else norm, not because
         ),
         prefix_tokens=parts.prefix,
-        block=parts.block,
+        block=blocks[0],
         tap=tap,
         direct_because=because,
     )
 
 
+def _unknown_norm(model: nn.Module, block: nn.Module) -> str:
+    """Why the norm after the last block may look at more than one token; empty if it does not."""
+    inside = {id(module) for module in block.modules()}
+    found = [
+        unknown_inside(module, "transformers", f"the norm {path}")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and id(module) not in inside
+    ]
+    return next(filter(None, found), "")
+
+
 def _cut(
     model: nn.Module,
     parts: Parts,
+    blocks: list[Any],
     tap: Tap,
     norm: Callable[[Tensor], Tensor],
     closed_form: bool,
     images: Tensor,
 ) -> Cut:
     grid = _patch_grid(parts, images)
-    (x, *others), options = call_of(model, parts.block, images)
+    calls = calls_of(model, blocks, images)
+    (x, *others), options = calls[0]
     if parts.grid is not None:
         grid = parts.grid(*others)
+    if parts.check_grid is not None:
+        parts.check_grid(grid)
 
     def rest(normed: Tensor, x: Tensor) -> Tensor:
         with tap.replaced(normed):
-            y = parts.block(x, *others, **options)
-        return parts.head(y if isinstance(y, Tensor) else y[0])
+            y = _run(blocks[0], calls[0], x)
+        for block, call in zip(blocks[1:], calls[1:], strict=True):
+            y = _run(block, call, y)
+        return parts.head(y)
 
     def finish(heads: Tensor, normed: Tensor, skip: Tensor) -> Tensor:
-        y = _after_attention(parts.block, heads, skip)
+        y = _after_attention(blocks[0], heads, skip)
         return parts.head(y.flatten(0, 1)).view(*y.shape[:2], -1)
 
     readout = None
     if closed_form and isinstance(parts.reads, int):
-        attention = _attention(parts.block, parts.reads, grid, options)
+        attention = attention_of(blocks[0], parts.reads, grid, options)
         readout = Readout(parts.reads, attention, finish)
     return Cut(grid=grid, x=x, norm=norm, rest=rest, readout=readout)
+
+
+def _run(block: Any, call: Call, x: Tensor) -> Tensor:
+    """The output of a block called as it was, but with other tokens."""
+    (_, *others), options = call
+    y = block(x, *others, **options)
+    tokens: Tensor = y if isinstance(y, Tensor) else y[0]
+    return tokens
+
+
+def _split_pool(model: nn.Module, parts: Parts) -> Split:
+    """Cut before the head pools: after the last block and the norm that may follow it."""
+    block = parts.blocks[-1]
+    pooling = parts.head if isinstance(parts.head, Pooling) else parts.pooling
+    if pooling is None:
+        because = parts.reads if isinstance(parts.reads, str) else ""
+        raise no_pool(first(model, "vision") or model, because)
+    if pooling.around is not None:
+        refuse_bypassed(model, block, "transformers", pooling.around)
+
+    def tokens(images: Tensor) -> tuple[Grid, Tensor]:
+        grid = _patch_grid(parts, images)
+        call = call_of(model, block, images)
+        x, *others = call[0]
+        if parts.grid is not None:
+            grid = parts.grid(*others)
+        return grid, pooling.tokens(_run(block, call, x))
+
+    readout: MeanPool | Readout | str = MeanPool(pooling.finish)
+    if pooling.attention is not None:
+        readout = _pool_unknown(pooling.attention) or _attending(pooling)
+    return split_pool(
+        tokens=tokens,
+        pool=pooling.pool,
+        finish=pooling.finish,
+        readout=readout,
+        block=block,
+        prefix=pooling.prefix,
+    )
+
+
+def _attending(pooling: Pooling) -> Readout:
+    """SigLIP's head: a learned probe asks, then an MLP."""
+    head = pooling.attention
+
+    def finish(heads: Tensor, _normed: Tensor, _x: Tensor) -> Tensor:
+        y = multihead_output(head.attention, heads)
+        y = y + head.mlp(head.layernorm(y))
+        return pooling.finish(y[..., 0, :])
+
+    return Readout(1, multihead_attention(head.attention, head.probe[0]), finish)
+
+
+def _pool_unknown(head: Any) -> str:
+    """Why running the attention pool's parts would not be running it; empty if it would."""
+    if not is_own(head, "transformers"):
+        return f"the head pools by a {kind_of(head)}, whose forward is not of transformers"
+    return multihead_unknown(head.attention, "the head's attention") or unknown_inside(
+        head, "transformers", "the head's attention pool"
+    )
 
 
 def _patch_grid(parts: Parts, images: Tensor) -> Grid:
@@ -207,7 +314,7 @@ def _projections(attention: Any) -> list[Any]:
     return [first(attention, *either) for either in names]
 
 
-def _attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
+def attention_of(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
     heads = first(module, "num_attention_heads", "num_heads")
@@ -234,7 +341,7 @@ def _after_attention(block: Any, heads: Tensor, x: Tensor) -> Tensor:
     """From the joined heads and the skip path to the block's output."""
     attended = first(block, "attention.o_proj", "self_attn.out_proj", "attention.output.dense")
     x = x + _scaled(block, 1, attended(heads))
-    hidden = first(block, *_NORM_2)(x)
+    hidden = first(block, *NORM_2)(x)
     mlp = first(block, "mlp")
     hidden = mlp(hidden) if mlp is not None else block.output(block.intermediate(hidden))
     return x + _scaled(block, 2, hidden)
@@ -246,54 +353,11 @@ def _scaled(block: Any, number: int, value: Tensor) -> Tensor:
     return value if scale is None else scale * value
 
 
-def _unknown(block: Any) -> str:
+def unknown_parts(block: Any) -> str:
     """Why running the last block's parts would not be running the block; empty if it would."""
-    attention = first(block, "attention", "self_attn")
-    for module in (block, *attention.modules()):
-        kind = type(module).__name__
-        if not _is_own(module):
-            return f"the last block has a {kind} whose forward is not of transformers"
-        if _has_hooks(module):
-            return f"the last block's {kind} has forward hooks"
-    for projection in _projections(_self_attention(block)):
-        if type(projection).forward is not nn.Linear.forward:
-            kind = type(projection).__name__
-            return f"the last block's attention has a {kind}, not a plain Linear"
-    return ""
-
-
-def _refuse_bypassed_code(model: nn.Module, block: nn.Module) -> None:
-    """What calls the block is not run whole, so it must be the library's own, without hooks."""
-    path = next(name for name, module in model.named_modules() if module is block)
-    steps = path.split(".")
-    for depth in range(len(steps)):
-        module = model.get_submodule(".".join(steps[:depth]))
-        name = type(module).__name__
-        if not _is_own(module):
-            raise ModelError(
-                f"{name} has a forward of its own, which running its parts would bypass. Explain a "
-                "plain model of transformers with the same weights"
-            )
-        if _has_hooks(module):
-            raise ModelError(
-                f"the {name} has forward hooks, which running its parts would bypass: remove them "
-                "first, or put them on the modules inside"
-            )
-
-
-def _is_own(module: nn.Module) -> bool:
-    """Whether the module's forward is as its library wrote it."""
-    if "forward" in vars(module):
-        return False
-    kind = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    return kind.__module__.partition(".")[0] in ("transformers", "torch", "vit_reciprocam")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody put forward hooks on the module.
-
-    transformers' own, which stay on after a call with output_hidden_states=True, do nothing else.
-    """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ours = "transformers.utils.output_capturing"
-    return any(getattr(hook, "__module__", None) != ours for hook in hooks)
+    names = ("query", "key", "value")
+    for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
+        because = not_plain(linear, f"the last block's {name} projection")
+        if because:
+            return because
+    return unknown_inside(block, "transformers", "the last block", first(block, *NORM_1))

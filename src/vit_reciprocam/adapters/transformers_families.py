@@ -1,4 +1,4 @@
-"""The families of transformers' models: where each has its last block, head and tokens."""
+"""The families of transformers' models: where each has its blocks, head and tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Tap
 
 __all__ = [
     "FAMILIES",
     "Grid",
     "ImageTower",
     "Parts",
+    "Pooling",
     "base_name",
     "check_class",
     "first",
@@ -33,30 +34,62 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """A head that makes one vector of all tokens: their mean, or what attends to them.
+
+    Attributes:
+        tokens: The last block's output (B, T, D) -> the tokens that are pooled.
+        finish: The vector (B, D) -> logits.
+        prefix: How many of the tokens stand before the patches.
+        attention: The module that attends to them, None where it is their mean.
+        around: A module that takes the mean and is not called where its parts are.
+    """
+
+    tokens: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor]
+    prefix: int = 0
+    attention: Any = None
+    around: Any = None
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The one vector (B, D) of the tokens."""
+        return tokens.mean(dim=1) if self.attention is None else self.attention(tokens)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The last block's output -> logits."""
+        return self.finish(self.pool(self.tokens(y)))
+
+
+@dataclass(frozen=True)
 class Parts:
     """A model as its family's function describes it.
 
     Attributes:
         config: Of the image encoder.
-        block: Its last block.
+        blocks: Its blocks, of a hierarchical model those of the last stage.
         prefix: How many tokens stand before the patches.
         reads: How many tokens from the first on the head reads, or where that is all of them, a
             clause that says so.
-        head: The block's output (B, T, D) -> logits.
-        grid: What else the block is called with -> patch grid; by default that of
+        head: The last block's output (B, T, D) -> logits.
+        pooling: The head by its parts, where it pools all tokens and is no `Pooling` itself.
+        grid: What else a block is called with -> patch grid; by default that of
             `config.patch_size`.
+        check_grid: Refuses a grid whose patches do not all attend to each other.
         fixed_size: Whether images must have the size of `config.image_size`.
-        tap: Where F stands in the block; by default at its first LayerNorm.
+        post_norm: Whether the blocks' LayerNorms follow attention and MLP, so that F is what the
+            attention reads, not what the first LayerNorm gives.
     """
 
     config: Any
-    block: Any
+    blocks: Any
     prefix: int
     reads: int | str
     head: Callable[[Tensor], Tensor]
+    pooling: Pooling | None = None
     grid: Callable[..., Grid] | None = None
+    check_grid: Callable[[Grid], None] | None = None
     fixed_size: bool = False
-    tap: Tap | None = None
+    post_norm: bool = False
 
 
 FAMILIES: dict[str, Callable[[Any], Parts]] = {}
@@ -92,7 +125,7 @@ def _vit(model: Any) -> Parts:
 
     return Parts(
         config=body.config,
-        block=body.layers[-1],
+        blocks=body.layers,
         prefix=2 if hasattr(body.embeddings, "distillation_token") else 1,
         reads=2 if teacher else 1,
         head=head,
@@ -105,10 +138,10 @@ def _ijepa(model: Any) -> Parts:
     body = model.ijepa
     return Parts(
         config=body.config,
-        block=body.layers[-1],
+        blocks=body.layers,
         prefix=0,
         reads=_MEAN,
-        head=lambda y: model.classifier(body.layernorm(y).mean(dim=1)),
+        head=Pooling(tokens=body.layernorm, finish=model.classifier),
         fixed_size=True,
     )
 
@@ -123,24 +156,39 @@ def _dinov2(model: Any) -> Parts:
         logits: Tensor = model.classifier(torch.cat([y[:, 0], y[:, prefix:].mean(dim=1)], dim=1))
         return logits
 
+    def tokens(y: Tensor) -> Tensor:
+        """Twice as wide, so that their mean is the class token beside the mean of all patches."""
+        y = body.layernorm(y)
+        width, patches = y.shape[2], y.shape[1] - prefix
+        class_token, others = pad(y[:, :1], (0, width)), pad(y[:, prefix:], (width, 0))
+        return torch.cat([class_token, others / patches], dim=1) * (1 + patches)
+
     return Parts(
         config=body.config,
-        block=body.encoder.layer[-1],
+        blocks=body.encoder.layer,
         prefix=prefix,
         reads="the head reads the class token and the mean of all patches",
         head=head,
+        pooling=Pooling(tokens=tokens, finish=model.classifier, prefix=1),
     )
 
 
 @_family("BeitForImageClassification", "Data2VecVisionForImageClassification")
 def _beit(model: Any) -> Parts:
     body = model.base_model
+    mean = body.config.use_mean_pooling
+    pooling = Pooling(
+        tokens=lambda y: body.layernorm(y)[:, 1:],
+        finish=lambda pooled: model.classifier(body.pooler.layernorm(pooled)),
+        around=body.pooler,
+    )
     return Parts(
         config=body.config,
-        block=first(body, "layers", "encoder.layer")[-1],
+        blocks=first(body, "layers", "encoder.layer"),
         prefix=1,
-        reads=_MEAN if body.config.use_mean_pooling else 1,
+        reads=_MEAN if mean else 1,
         head=lambda y: model.classifier(body.pooler(body.layernorm(y))),
+        pooling=pooling if mean else None,
     )
 
 
@@ -149,10 +197,10 @@ def _clip(model: Any) -> Parts:
     body = model.vision_model
     return Parts(
         config=body.config,
-        block=body.encoder.layers[-1],
+        blocks=body.encoder.layers,
         prefix=1,
         reads=_MEAN,
-        head=lambda y: model.classifier(y[:, 1:].mean(dim=1)),
+        head=Pooling(tokens=lambda y: y[:, 1:], finish=model.classifier),
         fixed_size=True,
     )
 
@@ -162,10 +210,10 @@ def _siglip(model: Any) -> Parts:
     body = model.vision_model
     return Parts(
         config=body.config,
-        block=body.encoder.layers[-1],
+        blocks=body.encoder.layers,
         prefix=0,
         reads=_MEAN,
-        head=lambda y: model.classifier(body.post_layernorm(y).mean(dim=1)),
+        head=Pooling(tokens=body.post_layernorm, finish=model.classifier),
         fixed_size=True,
     )
 
@@ -173,31 +221,33 @@ def _siglip(model: Any) -> Parts:
 @_family("SwinForImageClassification", "Swinv2ForImageClassification")
 def _swin(model: Any) -> Parts:
     body = model.base_model
-    block = body.encoder.layers[-1].blocks[-1]
+    blocks = body.encoder.layers[-1].blocks
     post_norm = model.config.model_type == "swinv2"
+    mean = isinstance(body.pooler, nn.AdaptiveAvgPool1d)
 
-    def grid(dimensions: Grid, *_rest: Any) -> Grid:
-        height, width = dimensions
-        window = block.window_size if post_norm else min(block.window_size, height, width)
+    def check_grid(grid: Grid) -> None:
+        height, width = grid
+        window = blocks[-1].window_size
+        window = window if post_norm else min(window, height, width)
         if (height, width) != (window, window):
             raise InputError(
                 f"the last block attends within windows of {window}x{window} patches and these "
                 f"images have {height}x{width} there, so a kept patch would not reach the whole "
                 "image: resize the images to the size that the model was made for"
             )
-        return height, width
 
+    pooling = Pooling(tokens=body.layernorm, finish=model.classifier, around=body.pooler)
     return Parts(
         config=body.config,
-        block=block,
+        blocks=blocks,
         prefix=0,
-        reads=_MEAN,
+        reads=_MEAN if mean else f"the head pools all patches by {body.pooler}",
         head=lambda y: model.classifier(body.pooler(body.layernorm(y).transpose(1, 2)).flatten(1)),
-        grid=grid,
+        pooling=pooling if mean else None,
+        grid=lambda dimensions, *_rest: dimensions,
+        check_grid=check_grid,
         fixed_size=body.config.use_absolute_embeddings,
-        # version 2 has its LayerNorms after attention and MLP; with one window its attention's
-        # input is the residual stream itself
-        tap=Tap((block.attention,), "input") if post_norm else None,
+        post_norm=post_norm,  # with one window its attention reads the residual stream itself
     )
 
 
@@ -206,7 +256,7 @@ def _pvt(model: Any) -> Parts:
     encoder = model.pvt.encoder
     return Parts(
         config=model.config,
-        block=encoder.block[-1][-1],
+        blocks=encoder.block[-1],
         prefix=1,
         reads=1,
         head=lambda y: model.classifier(encoder.layer_norm(y)[:, 0]),
@@ -220,10 +270,10 @@ def _pvt_v2(model: Any) -> Parts:
     stage = model.pvt_v2.encoder.layers[-1]
     return Parts(
         config=model.config,
-        block=stage.blocks[-1],
+        blocks=stage.blocks,
         prefix=0,
         reads=_MEAN,
-        head=lambda y: model.classifier(stage.layer_norm(y).mean(dim=1)),
+        head=Pooling(tokens=stage.layer_norm, finish=model.classifier),
         grid=lambda height, width, *_rest: (height, width),
     )
 
@@ -273,22 +323,14 @@ def image_tower(model: nn.Module) -> ImageTower:
 def tower_parts(tower: Any) -> Parts:
     """The parts of an `ImageTower`, whose features take the place of logits."""
     vision = tower.vision
-    pooled = hasattr(vision, "head")
-
-    def head(y: Tensor) -> Tensor:
-        if pooled:
-            features: Tensor = vision.head(vision.post_layernorm(y))
-        else:
-            features = vision.post_layernorm(y[:, 0])
-        projected: Tensor = tower.projection(features)
-        return projected
-
+    attention = getattr(vision, "head", None)
+    pooling = Pooling(vision.post_layernorm, tower.projection, attention=attention)
     return Parts(
         config=vision.config,
-        block=vision.encoder.layers[-1],
-        prefix=0 if pooled else 1,
-        reads="the head pools all patches by attention" if pooled else 1,
-        head=head,
+        blocks=vision.encoder.layers,
+        prefix=0 if attention else 1,
+        reads="the head pools all patches by attention" if attention else 1,
+        head=pooling if attention else lambda y: tower.projection(vision.post_layernorm(y[:, 0])),
         fixed_size=True,
     )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
 from vit_reciprocam.adapters.transformers_families import check_class
+from vit_reciprocam.adapters.zero_shot import check_prompts
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
@@ -31,6 +32,7 @@ def load_transformers(
     *,
     prompts: Sequence[str] | None = None,
     templates: Sequence[str] = ("{}",),
+    random: bool = False,
     options: dict[str, Any],
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
     """A model in evaluation mode, its preprocessing, and its class names where known.
@@ -39,6 +41,7 @@ def load_transformers(
         name: A folder that `save_pretrained` wrote, or a model's name on the Hugging Face hub.
         prompts: One a class, for a model that compares images with texts.
         templates: See `zero_shot`.
+        random: Leave the weights untrained, in float32; the configuration and processors are read.
         options: For `from_pretrained`, such as `revision` or `attn_implementation`. Weights are
             loaded in float32 unless `dtype` says otherwise.
 
@@ -49,22 +52,29 @@ def load_transformers(
         DownloadError: If the model cannot be fetched.
         InputError: If a prompt or template cannot be used.
     """
+    if prompts is not None:
+        check_prompts(prompts, templates)
     where = {key: options[key] for key in _WHERE if key in options}
     config = _fetch(name, transformers.AutoConfig, options)
     kind = _model_class(name, config)
     _refuse_early(name, kind, config, prompts)
     preprocess = _preprocess(name, _fetch(name, transformers.AutoImageProcessor, where))
+    model = kind(config).eval() if random else _fetch_model(name, kind, options)
+    if prompts is None:
+        return model, preprocess, _class_names(config)
+    tokenizer = _fetch(name, transformers.AutoTokenizer, where)
+    return zero_shot(model, tokenizer, prompts, templates), preprocess, tuple(prompts)
+
+
+def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
     loaded = _fetch(name, kind, {"dtype": torch.float32, **options, "output_loading_info": True})
-    model, missing = loaded[0].eval(), sorted(loaded[1]["missing_keys"])
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise WeightsError(
             f"{name} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
             f" of a {kind.__name__}, so its predictions would be random: was its head trained?"
         )
-    if prompts is None:
-        return model, preprocess, _class_names(config)
-    tokenizer = _fetch(name, transformers.AutoTokenizer, where)
-    return zero_shot(model, tokenizer, prompts, templates), preprocess, tuple(prompts)
+    return loaded[0].eval()
 
 
 def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | None) -> None:

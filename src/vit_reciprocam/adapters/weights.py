@@ -11,7 +11,10 @@ from torch import Tensor
 
 from vit_reciprocam.errors import WeightsError
 
-__all__ = ["read_weights"]
+__all__ = ["RANDOM", "read_weights"]
+
+RANDOM = "random"
+"""As `weights`: as the library's builder leaves them, untrained; nothing is fetched for them."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vit_reciprocam.errors import InputError
 from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 
-__all__ = ["ZeroShot", "with_scores"]
+__all__ = ["ZeroShot", "check_prompts", "filled", "with_scores"]
 
 
 class ZeroShot(nn.Module):
@@ -75,3 +76,23 @@ def with_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
         )
 
     return dataclasses.replace(tower, cut=cut)
+
+
+def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
+    """Refuse what cannot be prompts and templates.
+
+    Raises:
+        InputError: If they are not lists of texts, or a template has no place for the prompt.
+    """
+    for what, texts in (("prompts", prompts), ("templates", templates)):
+        listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if not listed or not texts or not all(isinstance(one, str) for one in texts):
+            raise InputError(f"{what} must be a list of at least one text, got {texts!r}")
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f"the template {template!r} has no place {{}} for the prompt")
+
+
+def filled(template: str, prompt: str) -> str:
+    """A template with the prompt in its place {}; other braces stay as they are."""
+    return template.replace("{}", prompt)

@@ -1,4 +1,4 @@
-"""The command line: `vit-reciprocam explain | demo | models`.
+"""The command line, `vit-reciprocam`.
 
 One module a command; results go to stdout, all else to stderr.
 """
@@ -10,9 +10,13 @@ from typing import Annotated
 
 import typer
 
+from vit_reciprocam.cli.benchmark import benchmark_command
 from vit_reciprocam.cli.demo import demo_command
+from vit_reciprocam.cli.evaluate import evaluate_command
 from vit_reciprocam.cli.explain import explain_command
 from vit_reciprocam.cli.models import models_command
+from vit_reciprocam.cli.report import report_command
+from vit_reciprocam.cli.reproduce import reproduce_command
 
 __all__ = ["app", "main"]
 
@@ -26,6 +30,10 @@ app = typer.Typer(
 )
 app.command("explain")(explain_command)
 app.command("demo")(demo_command)
+app.command("evaluate")(evaluate_command)
+app.command("benchmark")(benchmark_command)
+app.command("report")(report_command)
+app.command("reproduce")(reproduce_command)
 app.command("models")(models_command)
 
 

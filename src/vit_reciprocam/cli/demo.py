@@ -24,7 +24,7 @@ from vit_reciprocam.cli.parts import (
 )
 from vit_reciprocam.images import read_image
 
-SETTINGS = ("kernel", "class_token", "layer")
+SETTINGS = ("method", "kernel", "class_token", "layer")
 
 
 def demo_command(

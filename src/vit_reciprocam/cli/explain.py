@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from vit_reciprocam.explanation import MOST_DRAWN, Explanation
 from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
 from vit_reciprocam.images import find_images
 from vit_reciprocam.masks import KERNELS, LAYERS, Masking
+from vit_reciprocam.methods import METHODS, MethodSpec
 from vit_reciprocam.render import COLORMAPS
 
 
@@ -53,6 +55,12 @@ def explain_command(
         list[str] | None,
         typer.Option(metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,…]", help=f"With its settings; of {', '.join(METHODS)}."
+        ),
+    ] = "reciprocam",
     kernel: Annotated[str, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = "gaussian",
     class_token: Annotated[bool, typer.Option(help="Keep the class token under the masks.")] = True,
     layer: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = "norm1",
@@ -80,8 +88,7 @@ def explain_command(
         if max_pixels is not None:
             PIL.Image.MAX_IMAGE_PIXELS = max_pixels
         check_choice("colormap", colormap, COLORMAPS)
-        settings: dict[str, Any] = {"kernel": kernel, "class_token": class_token, "layer": layer}
-        Masking(**settings)
+        settings = _settings(method, {"kernel": kernel, "class_token": class_token, "layer": layer})
         paths = find_images(images)
         check_folder(destination)
         summary = destination / "explanations.json"
@@ -120,6 +127,23 @@ def explain_command(
         err.print(f"[red]failed:[/red] {escape(failure['error'])}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1 if records else 2)
+
+
+def _settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
+    """The method and its settings, those of ReciproCAM also from options of their own.
+
+    Raises:
+        InputError: If there is no such method, or those options are given for another one.
+    """
+    spec = MethodSpec.parse(method)
+    if spec.name == "reciprocam":
+        return {"method": spec.name, **dataclasses.asdict(Masking(**masking)), **spec.settings}
+    if Masking(**masking) != Masking():
+        raise InputError(
+            f"--kernel, --class-token and --layer are settings of reciprocam, not of {spec.name}: "
+            f"give its own as --method {spec.name}:KEY=VALUE"
+        )
+    return {"method": spec.name, **spec.settings}
 
 
 def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +26,7 @@ NAMES_SHOWN = 3
 
 def models_command(
     pattern: Annotated[
-        str, typer.Argument(help="Names to look at, such as 'deit*' or 'vit_base*'.")
+        str, typer.Argument(help="Names to look at, such as 'deit*' or 'torchvision:*'.")
     ] = "*",
     check: Annotated[
         bool, typer.Option("--check", help="Compare each with the naive loop, random weights.")
@@ -37,27 +39,16 @@ def models_command(
 ) -> None:
     """List the models that can be explained.
 
-    By which path, and why others cannot. timm models are built without weights or memory to find
-    out; all of them take about half a minute. The table has those that can be explained; --json has
-    every name with its reason.
+    By which path, and why others cannot: transformers of timm, torchvision, open_clip (its image
+    towers, for prompts) and transformers (its classes). They are built without weights or memory to
+    find out; all of them take about a minute. The table has those that can be explained; --json has
+    every name with its reason. Patterns find timm's other models too.
     """
     if check:
         _check_models(pattern, destination, as_json, debug)
         return
     with errors_in_one_line(debug):
-        rows = []
-        if fnmatch.fnmatch("demo", pattern):
-            rows.append({"model": "demo", "path": "closed-form", "why": ""})
-        try:
-            names = [] if pattern == "demo" else timm_names(pattern)
-        except MissingDependencyError as error:
-            if not rows:
-                raise
-            names = []
-            err.print(str(error), highlight=False, soft_wrap=True, markup=False)
-        for name in progress(names, "Looking"):
-            path, why = describe_timm(name)
-            rows.append({"model": f"timm:{name}", "path": path, "why": why})
+        rows = _rows(pattern)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -78,18 +69,68 @@ def models_command(
         out.print(Padding(escape(shown), (0, 0, 0, 4)), highlight=False)
 
 
+def _rows(pattern: str) -> list[dict[str, str]]:
+    rows = [{"model": "demo", "path": "closed-form", "why": ""}]
+    if not fnmatch.fnmatch("demo", pattern):
+        rows = []
+    elif pattern == "demo":
+        return rows
+    try:
+        others = _others(pattern)
+        looks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
+            (f"timm:{name}", functools.partial(describe_timm, name))
+            for name in _of_timm(pattern, bool(others))
+        ]
+    except MissingDependencyError as error:
+        if not rows:
+            raise
+        err.print(str(error), highlight=False, soft_wrap=True, markup=False)
+        return rows
+    for spec, describe in progress(looks + others, "Looking"):
+        path, why = describe()
+        rows.append({"model": spec, "path": path, "why": why})
+    if not rows:
+        raise InputError(f"no model of the installed libraries fits {pattern!r}")
+    return rows
+
+
+def _of_timm(pattern: str, optional: bool) -> list[str]:
+    library, colon, name = pattern.partition(":")
+    if colon and not fnmatch.fnmatch("timm", library):
+        return []
+    try:
+        return timm_names(name if colon else pattern)
+    except InputError:
+        if optional:
+            return []
+        raise
+
+
+def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
+    """Those of the other libraries; for "*" only what goes by the name of a transformer."""
+    try:
+        from vit_reciprocam import catalogue
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("listing models", "torch") from error
+    return [
+        (one.spec, functools.partial(catalogue.describe, one))
+        for one in catalogue.architectures(pattern)
+        if not one.spec.startswith("timm:") and (one.listed or pattern != "*")
+    ]
+
+
 def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -> None:
     with errors_in_one_line(debug):
         try:
-            from vit_reciprocam import checks
+            from vit_reciprocam import catalogue, checks
         except ModuleNotFoundError as error:
             raise MissingDependencyError("models --check", "torch") from error
-        found = list(checks.architectures(pattern))
+        found = list(catalogue.architectures(pattern))
         if not found:
             raise InputError(f"no architecture of the installed libraries fits {pattern!r}")
         results = [checks.check(one) for one in progress(found, "Checking")]
         if file is not None:
-            write_atomically(file, (checks.HEAD + checks.report(results)).encode())
+            write_atomically(file, (checks.head() + checks.report(results)).encode())
         everything = [dataclasses.asdict(one) for one in results]
         typer.echo(json.dumps(everything, indent=2) if as_json else checks.report(results))
     if any(one.status in ("DIFFERENT", "failed") for one in results):

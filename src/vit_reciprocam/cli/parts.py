@@ -30,7 +30,7 @@ UseColormap = Annotated[str, typer.Option("--colormap", help=f"One of {', '.join
 
 @contextlib.contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, anything unexpected with one line and 1."""
+    """Bad input ends with one line and exit code 2, anything else, as a full disk, with 3."""
     try:
         yield
     except Exception as error:
@@ -42,7 +42,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         )
         text = str(error) or type(error).__name__
         err.print(f"[red]error:[/red] {escape(text + where)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if expected else 1) from error
+        raise typer.Exit(2 if expected else 3) from error
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:

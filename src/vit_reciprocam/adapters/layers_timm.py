@@ -1,0 +1,63 @@
+"""timm's VisionTransformer -> Encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
+from vit_reciprocam.adapters.parts import has_hooks, kind_of, runs_as
+from vit_reciprocam.adapters.timm_blocks import block_parts
+
+__all__ = ["encoder"]
+
+
+def encoder(model: nn.Module) -> Encoder:
+    """A model whose head reads its class token, or class and distillation token.
+
+    Raises:
+        ModelError: If it is none, or if the parts of one of its blocks are not known.
+    """
+    m: Any = model
+    if not isinstance(model, VisionTransformer):
+        raise refused(model, "the parts of this architecture are not known")
+    distilled = isinstance(model, VisionTransformerDistilled)
+    pooled = m.global_pool != "token" or m.attn_pool is not None
+    if not distilled and (pooled or not m.num_prefix_tokens):
+        raise refused(model, "its head reads all tokens, so no token's attention stands for it")
+
+    def logits(y: Tensor) -> Tensor:
+        scores: Tensor = m.forward_head(m.norm(y))
+        return scores
+
+    single = (steps(m.fc_norm, m.head_drop, m.head),)
+    return Encoder(
+        entry=m.blocks[0],
+        layers=tuple(_layer(model, number, block) for number, block in enumerate(m.blocks)),
+        norm=steps(m.norm),
+        heads=(steps(m.head), steps(m.head_dist)) if distilled else single,
+        logits=logits,
+    )
+
+
+def _layer(model: nn.Module, number: int, block: Any) -> Layer:
+    if not runs_as(block, Block, ResPostBlock):
+        name = kind_of(block)
+        raise refused(model, f"its block {number} is a {name}, whose parts are not known")
+    parts, attn, mlp = block_parts(block), block.attn, block.mlp
+    if parts.unknown or getattr(attn, "gate", None) is not None:
+        why = parts.unknown or "the last block's attention is gated"
+        raise refused(model, why.replace("the last block", f"its block {number}"))
+    plain = runs_as(mlp, Mlp) and not has_hooks(mlp)
+    after = steps(getattr(attn, "norm", None), attn.proj)
+    inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if plain else (mlp,)
+    if runs_as(block, Block):
+        before, after = steps(block.norm1), after + steps(block.ls1)
+        inner = steps(block.norm2) + inner + steps(block.ls2)
+    else:
+        before, after, inner = (), after + steps(block.norm1), inner + steps(block.norm2)
+    return Layer(before, parts.attention({}, 0), after, inner)

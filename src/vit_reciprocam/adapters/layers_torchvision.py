@@ -1,0 +1,60 @@
+"""torchvision's VisionTransformer -> Encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
+
+from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
+from vit_reciprocam.adapters.multihead import multihead_attention, multihead_unknown
+from vit_reciprocam.adapters.parts import kind_of, runs_as, unknown_inside
+from vit_reciprocam.split import Projection, projections
+
+__all__ = ["encoder"]
+
+
+def encoder(model: nn.Module) -> Encoder:
+    """A Vision Transformer.
+
+    Raises:
+        ModelError: If it is none, or if the parts of one of its blocks are not known.
+    """
+    m: Any = model
+    if not isinstance(model, VisionTransformer):
+        raise refused(model, "the parts of this architecture are not known")
+
+    def logits(y: Tensor) -> Tensor:
+        scores: Tensor = m.heads(m.encoder.ln(y)[:, 0])
+        return scores
+
+    return Encoder(
+        entry=m.encoder.layers[0],
+        layers=tuple(_layer(model, number, block) for number, block in enumerate(m.encoder.layers)),
+        norm=steps(m.encoder.ln),
+        heads=(steps(m.heads),),
+        logits=logits,
+    )
+
+
+def _layer(model: nn.Module, number: int, block: Any) -> Layer:
+    if not runs_as(block, EncoderBlock):
+        name = kind_of(block)
+        raise refused(model, f"its block {number} is a {name}, whose parts are not known")
+    attention = block.self_attention
+    what = f"its block {number}"
+    unknown = multihead_unknown(attention, f"{what}'s attention") or unknown_inside(
+        block, "torchvision", what, block.ln_1
+    )
+    if unknown:
+        raise refused(model, unknown)
+    query, _, _ = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
+    out = Projection(attention.out_proj.weight, attention.out_proj.bias)
+    return Layer(
+        before=steps(block.ln_1),
+        attention=dataclasses.replace(multihead_attention(attention), query=query),
+        after=(out, *steps(block.dropout)),
+        mlp=steps(block.ln_2, block.mlp),
+    )

@@ -1,0 +1,66 @@
+"""The cut just before a head pools all tokens, alike for every library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vit_reciprocam.adapters.parts import same
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
+
+__all__ = ["no_pool", "split_pool"]
+
+
+def no_pool(model: nn.Module, because: str = "") -> InputError:
+    """The refusal of a model whose head neither averages all tokens nor attends to them.
+
+    Args:
+        model: The model.
+        because: What its head does instead; by default it reads the class token.
+    """
+    because = because or f"this {type(model).__name__} reads its class token"
+    return InputError(
+        "layer='pool' cuts before a head takes the mean of all tokens or attends to them, but "
+        f"{because}: use layer='norm1'"
+    )
+
+
+def split_pool(
+    *,
+    tokens: Callable[[Tensor], tuple[tuple[int, int], Tensor]],
+    pool: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor],
+    readout: Readout | MeanPool | str,
+    block: nn.Module,
+    prefix: int = 0,
+) -> Split:
+    """Cut before the pool. There is no skip path: F is X.
+
+    Args:
+        tokens: Images -> patch grid, and the tokens (B, T, D) that are pooled.
+        pool: Tokens -> what is made of them.
+        finish: What the pool makes -> logits (B, C).
+        readout: For the closed form, or why it does not hold.
+        block: The last block, or what follows it.
+        prefix: How many of the tokens stand before the patches.
+    """
+
+    def cut(images: Tensor) -> Cut:
+        grid, x = tokens(images)
+        return Cut(
+            grid=grid,
+            x=x,
+            norm=same,
+            rest=lambda normed, _x: finish(pool(normed)),
+            readout=None if isinstance(readout, str) else readout,
+        )
+
+    return Split(
+        cut=cut,
+        prefix_tokens=prefix,
+        block=block,
+        tap=Tap((block,)),
+        direct_because=readout if isinstance(readout, str) else "",
+    )

@@ -1,0 +1,379 @@
+"""Methods to compare with: attention rollout, relevance, raw attention, and null baselines.
+
+All have one signature, f(model, images, targets=None, **settings) -> (B, K, h, w): the method's own
+values on the patch grid, in at least float32, on the model's device. `targets` are as of
+`ReciproCAM`; only relevance depends on them, and the others give the same map for every target.
+
+A null baseline is no explanation. It shows what a metric gives to a map that does not look at the
+model, or not even at the picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
+
+from vit_reciprocam.adapters import check_images, check_mode, grid_and_targets, split_model
+from vit_reciprocam.adapters.layers import Encoder, encoder_of, without_rule
+from vit_reciprocam.adapters.parts import call_of
+from vit_reciprocam.errors import InputError, ModelError, check_choice
+from vit_reciprocam.lrp import relevance_matrices, trace_layers
+from vit_reciprocam.split import Split
+
+__all__ = [
+    "center",
+    "image_edges",
+    "random",
+    "raw_attention",
+    "relevance",
+    "rollout",
+    "uniform",
+]
+
+Images = Float[Tensor, "B ch H W"]
+Maps = Float[Tensor, "B K h w"]
+
+_GIB = 2**30
+_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda heads: heads.mean(dim=1),
+    "max": lambda heads: heads.amax(dim=1),
+    "min": lambda heads: heads.amin(dim=1),
+}
+
+
+def rollout(
+    model: nn.Module,
+    images: Images,
+    targets: Any = None,
+    *,
+    head_fusion: str = "mean",
+    discard_ratio: float = 0.0,
+    start_layer: int = 0,
+    memory_limit: int = _GIB,
+) -> Maps:
+    """Attention rollout (Abnar & Zuidema 2020): how attention flows through all layers.
+
+    With A_l the weights of layer l fused over heads, and rows of A_l + I scaled to sum to 1,
+
+        rollout = (A_L + I) ... (A_2 + I) (A_1 + I),
+
+    of which the map is the class token's row over the patches; where the head reads a distillation
+    token too, the mean of both rows. The paper fuses by the mean; the other settings are common
+    additions to it. Costs about two forward passes: the model's own, and one by its parts.
+
+    Args:
+        model: A classifier whose head reads its class token; also DINOv2.
+        images: Preprocessed.
+        targets: Only how many.
+        head_fusion: "mean", "max" or "min" over heads.
+        discard_ratio: Which share of each image's fused weights, the smallest, become 0 first.
+        start_layer: The first layer of the product, counted from 0.
+        memory_limit: About how many bytes a chunk of images may take.
+
+    Raises:
+        InputError: If the images, targets or settings do not fit.
+        ModelError: If the model's attention is not known layer by layer, with the reason.
+    """
+    check_choice("head_fusion", head_fusion, _FUSIONS)
+    if not 0 <= discard_ratio < 1:
+        raise InputError(f"discard_ratio must be from 0 to below 1; got {discard_ratio}")
+
+    def of_tokens(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
+        fused = []
+        for trace in trace_layers(encoder, tokens):
+            weights = _wide(_FUSIONS[head_fusion](trace.attention))
+            fused.append(_without_smallest(weights, discard_ratio))
+        rows = _product_rows(fused[start_layer:], _readouts(encoder), normalise=True)
+        return rows[:, None], encoder.logits(trace.out)
+
+    return _by_layer(model, images, targets, of_tokens, start_layer, memory_limit, "rollout")
+
+
+def raw_attention(
+    model: nn.Module, images: Images, targets: Any = None, *, memory_limit: int = _GIB
+) -> Maps:
+    """The class token's attention in the last layer, the mean over heads.
+
+    Where the head reads a distillation token too, the mean of both tokens' attention.
+
+    Args:
+        model: A classifier whose head reads its class token; also DINOv2.
+        images: Preprocessed.
+        targets: Only how many.
+        memory_limit: About how many bytes a chunk of images may take.
+
+    Raises:
+        InputError: If the images or targets do not fit.
+        ModelError: If the model's attention is not known layer by layer, with the reason.
+    """
+
+    def of_tokens(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
+        for trace in trace_layers(encoder, tokens):  # noqa: B007, the last is kept
+            pass
+        rows = _wide(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
+        return rows.mean(dim=1, keepdim=True), encoder.logits(trace.out)
+
+    return _by_layer(model, images, targets, of_tokens, 0, memory_limit, "raw_attention")
+
+
+def relevance(
+    model: nn.Module,
+    images: Images,
+    targets: Any = None,
+    *,
+    start_layer: int = 0,
+    memory_limit: int = _GIB,
+) -> Maps:
+    """Relevance (Chefer, Gur, Wolf 2021), "transformer attribution" in its authors' code.
+
+    With R_l the relevance of layer l's attention weights A_l, found by layer-wise relevance
+    propagation from the target's logit (`vit_reciprocam.lrp`), and ∇A_l that logit's gradient,
+
+        Ā_l = mean over heads of (∇A_l ⊙ R_l)⁺,    map = row of (Ā_L + I) ... (Ā_1 + I).
+
+    Rows are not normalised, as in the authors' code. The row is the class token's; where the head
+    reads a distillation token too, relevance starts in both heads and the map is the mean of both
+    rows. LayerScale and query and key norms, which the paper's models do not have, pass relevance
+    on like a LayerNorm. In float32 the map carries rounding errors of some hundredths of its
+    maximum, on some pictures much more; a model in float64 has none to speak of.
+
+    Costs about nine forward passes for one target, and six for each further.
+
+    Args:
+        model: A classifier whose head reads its class token.
+        images: Preprocessed.
+        targets: As of `ReciproCAM`.
+        start_layer: The first layer of the product, counted from 0.
+        memory_limit: About how many bytes a chunk of images may take.
+
+    Raises:
+        InputError: If the images, targets or settings do not fit.
+        ModelError: If the model has parts for which the paper has no rule, with the reason.
+    """
+
+    def of_tokens(encoder: Encoder, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        logits, matrices = relevance_matrices(encoder, tokens)
+        rows = [
+            _product_rows(matrices(target)[start_layer:], _readouts(encoder), normalise=False)
+            for target in chosen.T
+        ]
+        return torch.stack(rows, dim=1), logits
+
+    return _by_layer(model, images, targets, of_tokens, start_layer, memory_limit, "relevance")
+
+
+def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> Tensor:
+    """The readout tokens' mean row of (A_L + I) ... (A_1 + I): (b, T, T) each -> (b, T)."""
+    row = torch.zeros_like(matrices[0][:, :1])
+    row[..., :readouts] = 1 / readouts
+    for a in reversed(matrices):
+        if normalise:
+            row = row / (a.sum(dim=-1) + 1)[:, None]
+        row = row @ a + row
+    return row[:, 0]
+
+
+def _without_smallest(weights: Tensor, ratio: float) -> Tensor:
+    """(b, T, T) with that share of each image's weights at 0."""
+    flat = weights.flatten(1)
+    smallest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
+    return flat.scatter(1, smallest, 0.0).view_as(weights)
+
+
+def _readouts(encoder: Encoder) -> int:
+    return max(1, len(encoder.heads))
+
+
+def _by_layer(
+    model: nn.Module,
+    images: Tensor,
+    targets: Any,
+    of_tokens: Callable[[Encoder, Tensor, Tensor], tuple[Tensor, Tensor]],
+    start_layer: int,
+    memory_limit: int,
+    method: str,
+) -> Tensor:
+    """Maps from a function of an encoder's tokens and targets: rows (b, K or 1, T) and logits."""
+    split = _checked(model, images)
+    encoder = encoder_of(model)
+    if method == "relevance":
+        _check_rules(model, encoder)
+    if not 0 <= start_layer < len(encoder.layers):
+        raise InputError(
+            f"start_layer must be from 0 to {len(encoder.layers) - 1}, the last layer; "
+            f"got {start_layer}"
+        )
+    if memory_limit <= 0:
+        raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit}")
+    with torch.inference_mode(False), torch.no_grad():
+        grid, resolved, logits = grid_and_targets(split, images, targets)
+        tokens = call_of(model, encoder.entry, images)[0][0]
+        chosen = torch.from_numpy(resolved)
+        found = []
+        at_once = max(1, memory_limit // _bytes(encoder, tokens))
+        for part in torch.arange(len(images)).split(at_once):
+            rows, own = of_tokens(encoder, tokens[part], chosen[part].to(tokens.device))
+            if part[0] < len(logits):
+                _check_same(model, method, own[: len(logits)], logits[part[: len(logits)]])
+            found.append(rows)
+        maps: Tensor = torch.cat(found)[..., split.prefix_tokens :].unflatten(-1, grid)
+        return maps.repeat(1, chosen.shape[1] // maps.shape[1], 1, 1)
+
+
+def _check_rules(model: nn.Module, encoder: Encoder) -> None:
+    name, step = type(model).__name__, without_rule(encoder)
+    because = f"it has a {step}, which is no plain linear layer" if step else ""
+    if not encoder.heads:
+        because = "its head reads more than its class token"
+    if because:
+        raise ModelError(
+            f"relevance is not supported for this {name}: {because}. Use rollout, or ReciproCAM"
+        )
+
+
+def _check_same(model: nn.Module, method: str, ours: Tensor, logits: Tensor) -> None:
+    """Refuse a model that is not the sum of its parts, such as one with hooks inside."""
+    tolerance = max(1e-4, torch.finfo(logits.dtype).eps ** 0.5)  # some take softmax in float32
+    if not (ours - logits).abs().max() <= tolerance * logits.abs().max():
+        raise ModelError(
+            f"this {type(model).__name__} is not supported by {method}: its forward differs from "
+            "that of its parts, perhaps by hooks or changed modules. Use ReciproCAM"
+        )
+
+
+def _bytes(encoder: Encoder, tokens: Tensor) -> int:
+    """About what relevance keeps of one image: four matrices a head, 30 widths a token."""
+    count, width = tokens.shape[1:]
+    heads = sum(layer.attention.heads for layer in encoder.layers)
+    numbers = 4 * heads * count**2 + 30 * len(encoder.layers) * count * width
+    return numbers * tokens.element_size()
+
+
+def uniform(model: nn.Module, images: Images, targets: Any = None) -> Maps:
+    """Null baseline: 1 everywhere.
+
+    Args:
+        model: Only for its grid.
+        images: Preprocessed; only how many, and their size.
+        targets: Only how many.
+    """
+    return _null(model, images, targets, torch.ones)
+
+
+def center(model: nn.Module, images: Images, targets: Any = None, *, sigma: float = 0.5) -> Maps:
+    """Null baseline: a Gaussian blob in the middle of every picture.
+
+    Args:
+        model: Only for its grid.
+        images: Preprocessed; only how many, and their size.
+        targets: Only how many.
+        sigma: Standard deviation, in halves of the picture's height and width.
+    """
+    if not sigma > 0:
+        raise InputError(f"sigma must be positive; got {sigma}")
+
+    def blob(height: int, width: int) -> Tensor:
+        y, x = ((2 * torch.arange(n) + 1) / n - 1 for n in (height, width))
+        squares: Tensor = y[:, None] ** 2 + x**2
+        return torch.exp(-squares / (2 * sigma**2))
+
+    return _null(model, images, targets, blob)
+
+
+def random(
+    model: nn.Module, images: Images, targets: Any = None, *, seed: int = 0, cells: int = 4
+) -> Maps:
+    """Null baseline: smooth noise, drawn anew for each picture.
+
+    Uniform noise on `cells` x `cells`, upsampled bicubically. It is drawn from the seed and the
+    picture's bytes, so it is the same in every run and batch, and another for a picture with parts
+    masked: a map that stayed the same there would be called coherent by ADCC.
+
+    Args:
+        model: Only for its grid.
+        images: Preprocessed; only as a source of chance.
+        targets: Only how many.
+        seed: Of the noise.
+        cells: Of the noise before it is upsampled, along each side.
+    """
+    if cells < 2:
+        raise InputError(f"cells must be at least 2; got {cells}")
+
+    def noise(height: int, width: int) -> Tensor:
+        drawn = torch.cat([_noise(image, seed, cells) for image in images])
+        size = (height, width)
+        return interpolate(drawn[:, None], size, mode="bicubic", align_corners=True)[:, 0]
+
+    return _null(model, images, targets, noise)
+
+
+def _noise(image: Tensor, seed: int, cells: int) -> Tensor:
+    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.blake2b(f"{seed} ".encode() + pixels, digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.rand(1, cells, cells, generator=generator)
+
+
+def image_edges(model: nn.Module, images: Images, targets: Any = None) -> Maps:
+    """Null baseline: how much edge each patch holds, whatever the model.
+
+    The mean over the patch of the Sobel gradient's length, of the preprocessed picture's luminance
+    (ITU-R BT.601), or of the mean of its channels where they are not three.
+
+    Args:
+        model: Only for its grid.
+        images: Preprocessed.
+        targets: Only how many.
+    """
+
+    def edges(height: int, width: int) -> Tensor:
+        return adaptive_avg_pool2d(_gradient_length(images.detach()), (height, width))[:, 0]
+
+    return _null(model, images, targets, edges)
+
+
+def _gradient_length(images: Tensor) -> Tensor:
+    """(B, ch, H, W) -> (B, 1, H, W)."""
+    images, channels = _wide(images), images.shape[1]
+    weights = [0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels
+    luminance = (images * images.new_tensor(weights)[:, None, None]).sum(dim=1, keepdim=True)
+    across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    gradient = conv2d(pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)
+    length: Tensor = gradient.norm(dim=1, keepdim=True)
+    return length
+
+
+def _null(
+    model: nn.Module, images: Tensor, targets: Any, draw: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Maps from a function of the grid that draws one for all images, (h, w), or (B, h, w).
+
+    One image runs through the model, to find its grid and classes; all, where `targets` is a
+    function of the logits.
+    """
+    split = _checked(model, images)
+    grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
+    count = chosen.shape[1]
+    with torch.no_grad():
+        drawn = draw(*grid).to(device=images.device, dtype=_wide(images[:0]).dtype)
+        return drawn.expand(len(images), *grid)[:, None].repeat(1, count, 1, 1)
+
+
+def _checked(model: nn.Module, images: Tensor) -> Split:
+    """A supported model in evaluation mode, cut; refuses others, and images that do not fit."""
+    split = split_model(model)
+    check_mode(model)
+    check_images(model, images)
+    return split
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,350 @@
+"""What explanations cost on this machine, as ratios within one run (the paper's Table 2).
+
+In every round each call is made once, in an order drawn anew, so that the machine's drift hits all
+alike. A ratio is taken in each round, and their median reported. Only PyTorch models need torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_reciprocam.calls import (
+    FIXED,
+    FORWARD,
+    NAIVE,
+    RECIPROCAM,
+    Call,
+    device_name,
+    make_call,
+    peak_memory,
+    saved,
+)
+from vit_reciprocam.classifier import Classifier
+from vit_reciprocam.errors import InputError, ReciproCAMError
+from vit_reciprocam.files import library_versions
+from vit_reciprocam.methods import MethodSpec, check_settings
+
+__all__ = ["Row", "Spread", "benchmark", "environment"]
+
+_DEFAULT = ("relevance",)
+_SLOW = 10  # forward passes: a call that takes longer is made in fewer rounds,
+_FEWEST = 5  # but in as many as this
+
+Progress = Callable[[int, int], None]
+
+
+class Spread(NamedTuple):
+    """A median, and what the middle half of the values lies between."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one call costs. Figures are None where there are none; `note` says why.
+
+    Attributes:
+        model: As `load` takes it.
+        method: "forward", the prediction alone; "reciprocam", each image's top class; "reciprocam,
+            all scores", of all classes; "reciprocam, all maps", these also scaled to [0, 1];
+            "naive H", each image's top class with H run once a mask; or a method of `METHODS`.
+        path: Of ReciproCAM, "closed-form" or "direct".
+        batch: Images in one call.
+        size: Their (height, width) in pixels.
+        device: The processor's name.
+        threads: Of the CPU.
+        rounds: In how many the call was timed.
+        ms: Milliseconds of one call.
+        fps: Images a second, by the median.
+        to_forward: Time ÷ that of "forward" in the same round.
+        to_reciprocam: Time ÷ that of "reciprocam" in the same round.
+        peak_bytes: The most memory of a fresh process that makes this one call; on a GPU, what
+            PyTorch held there.
+        added_bytes: How much more that is than with the model loaded, before the call.
+        note: Why something was not measured.
+    """
+
+    model: str
+    method: str
+    path: str
+    batch: int
+    size: tuple[int, int]
+    device: str
+    threads: int
+    rounds: int = 0
+    ms: Spread | None = None
+    fps: float | None = None
+    to_forward: Spread | None = None
+    to_reciprocam: Spread | None = None
+    peak_bytes: int | None = None
+    added_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass
+class _Case:
+    """A row to be, its call, and the seconds that it took, by round."""
+
+    row: Row
+    call: Call | None = None
+    every: int = 1  # it is timed in rounds 0, every, 2 every, ...
+    trial: float = 0.0
+    seconds: dict[int, float] = field(default_factory=dict)
+
+
+def benchmark(
+    classifiers: Sequence[Classifier],
+    methods: Sequence[str] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    rounds: int = 30,
+    warmup: int = 2,
+    threads: int | None = None,
+    naive: bool = True,
+    memory: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Measure the prediction alone, ReciproCAM, its naive computation, and other methods.
+
+    Images are random, the same in every run, and lie on the model's device; logits and what
+    ReciproCAM gives come back as NumPy arrays. A call slower than ten forward passes is timed in
+    every second round only, or every fourth, and so on, but at least in five.
+
+    Args:
+        classifiers: From `load`. Cost does not depend on weights: weights="random" will do.
+        methods: Names of `METHODS` with settings as `MethodSpec.parse` reads them, beside what is
+            always measured; by default relevance, for the models that have it.
+        batch_sizes: Images in one call; all of them are measured.
+        rounds: In which times are taken.
+        warmup: Calls of each kind before.
+        threads: Of the CPU; by default as many as PyTorch is set to. It is set back at the end.
+        naive: Measure "naive H"; of many patches it takes long.
+        memory: Also measure peak memory, in a fresh process for each row.
+        clock: Gives seconds.
+        progress: Called with the number of calls done and of all calls; the latter may change.
+
+    Returns:
+        For each model and batch size the rows that `Row.method` names, then the methods. "naive H"
+        is left out where ReciproCAM itself takes the direct path, and for the demo model, which is
+        a file that holds the closed form only.
+
+    Raises:
+        InputError: If there is no such method or setting, or a number is out of range.
+        MissingDependencyError: If the library of a method is not installed.
+    """
+    _check(classifiers, batch_sizes, {"rounds": rounds, "warmup": warmup, "threads": threads})
+    specs = [MethodSpec.parse(method) for method in (_DEFAULT if methods is None else methods)]
+    for spec in specs if methods is not None else ():
+        check_settings(spec.name, spec.settings)
+    fixed = [label for label in FIXED if naive or label != NAIVE]
+    labels = list(dict.fromkeys((*fixed, *map(str, specs))))
+    optional = () if methods is not None else _DEFAULT
+    with _threads(threads, classifiers) as used:
+        count = len(classifiers) * len(batch_sizes) * len(labels)
+        tick = _Ticks(progress, count * (1 + rounds + memory))
+        groups = [
+            _tried(classifier, batch, used, labels, optional, warmup, clock, tick)
+            for classifier in classifiers
+            for batch in batch_sizes
+        ]
+        _slow_ones_less_often(groups, rounds)
+        timed = sum(math.ceil(rounds / case.every) for group in groups for case in group)
+        tick.total = tick.done + timed + memory * sum(map(len, groups))
+        _time_in_turn(groups, rounds, clock, tick)
+        rows = [[_filled(case, group) for case in group] for group in groups]
+        if memory:
+            each = [classifier for classifier in classifiers for _ in batch_sizes]
+            rows = [
+                _with_memory(group, classifier, tick)
+                for group, classifier in zip(rows, each, strict=True)
+            ]
+    return [row for group in rows for row in group]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that figures were taken with."""
+    return {
+        "processor": device_name(None),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": library_versions(),
+    }
+
+
+class _Ticks:
+    """Counts calls, and reports."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.done, self.total = progress, 0, total
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _check(
+    classifiers: Sequence[Classifier], batch_sizes: Sequence[int], numbers: dict[str, int | None]
+) -> None:
+    if not classifiers or not batch_sizes:
+        raise InputError("nothing to measure: pass at least one model and one batch size")
+    for name, value in [*numbers.items(), *(("a batch size", batch) for batch in batch_sizes)]:
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be 1 or more; got {value}")
+    for classifier in classifiers:
+        if classifier.name != "demo" and not hasattr(classifier.model, "parameters"):
+            raise InputError(
+                f"{classifier.name} is no PyTorch model: of exported files only the demo model can "
+                "be measured, since its plain forward pass is at hand"
+            )
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
+    """Within, PyTorch computes in so many threads; gives their number."""
+    if all(_model(classifier) is None for classifier in classifiers):
+        yield wanted or os.cpu_count() or 1
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _model(classifier: Classifier) -> Any:
+    """As `make_call` takes it."""
+    return None if classifier.name == "demo" else classifier.model
+
+
+def _tried(
+    classifier: Classifier,
+    batch: int,
+    threads: int,
+    labels: Sequence[str],
+    optional: Sequence[str],
+    warmup: int,
+    clock: Callable[[], float],
+    tick: _Ticks,
+) -> list[_Case]:
+    """Each call warmed up; those that cannot be made have a row that says why."""
+    model, size = _model(classifier), classifier.preprocess.size
+    cases: dict[str, _Case] = {}
+    for label in labels:
+        if label == NAIVE and (model is None or cases[RECIPROCAM].row.path != "closed-form"):
+            continue
+        row = Row(classifier.name, label, "", batch, size, device_name(model), threads)
+        try:
+            call = make_call(model, label, size=size, batch=batch, threads=threads)
+            for _ in range(warmup):
+                began = clock()
+                _, path = call()
+                trial = clock() - began
+            cases[label] = _Case(replace(row, path=path), call, trial=trial)
+        except ReciproCAMError as error:
+            if label not in optional:
+                cases[label] = _Case(replace(row, note=str(error)))
+        except (RuntimeError, MemoryError) as error:  # as where memory runs out
+            reason = str(error).strip().partition("\n")[0]
+            cases[label] = _Case(replace(row, note=f"{type(error).__name__}: {reason}"))
+        tick()
+    return list(cases.values())
+
+
+def _slow_ones_less_often(groups: Iterable[Sequence[_Case]], rounds: int) -> None:
+    """So that none takes more than ten forward passes a round, if it is in five rounds still.
+
+    Steps are powers of two, so that two calls share all the rounds of the rarer one.
+    """
+    for group in groups:
+        forward = group[0].trial
+        for case in group:
+            while (
+                case.trial > _SLOW * case.every * forward > 0
+                and math.ceil(rounds / (2 * case.every)) >= _FEWEST
+            ):
+                case.every *= 2
+
+
+def _time_in_turn(
+    groups: Iterable[Sequence[_Case]], rounds: int, clock: Callable[[], float], tick: _Ticks
+) -> None:
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds):
+        for group in groups:
+            turn = [case for case in group if number % case.every == 0]
+            shuffle(turn)
+            for case in turn:
+                if case.call is not None:
+                    began = clock()
+                    case.call()
+                    case.seconds[number] = clock() - began
+                tick()
+
+
+def _filled(case: _Case, group: Sequence[_Case]) -> Row:
+    """The row with its times."""
+    if not case.seconds:
+        return case.row
+    by_label = {other.row.method: other.seconds for other in group}
+    seconds = _spread(case.seconds.values())
+    return replace(
+        case.row,
+        rounds=len(case.seconds),
+        ms=Spread(*(1000 * value for value in seconds)),
+        fps=case.row.batch / seconds.median,
+        to_forward=_ratio(case.seconds, by_label[FORWARD]),
+        to_reciprocam=_ratio(case.seconds, by_label[RECIPROCAM]),
+    )
+
+
+def _ratio(seconds: dict[int, float], of: dict[int, float]) -> Spread | None:
+    """Round by round, in the rounds that have both."""
+    values = [seconds[number] / of[number] for number in seconds if number in of]
+    return _spread(values) if values else None
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    low, median, high = np.percentile(list(values), [25, 50, 75])
+    return Spread(float(median), float(low), float(high))
+
+
+def _with_memory(rows: Sequence[Row], classifier: Classifier, tick: _Ticks) -> list[Row]:
+    """The rows with their peaks of memory; a note where they could not be had."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        problem, file = "", None
+        try:
+            file = stack.enter_context(saved(_model(classifier)))
+        except ReciproCAMError as error:
+            problem = str(error)
+        for row in rows:
+            tick()
+            if row.ms is None or problem:
+                found.append(replace(row, note=row.note or problem))
+                continue
+            try:
+                peak = peak_memory(
+                    file, row.method, size=row.size, batch=row.batch, threads=row.threads
+                )
+                found.append(replace(row, peak_bytes=peak.total, added_bytes=peak.added))
+            except ReciproCAMError as error:
+                found.append(replace(row, note=str(error)))
+    return found

@@ -1,0 +1,53 @@
+"""`vit-reciprocam report`: tables and a page from runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vit_reciprocam.cli.parts import AsJson, Debug, Out, err, errors_in_one_line, out
+from vit_reciprocam.errors import MissingDependencyError
+
+
+def report_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of vit-reciprocam evaluate.")
+    ],
+    destination: Out = Path("vit-reciprocam-report"),
+    resamples: Annotated[
+        int, typer.Option(min=1, help="Of the bootstrap that intervals come from.")
+    ] = 1000,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make tables and a page of runs.
+
+    Tables as Markdown, LaTeX and CSV, and one self-contained HTML page. Runs of one protocol on the
+    same pictures share a table; others get one of their own. A run that is not finished is reported
+    as far as it is. Run it in the folder where the runs were made, so that the page can show the
+    pictures.
+
+    Exit code 0: written; 2: nothing could be done.
+    """
+    with errors_in_one_line(debug):
+        report = _imported()
+        with err.status("Making the report"):
+            about = report.write_report(runs, destination, resamples=resamples)
+        if as_json:
+            typer.echo(json.dumps({"out": str(destination), **about}))
+            return
+        typer.echo((destination / "table1.md").read_text(encoding="utf-8"))
+        page = escape(str(destination / report.PAGE))
+        out.print(f"page: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _imported() -> Any:
+    try:
+        from vit_reciprocam.evaluate import report
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("report", "evaluate") from error
+    return report

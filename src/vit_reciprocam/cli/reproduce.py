@@ -1,0 +1,177 @@
+"""`vit-reciprocam reproduce`: the paper's tables and figures, as presets over other commands."""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from vit_reciprocam.classifier import explain
+from vit_reciprocam.cli.benchmark import benchmark_command
+from vit_reciprocam.cli.evaluate import evaluate_command
+from vit_reciprocam.cli.parts import Debug, Out, err, errors_in_one_line, out, progress
+from vit_reciprocam.cli.report import report_command
+from vit_reciprocam.cli.several import Models, Weights, load_all
+from vit_reciprocam.errors import ImageError, InputError
+from vit_reciprocam.files import check_folder, write_folder
+from vit_reciprocam.images import find_images
+from vit_reciprocam.methods import MethodSpec
+from vit_reciprocam.render import panels, png
+
+MODELS = [
+    "timm:deit_tiny_patch16_224",
+    "timm:deit_small_patch16_224",
+    "timm:deit_base_patch16_224",
+]
+NULLS = ["random", "center", "uniform", "image_edges"]
+COMPARED = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
+METHODS = {
+    "table1": ["reciprocam", "reciprocam:kernel=dirac", "relevance", "rollout", *NULLS],
+    "table3": [
+        f"reciprocam:kernel={kernel}{rest}"
+        for kernel in ("dirac", "gaussian")
+        for rest in ("", ",class_token=false")
+    ],
+    "table4": [
+        f"reciprocam:kernel={kernel}{rest}"
+        for kernel in ("dirac", "gaussian")
+        for rest in ("", ",layer=block")
+    ],
+}
+
+
+class What(enum.StrEnum):
+    """What of the paper."""
+
+    TABLE1 = "table1"
+    TABLE2 = "table2"
+    TABLE3 = "table3"
+    TABLE4 = "table4"
+    FIGURES = "figures"
+
+
+def reproduce_command(
+    what: Annotated[What, typer.Argument(metavar="WHAT", help="table1 … table4, or figures.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="As evaluate takes it; for figures a folder of pictures; not table2."),
+    ] = None,
+    model: Models = None,
+    weights: Weights = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="One more than the paper has; may be given again."),
+    ] = None,
+    destination: Out = Path("vit-reciprocam-reproduced"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was cut short.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    device: Annotated[str, typer.Option(help="Of the models: cpu, cuda, mps …")] = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Repeat a table or the figures of the paper.
+
+    With its methods and protocol, on DeiT-Tiny, -Small and -Base unless --model says otherwise.
+    table1 compares methods, and null baselines besides; table2 measures time; table3 drops the
+    class token; table4 moves the cut; figures draws the maps of each picture's two most probable
+    classes side by side. With ILSVRC2012's validation pictures as --data the tables are the
+    paper's.
+    """
+    unused: dict[What, dict[str, object]] = {
+        What.TABLE2: {"--data": data, "--limit": limit, "--resume": resume},
+        What.FIGURES: {"--resume": resume},
+    }
+    with errors_in_one_line(debug):
+        if given := [name for name, value in unused.get(what, {}).items() if value]:
+            raise InputError(f"{what.value} takes no {', '.join(given)}")
+        if data is None and what is not What.TABLE2:
+            raise InputError(f"{what.value} needs pictures: give --data")
+    names = model or MODELS
+    folder = destination / what.value
+    more = method or []
+    if what is What.TABLE2:
+        benchmark_command(
+            model=names,
+            weights=weights,
+            method=["relevance", *more],
+            batch=[1],
+            destination=folder.with_suffix(".md"),
+            device=device,
+            debug=debug,
+        )
+        return
+    if what is What.FIGURES:
+        with errors_in_one_line(debug):
+            failed = _draw(data or "", names, weights, [*COMPARED, *more], folder, limit, device)
+        if failed:
+            raise typer.Exit(1)
+        return
+    some_failed = None
+    try:
+        evaluate_command(
+            data=data or "",
+            model=names,
+            weights=weights,
+            method=METHODS[what.value] + more,
+            destination=folder / "run",
+            resume=resume,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            debug=debug,
+        )
+    except typer.Exit as ended:
+        if ended.exit_code != 1:
+            raise
+        some_failed = ended  # some pictures: the others' report is due
+    report_command(runs=[folder / "run"], destination=folder / "report", debug=debug)
+    if some_failed is not None:
+        raise some_failed
+
+
+def _draw(
+    data: str,
+    names: list[str],
+    weights: list[Path] | None,
+    methods: list[str],
+    folder: Path,
+    limit: int | None,
+    device: str,
+) -> bool:
+    """A picture with a row for each class and a column for each method; whether some failed."""
+    check_folder(folder)
+    files: dict[str, bytes] = {}
+    failed = False
+    classifiers = load_all(names, weights, device=device)
+    specs = [MethodSpec.parse(method) for method in methods]
+    tasks = [(one, path) for one in classifiers for path in find_images([data])[:limit]]
+    for classifier, path in progress(tasks, "Drawing"):
+        try:
+            explained = [
+                explain(path, classifier, top=2, method=spec.name, **spec.settings)
+                for spec in specs
+            ]
+        except ImageError as error:
+            failed = True
+            text = escape(str(error))
+            err.print(f"[red]failed:[/red] {text}", highlight=False, soft_wrap=True)
+            continue
+        drawn, captions = [], []
+        for target in range(2):
+            index = explained[0].targets[0, target]
+            class_name = explained[0].names[0][target].split(",")[0]
+            drawn += [*(explained[0].pictures or ()), *(one.overlay(target) for one in explained)]
+            captions += [f"{explained[0].probs[0, index]:.1%} {class_name}", *methods]
+        place = Path(os.path.relpath(path, data)).with_suffix("")
+        name = re.sub(r"[^\w.-]+", "-", f"{classifier.name}-{place}") + ".png"
+        files[name] = png(panels(drawn, captions, columns=1 + len(specs)))
+    if not files:
+        raise InputError(f"no picture of {data} could be drawn")
+    write_folder(folder, files, {"methods": methods, "models": names})
+    out.print(f"{len(files)} pictures in {folder}", highlight=False, soft_wrap=True)
+    return failed

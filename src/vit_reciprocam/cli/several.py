@@ -1,0 +1,97 @@
+"""Options of commands that take several models and methods, and loading these models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vit_reciprocam.classifier import SPECS, Classifier, load
+from vit_reciprocam.cli.parts import DEFAULT_MODEL
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.methods import METHODS
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help=f"One of {', '.join(SPECS)}; may be given again."),
+]
+Weights = Annotated[
+    list[Path] | None,
+    typer.Option(help="Local weights, once a --model in the same order, or not at all."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="NAME[:KEY=VALUE,…]",
+        help=f"May be given again, with settings such as reciprocam:kernel=dirac; of "
+        f"{', '.join(METHODS)}.",
+    ),
+]
+
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KEY=VALUE",
+        help="For the library that builds the models, such as timm's img_size=1024; may be given "
+        "again.",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt", metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."
+    ),
+]
+
+
+def load_all(
+    models: list[str] | None,
+    weights: list[Path] | None,
+    *,
+    random: bool = False,
+    device: str = "cpu",
+    **options: Any,
+) -> list[Classifier]:
+    """The models, or the default one, with their weights.
+
+    Raises:
+        InputError: If there are weights for some of the models only, or beside random ones.
+    """
+    names = models or [DEFAULT_MODEL]
+    if weights and random:
+        raise InputError("--random leaves weights untrained: drop it or --weights")
+    if weights and len(weights) != len(names):
+        raise InputError(
+            f"{len(weights)} --weights for {len(names)} --model: give one for each, in the same "
+            "order, or none for the published weights"
+        )
+    files: list[Any] = [*weights] if weights else [None for _ in names]
+    if random:
+        files = [None if name == "demo" else "random" for name in names]
+    return [
+        load(name, weights=file, device=device, **options)
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """Of KEY=VALUE pairs, values as JSON where they are that, else as text.
+
+    Raises:
+        InputError: If one is no such pair.
+    """
+    options = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise InputError(f"--option must be KEY=VALUE, such as img_size=1024; got {pair!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options

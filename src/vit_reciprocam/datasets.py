@@ -1,0 +1,220 @@
+"""Data sets of labelled pictures: class folders, listings, the layout of ILSVRC2012, drawn scenes.
+
+Reading a data set finds names, labels and sizes; a picture is opened when its turn comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vit_reciprocam.errors import ImageError, InputError
+from vit_reciprocam.images import read_image
+from vit_reciprocam.labels import Labels
+from vit_reciprocam.layouts import CORNERS, rows_of, rows_of_scenes
+from vit_reciprocam.scenes import Scene, draw_scene
+
+__all__ = ["DataSet", "Item", "picture_digest", "read_dataset"]
+
+Box = tuple[float, float, float, float]
+
+_BEYOND = 1  # pixel: published boxes count from 0 or from 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture and what is known of it.
+
+    Attributes:
+        index: Its place in the data set.
+        source: Its file, or "scene SEED".
+        label: Class index, or None where not known.
+        boxes: Of the label's objects: (xmin, ymin, xmax, ymax) in pixels, all four inside.
+        mask: File of the label's objects: a picture of the same size, 0 elsewhere; or "".
+        problem: Why it cannot be read, where that is known before trying; or "".
+    """
+
+    index: int
+    source: str
+    label: int | None = None
+    boxes: tuple[Box, ...] = ()
+    mask: str = ""
+    problem: str = ""
+
+    def read(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        if self.problem:
+            raise ImageError(self.problem)
+        scene = self._scene()
+        return read_image(self.source) if scene is None else scene.image
+
+    def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
+        """Where the label's objects are: ("L", 0 or 255), None where that is not known.
+
+        Args:
+            size: Of the picture, (width, height).
+
+        Raises:
+            ImageError: If the mask cannot be read, or it or a box does not fit the picture.
+        """
+        scene = self._scene()
+        if scene is not None:
+            return Image.fromarray(scene.masks[0].astype(np.uint8) * 255)
+        if self.mask:
+            mask = _read_mask(self.mask)
+            if mask.size != size:
+                raise ImageError(
+                    f"mask {self.mask} is {mask.width}x{mask.height} pixels, its picture "
+                    f"{self.source} {size[0]}x{size[1]}: they must be alike"
+                )
+            return mask
+        return self._draw_boxes(size) if self.boxes else None
+
+    def _scene(self) -> Scene | None:
+        seed = re.fullmatch(r"scene (\d+)", self.source)
+        return draw_scene(int(seed[1])) if seed else None
+
+    def _draw_boxes(self, size: tuple[int, int]) -> Image.Image:
+        mask = Image.new("L", size)
+        for box in self.boxes:
+            left, top, right, bottom = box
+            inside = 0 <= left <= right <= size[0] - 1 + _BEYOND
+            if not (inside and 0 <= top <= bottom <= size[1] - 1 + _BEYOND):
+                raise ImageError(
+                    f"box {box} is not inside {self.source}, which is {size[0]}x{size[1]} pixels: "
+                    "expected 0 <= xmin <= xmax <= width and 0 <= ymin <= ymax <= height"
+                )
+            ImageDraw.Draw(mask).rectangle(box, fill=255)
+        return mask
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Pictures to measure on.
+
+    Attributes:
+        name: As the user gave it.
+        items: In their order.
+        duplicates: How many rows were left out because an equal one came before.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    duplicates: int = 0
+
+    def digest(self) -> str:
+        """SHA-256 of names, labels, boxes and the content of masks.
+
+        Of the pictures' own content `picture_digest` tells, when they are read.
+        """
+        summary = hashlib.sha256()
+        for item in self.items:
+            mask = Path(item.mask)
+            content = mask.read_bytes() if item.mask and mask.is_file() else b""
+            row = [Path(item.source).name, item.label, item.boxes, mask.name]
+            summary.update(json.dumps(row).encode() + hashlib.sha256(content).digest())
+        return summary.hexdigest()
+
+
+def read_dataset(
+    data: str,
+    labels: Labels,
+    *,
+    ground_truth: Path | None = None,
+    boxes: Path | None = None,
+) -> DataSet:
+    """Find the pictures of a data set.
+
+    Args:
+        data: "scenes:N", N drawn scenes with the mask of their first object; a CSV or Parquet
+            listing with a column image (beside the listing), and of label or synset, xmin, ymin,
+            xmax and ymax, boxes (JSON: a list of four numbers each), mask what there is; a folder
+            with such a listing named labels.csv or labels.parquet; a folder of class folders, each
+            named by synset, class index or class name; or a folder of ILSVRC2012's 50,000 files
+            with a ground-truth file in it or beside it.
+        labels: The model's classes.
+        ground_truth: Of ILSVRC2012's layout: LOC_val_solution.csv of Kaggle, "FILE INDEX" lines,
+            one synset a line, or the development kit's numbers with its meta.mat beside.
+        boxes: Folder of ILSVRC2012's XML files.
+
+    Raises:
+        InputError: If there is no such data set, it is empty, a label is no class of the model, or
+            an annotation file is missing, damaged or not for this layout.
+    """
+    for name, place in (("ground truth", ground_truth), ("folder of boxes", boxes)):
+        if place is not None and not place.exists():
+            raise InputError(f"no such {name}: {place}")
+    if scenes := re.fullmatch(r"scenes:(\d+)", data):
+        rows = rows_of_scenes(int(scenes[1]))
+    else:
+        path = Path(data)
+        if not path.exists():
+            raise InputError(
+                f"no such data set: {data}. Expected a folder, a .csv or .parquet listing, or "
+                "scenes:N"
+            )
+        rows = rows_of(path, ground_truth, boxes)
+    items: dict[Item, None] = {}
+    duplicates = 0
+    for number, row in enumerate(rows):
+        item = _item(row, labels, f"{data}, row {number + 1}")
+        duplicates += item in items
+        items.setdefault(item)
+    if not items:
+        raise InputError(f"data set {data} is empty: there is no picture in it")
+    numbered = tuple(
+        Item(index, item.source, item.label, item.boxes, item.mask, item.problem)
+        for index, item in enumerate(items)
+    )
+    return DataSet(data, numbered, duplicates)
+
+
+def picture_digest(picture: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels, the same whatever file format holds them."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def _item(row: Mapping[str, Any], labels: Labels, where: str) -> Item:
+    label = row.get("label") if row.get("label") not in (None, "") else row.get("synset")
+    boxes = row.get("boxes") or ()
+    if not boxes and all(row.get(corner) not in (None, "") for corner in CORNERS):
+        boxes = [[row[corner] for corner in CORNERS]]
+    try:
+        boxes = json.loads(boxes) if isinstance(boxes, str) else boxes
+        corners = tuple(tuple(map(float, box)) for box in boxes)
+        if any(len(box) != 4 for box in corners):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: boxes must be [[xmin, ymin, xmax, ymax], …]; got {boxes!r}"
+        ) from error
+    source = str(row["image"])
+    exists = source.startswith("scene ") or Path(source).is_file()
+    return Item(
+        index=-1,
+        source=source,
+        label=None if label in (None, "") else labels.find(label, where),
+        boxes=corners,  # type: ignore[arg-type]  # of four, as just checked
+        mask=str(row.get("mask") or ""),
+        problem=row.get("problem", "") if exists else f"no such file: {source}",
+    )
+
+
+def _read_mask(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return Image.fromarray((np.asarray(image.convert("L")) > 0).astype(np.uint8) * 255)
+    except Exception as error:  # damaged data makes Pillow's decoders raise all kinds
+        raise ImageError(f"mask {path} cannot be read: {error}") from error

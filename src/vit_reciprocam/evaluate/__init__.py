@@ -1,0 +1,1 @@
+"""Methods measured on data sets: runs, their folders, and reports of them."""

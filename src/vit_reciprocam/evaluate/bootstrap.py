@@ -1,0 +1,130 @@
+"""How sure a figure is: bootstrap over pictures, paired between methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vit_reciprocam import metrics
+from vit_reciprocam.protocols import Protocol
+
+__all__ = ["COLUMNS", "Estimate", "Resampled", "resample"]
+
+COLUMNS = (
+    "drop",
+    "increase",
+    "coherency",
+    "complexity",
+    "adcc",
+    "insertion",
+    "deletion",
+    "pointing_game",
+    "energy_in_box",
+    "mass_accuracy",
+)
+"""A picture's figures that a data set's are means of."""
+
+_INTERVAL = (2.5, 97.5)
+_BLOCK = 64  # resamples in one product of matrices
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure or a difference in percent, and its 95 % bootstrap percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Of a difference: 0 is not in the interval."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Figures of several methods on the same pictures.
+
+    Attributes:
+        methods: Their names.
+        pictures: How many.
+        values: Metric -> (1 + resamples, methods) in percent: first of the pictures as they are,
+            then of each resample, the same pictures for all methods; NaN where not measured.
+    """
+
+    methods: tuple[str, ...]
+    pictures: int
+    values: Mapping[str, np.ndarray]
+
+    def figures(self, method: str) -> dict[str, Estimate]:
+        """A method's figures, those that were measured."""
+        column = self.methods.index(method)
+        return self._estimates({name: v[:, column] for name, v in self.values.items()})
+
+    def differences(self, method: str, other: str) -> dict[str, Estimate]:
+        """A method's figures minus another's, paired: both from the same resampled pictures."""
+        a, b = self.methods.index(method), self.methods.index(other)
+        return self._estimates({name: v[:, a] - v[:, b] for name, v in self.values.items()})
+
+    def _estimates(self, columns: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+        known = {name: column for name, column in columns.items() if not np.isnan(column[0])}
+        found = {}
+        for name, column in known.items():
+            drawn = column[1:][~np.isnan(column[1:])]  # NaN where no picture of a box was drawn
+            low, high = np.percentile(drawn if len(drawn) else column[:1], _INTERVAL)
+            found[name] = Estimate(float(column[0]), float(low), float(high))
+        return found
+
+
+def resample(
+    columns: Mapping[str, Mapping[str, np.ndarray]],
+    protocol: Protocol,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Resampled:
+    """Bootstrap over pictures (Efron 1979): `Protocol.summary` of each resample, all at once.
+
+    Every figure is a mean over pictures or is made of such means, so a resample is a row of
+    weights, how often each picture was drawn, and all resamples are one product of matrices.
+
+    Args:
+        columns: For each method columns (pictures,) in fractions, pictures in one order; NaN or
+            absent where not measured.
+        protocol: For how ADCC is averaged.
+        resamples: How often as many pictures are drawn as there are, with replacement.
+        seed: Of the draws.
+    """
+    pictures = len(next(iter(columns.values()))["drop"])
+    absent = np.full(pictures, np.nan)
+    given = [[each.get(name, absent) for name in COLUMNS] for each in columns.values()]
+    x = np.array(given, np.float64).reshape(-1, pictures)
+    known = (~np.isnan(x)).astype(np.float64)
+    filled = np.nan_to_num(x)
+    with np.errstate(invalid="ignore"):  # 0/0 where nothing is known
+        blocks = [
+            (weights @ filled.T) / (weights @ known.T)
+            for weights in _weights(pictures, resamples, seed)
+        ]
+    means = np.concatenate(blocks).reshape(-1, len(columns), len(COLUMNS))
+    values = {name: means[..., number] for number, name in enumerate(COLUMNS)}
+    if protocol.adcc == "means":
+        terms = {name: values[name].clip(0, 1) for name in ("coherency", "complexity", "drop")}
+        values["adcc"] = metrics.adcc(**terms)
+    values["insertion_minus_deletion"] = values["insertion"] - values["deletion"]
+    return Resampled(
+        tuple(columns), pictures, {name: 100 * value for name, value in values.items()}
+    )
+
+
+def _weights(pictures: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each picture counts, in blocks (rows, pictures): once each, then as drawn."""
+    yield np.ones((1, pictures))
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, _BLOCK):
+        rows = min(_BLOCK, resamples - start)
+        drawn = (random.integers(pictures, size=pictures) for _ in range(rows))
+        yield np.array([np.bincount(one, minlength=pictures) for one in drawn], np.float64)

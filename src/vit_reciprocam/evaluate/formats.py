@@ -1,0 +1,234 @@
+"""Sheets as Markdown and LaTeX, and tables as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vit_reciprocam.evaluate.bootstrap import Estimate
+from vit_reciprocam.evaluate.sheets import (
+    Cell,
+    Sheet,
+    ablations,
+    full_provenance,
+    heading,
+    provenance,
+)
+from vit_reciprocam.evaluate.tables import METRICS, Table
+
+__all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number", "table_heading"]
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    **{sign: f"\\{sign}" for sign in "&%$#_"},
+}
+
+_WITH_INTERVAL = (
+    r"\providecommand{\withinterval}[2]"
+    r"{\begin{tabular}[t]{@{}r@{}}#1\\[-2pt]{\tiny #2}\end{tabular}}"
+)
+
+
+def number(value: float, signed: bool) -> str:
+    """With two digits, and a sign for differences; never −0.00."""
+    shown = f"{value:+.2f}" if signed else f"{value:.2f}"
+    if float(shown) == 0:
+        shown = "0.00"
+    return shown.replace("-", "−")
+
+
+def table_heading(metric: str) -> str:
+    """A metric's heading with an arrow to the better side."""
+    return f"{METRICS[metric].heading} {'↑' if METRICS[metric].higher else '↓'}"
+
+
+# --- Markdown --------------------------------------------------------------------------------
+
+
+def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
+    """Sheets as tables, and under each where its figures come from; then the notes."""
+    text = [f"## {_plain(heading(table))}", ""]
+    for sheet in sheets:
+        columns = ["Method", *map(table_heading, sheet.metrics)]
+        text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", _row(columns)]
+        text.append(_row([":--", *("--:" for _ in sheet.metrics)]))
+        for block in sheet.blocks:
+            text.append(_row([f"*{_plain(block.heading)}*", *("" for _ in sheet.metrics)]))
+            text += [
+                _row([_plain(line.name), *map(_markdown_cell, line.cells)]) for line in block.lines
+            ]
+        text += ["", _plain(provenance(table)), ""]
+    text += [f"- {_plain(note)}" for note in notes]
+    return "\n".join(text) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    value, interval = _shown(cell)
+    return f"**{value}** {interval}" if cell.best else f"{value} {interval}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word it is itself
+
+
+def _shown(cell: Cell) -> tuple[str, str]:
+    one = cell.estimate
+    low, high = number(one.low, cell.signed), number(one.high, cell.signed)
+    return number(one.value, cell.signed), f"[{low}, {high}]"
+
+
+# --- LaTeX -----------------------------------------------------------------------------------
+
+
+def latex(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
+    """Sheets as floats, for a document with booktabs and graphicx; all provenance in comments."""
+    text = ["% needs \\usepackage{booktabs,graphicx}", _WITH_INTERVAL]
+    text += [f"% {name}: {' '.join(value.split())}" for name, value in full_provenance(table)]
+    text += [f"% {' '.join(note.split())}" for note in notes]
+    for sheet in sheets:
+        width = 1 + len(sheet.metrics)
+        text += [
+            "\\begin{table*}[t]",
+            "\\centering\\small",
+            f"\\caption{{{_tex(sheet.caption)}.}}",
+            "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
+            f"\\begin{{tabular}}{{l{'r' * len(sheet.metrics)}}}",
+            "\\toprule",
+            " & ".join(["Method", *map(_tex_heading, sheet.metrics)]) + r" \\",
+        ]
+        for block in sheet.blocks:
+            text += [
+                "\\midrule",
+                f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{_tex(block.heading)}}}}} \\\\",
+            ]
+            text += [
+                " & ".join([_tex(line.name), *map(_tex_cell, line.cells)]) + r" \\"
+                for line in block.lines
+            ]
+        text += ["\\bottomrule", "\\end{tabular}}"]
+        text += [f"\\par\\smallskip\\footnotesize {_tex(provenance(table))}.", "\\end{table*}", ""]
+    return "\n".join(text) + "\n"
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
+
+
+def _tex_heading(metric: str) -> str:
+    arrow = r"$\uparrow$" if METRICS[metric].higher else r"$\downarrow$"
+    return f"{_tex(METRICS[metric].heading)} {arrow}"
+
+
+def _tex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    value, interval = map(_tex, _shown(cell))
+    value = f"\\textbf{{{value}}}" if cell.best else value
+    return f"\\withinterval{{{value}}}{{{interval}}}"
+
+
+# --- CSV -------------------------------------------------------------------------------------
+
+
+def figures_csv(tables: Sequence[Table]) -> str:
+    """A line for each method and model of all tables, with its provenance; figures in percent."""
+    rows = []
+    for number_, table in enumerate(tables, 1):
+        for model in table.models:
+            for row in model.rows:
+                about = {
+                    "table": number_,
+                    **_origin(table),
+                    "model": model.model,
+                    "weights": model.weights,
+                    "method": row.method,
+                    "null_baseline": str(row.is_null).lower(),
+                    "images": row.images,
+                    "reference": model.reference,
+                    "paired_images": model.paired.pictures if model.paired else 0,
+                }
+                for name, one in row.figures.items():
+                    about |= _columns(name, one)
+                for name, one in row.differences.items():
+                    about |= _columns(f"{name}_difference", one)
+                rows.append(about)
+    return _csv(rows, ("", "_difference"))
+
+
+def ablation_csv(tables: Sequence[Table]) -> str:
+    """A line for each ablation: the variant's figures and its differences to the default."""
+    rows = []
+    for number_, table in enumerate(tables, 1):
+        for model in table.models:
+            for pair in ablations(model):
+                about = {
+                    "table": number_,
+                    **_origin(table),
+                    "model": model.model,
+                    "weights": model.weights,
+                    "setting": pair.setting,
+                    "method": pair.variant.method,
+                    "reference": pair.base.method,
+                    "paired_images": model.paired.pictures if model.paired else 0,
+                }
+                for name, one in pair.variant.figures.items():
+                    about |= _columns(name, one)
+                for name, one in pair.base.figures.items():
+                    about |= _columns(f"{name}_reference", one)
+                for name, one in pair.differences.items():
+                    about |= _columns(f"{name}_difference", one)
+                rows.append(about)
+    return _csv(rows, ("", "_reference", "_difference"))
+
+
+def _origin(table: Table) -> dict[str, Any]:
+    data = table.runs[0].settings["data"]
+    versions = {run.path: run.settings["versions"] for run in table.runs}
+    return {
+        "unit": "percent",
+        "protocol": table.runs[0].protocol.name,
+        "data": data["name"],
+        "data_digest": data["digest"],
+        "data_pictures": data["pictures"],
+        "resamples": table.resamples,
+        "seed": table.seed,
+        "versions": "; ".join(
+            dict.fromkeys(
+                " ".join(f"{name}={version}" for name, version in each.items())
+                for each in versions.values()
+            )
+        ),
+    }
+
+
+def _columns(name: str, one: Estimate) -> dict[str, float]:
+    return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
+    figures = [
+        f"{name}{kind}{end}" for name in METRICS for kind in kinds for end in ("", "_low", "_high")
+    ]
+    used = dict.fromkeys(key for row in rows for key in row)
+    names = [key for key in used if key not in figures] + [key for key in figures if key in used]
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue()

@@ -1,0 +1,228 @@
+"""The pictures of a report: the best, the worst, and those on which methods disagree most."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+from PIL import Image
+
+from vit_reciprocam.datasets import Item, picture_digest
+from vit_reciprocam.errors import ImageError
+from vit_reciprocam.evaluate.tables import ModelRows, Table, measured, records_of
+from vit_reciprocam.images import Preprocess
+from vit_reciprocam.render import overlay
+
+__all__ = ["Overlay", "Section", "Shown", "agreement", "choose", "sections"]
+
+_SIDE = 224  # pixels of a picture on the page, at most
+_QUALITY = 82  # of JPEG
+_GREY = "#8c8f96"
+_FLAT = 1e-6  # a map of a smaller norm around its mean is constant
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A picture under one method's map: a data URI, and the picture's own ADCC in percent."""
+
+    method: str
+    is_null: bool
+    adcc: float
+    uri: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture: as the model saw it, and under the map of each method.
+
+    Attributes:
+        name: Of its file or scene.
+        words: What is explained, and what the model said.
+        problem: Why it cannot be shown, or "".
+        uri: Of the picture.
+        overlays: One a method.
+        size: Width and height of all of them.
+    """
+
+    name: str
+    words: str
+    problem: str
+    uri: str
+    overlays: tuple[Overlay, ...]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Pictures chosen for one reason."""
+
+    title: str
+    words: str
+    pictures: tuple[Shown, ...]
+
+
+def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]:
+    """The best, the worst and the most disputed pictures of a model, `count` each at most.
+
+    Only of those that every method was measured on; a picture is the best or the worst, not both.
+    """
+    chosen = choose(table, model, count)
+    show = _Painter(table, model, {index for indices in chosen.values() for index in indices})
+    words = {
+        "Best": f"Highest ADCC of {model.reference}.",
+        "Worst": f"Lowest ADCC of {model.reference}.",
+        "Most disputed": "Lowest mean correlation between the maps of the methods that explain.",
+    }
+    return [
+        Section(title, words[title], tuple(show(index) for index in indices))
+        for title, indices in chosen.items()
+        if indices
+    ]
+
+
+def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int]]:
+    """Indices of the best, the worst and the most disputed pictures of a model."""
+    indices = _common(table, model)
+    if not len(indices):
+        return {}
+    run = table.run_of(model.model, model.reference)
+    columns = measured(run, model.model, model.reference)
+    adcc = columns["adcc"][np.isin(columns["index"], indices)]
+    ranked = indices[np.argsort(-adcc, kind="stable")].tolist()
+    worst = ranked[count:][::-1][:count]
+    found = {"Best": ranked[:count], "Worst": worst}
+    maps = [_maps(table, model, row.method, indices) for row in model.rows if not row.is_null]
+    alike = [each for each in maps if each.shape == maps[0].shape]
+    if len(alike) > 1:
+        disputed = np.argsort(agreement(alike), kind="stable")[:count]
+        found["Most disputed"] = indices[disputed].tolist()
+    return found
+
+
+def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean Pearson correlation over all pairs of methods, (pictures,); 0 with a constant map.
+
+    Of unit vectors u_m, the sum over pairs is (|Σ u_m|² - Σ |u_m|²) / 2.
+
+    Args:
+        maps: For each of two or more methods (pictures, cells).
+    """
+    units = []
+    for each in maps:
+        centred = each - each.mean(axis=1, keepdims=True, dtype=np.float64)
+        norm = np.linalg.norm(centred, axis=1, keepdims=True)
+        units.append(np.divide(centred, norm, out=np.zeros_like(centred), where=norm > _FLAT))
+    total = sum(units)
+    own = sum((unit**2).sum(axis=1) for unit in units)
+    return np.asarray(((total**2).sum(axis=1) - own) / (len(maps) * (len(maps) - 1)))
+
+
+def _common(table: Table, model: ModelRows) -> np.ndarray:
+    each = [
+        records_of(table.run_of(model.model, row.method), model.model, row.method, ["index"])
+        for row in model.rows
+    ]
+    common = set.intersection(*(set(one["index"].to_pylist()) for one in each))
+    return np.array(sorted(common), np.int64)
+
+
+def _maps(table: Table, model: ModelRows, method: str, indices: np.ndarray) -> np.ndarray:
+    """(pictures, cells) of one method."""
+    run = table.run_of(model.model, method)
+    records = records_of(run, model.model, method, ["index", "map"])
+    records = records.filter(pyarrow.compute.is_in(records["index"], pyarrow.array(indices)))
+    values = records["map"].combine_chunks().flatten().to_numpy()
+    return np.asarray(values.reshape(len(indices), -1))
+
+
+def _records(
+    table: Table, model: ModelRows, indices: set[int]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """(method, index) -> record, of some pictures."""
+    found = {}
+    for run in table.runs:
+        here = pyarrow.compute.is_in(run.records["index"], pyarrow.array(indices, pyarrow.int64()))
+        for record in run.records.filter(here).to_pylist():
+            if record["model"] == model.model and record["error"] is None:
+                found[record["method"], record["index"]] = record
+    return found
+
+
+class _Painter:
+    """Draws a model's pictures, each read once."""
+
+    def __init__(self, table: Table, model: ModelRows, indices: set[int]) -> None:
+        run = table.run_of(model.model, model.reference)
+        about = run.settings["models"][model.model]
+        self.model = model
+        self.records = _records(table, model, indices)
+        self.preprocess = run.protocol.preprocess(Preprocess.from_dict(about["preprocess"]))
+        self.class_names: Sequence[str] | None = about.get("class_names")
+        self.done: dict[int, Shown] = {}
+
+    def __call__(self, index: int) -> Shown:
+        if index not in self.done:
+            self.done[index] = self._draw(index)
+        return self.done[index]
+
+    def _draw(self, index: int) -> Shown:
+        records = {row.method: self.records[row.method, index] for row in self.model.rows}
+        about = records[self.model.reference]
+        problem, picture = "", None
+        try:
+            picture = _read(about)
+        except (ImageError, OSError) as error:
+            problem = str(error)
+        view = None if picture is None else self.preprocess.view(picture)
+        height, width = self.preprocess.size
+        scale = min(1, _SIDE / max(height, width))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        grey = _uri(Image.new("RGB", size, _GREY))
+
+        def drawn(record: Mapping[str, Any] | None) -> str:
+            if view is None:
+                return grey
+            if record is None:
+                return _uri(view.resize(size))
+            saliency = np.array(record["map"], np.float32).reshape(record["rows"], -1)
+            return _uri(overlay(view, saliency).resize(size))
+
+        overlays = [
+            Overlay(row.method, row.is_null, 100 * record["adcc"], drawn(record))
+            for row, record in ((row, records[row.method]) for row in self.model.rows)
+        ]
+        source = PurePath(about["source"])
+        name = "/".join(source.parts[-2:])
+        return Shown(name, self._words(about), problem, drawn(None), tuple(overlays), size)
+
+    def _words(self, about: Mapping[str, Any]) -> str:
+        target, label, predicted = about["target"], about["label"], about["predicted"]
+        words = f"Explained: {self._name(target)}, probability {100 * about['p']:.1f} %"
+        if label is not None and label != target:
+            words += f"; true class: {self._name(label)}"
+        return words + ("." if predicted == target else f"; predicted: {self._name(predicted)}.")
+
+    def _name(self, index: int) -> str:
+        if self.class_names is None:
+            return f"class {index}"
+        return self.class_names[index].split(",")[0]
+
+
+def _read(about: Mapping[str, Any]) -> Image.Image:
+    """The picture of a record, if it is still there and the same."""
+    picture = Item(about["index"], about["source"]).read()
+    if picture_digest(picture) != about["digest"]:
+        raise ImageError(f"{about['source']} is not the picture that was measured: it has changed")
+    return picture
+
+
+def _uri(picture: Image.Image) -> str:
+    sink = io.BytesIO()
+    picture.save(sink, format="JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"

@@ -1,0 +1,120 @@
+"""The plots of a report, as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from vit_reciprocam.evaluate.tables import METRICS, ModelRows, Row, Table, measured
+
+__all__ = ["difference_plot", "distribution_plot"]
+
+_WIDTH = 4.6  # inches, at 72 points: as wide as a phone
+_ROW = 0.46
+_MARGIN = 0.55
+_BINS = 40
+# what is drawn in these colours is given the page's own, in light and dark
+_PAGE = {"#010101": "currentColor", "#010102": "var(--real)", "#010103": "var(--null)"}
+_INK, _REAL, _NULL = _PAGE
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vit-reciprocam",
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+}
+
+
+def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
+    """Each method's difference to the reference on one metric, with its interval; "" without any.
+
+    Args:
+        model: Of a table.
+        metric: A name of `METRICS`.
+        key: Sets apart the names inside this SVG from those of others on the page.
+    """
+    rows = [row for row in model.rows if metric in row.differences]
+    if not rows:
+        return ""
+    figure, axes = _axes(rows)
+    for place, row in enumerate(rows):
+        one = row.differences[metric]
+        colour = _NULL if row.is_null else _REAL
+        axes.plot([one.low, one.high], [-place, -place], color=colour, lw=2.5)
+        axes.plot(one.value, -place, "o", color=colour, ms=6)
+    axes.axvline(0, color=_INK, lw=0.8)
+    axes.set_xlabel(f"{METRICS[metric].heading} minus the reference's, percentage points")
+    return _svg(figure, key)
+
+
+def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) -> str:
+    """How one metric is spread over pictures, a histogram and the median for each method.
+
+    Arguments are those of `difference_plot`; the metric is one of a picture alone.
+    """
+    figure, axes = _axes(model.rows)
+    edges = np.linspace(0, 100, _BINS + 1)
+    for place, row in enumerate(model.rows):
+        run = table.run_of(model.model, row.method)
+        values = 100 * measured(run, model.model, row.method)[metric]
+        counts, _ = np.histogram(values.clip(0, 100), edges)
+        heights = 0.55 * counts / counts.max()
+        colour = _NULL if row.is_null else _REAL
+        base = -place - 0.28
+        axes.stairs(base + heights, edges, baseline=base, fill=True, color=colour, alpha=0.75)
+        axes.plot([0, 100], [base, base], color=colour, lw=0.8)
+        axes.plot([np.median(values)] * 2, [base, base + 0.55], color=_INK, lw=1.6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"{METRICS[metric].heading} of a picture, percent")
+    return _svg(figure, key)
+
+
+def _axes(rows: Sequence[Row]) -> tuple[Figure, Any]:
+    """A figure with a line for each method, its name above it."""
+    with matplotlib.rc_context(_STYLE):
+        height = _ROW * len(rows) + _MARGIN
+        figure = Figure(figsize=(_WIDTH, height))
+        bottom = _MARGIN / height
+        axes = figure.add_axes((0.03, bottom, 0.94, 1 - bottom))
+        axes.spines[["left", "top", "right"]].set_visible(False)
+        axes.yaxis.set_visible(False)
+        axes.set_ylim(-len(rows) + 0.45, 0.75)
+        for place, row in enumerate(rows):
+            axes.text(
+                0,
+                -place + 0.42,
+                row.method,
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=9,
+            )
+        return figure, axes
+
+
+def _svg(figure: Figure, key: str) -> str:
+    sink = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(
+            sink,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = sink.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (width|height)="[\d.]+pt"| xmlns(:xlink)?="[^"]*"', "", text, count=4)
+    text = text.replace("xlink:href", "href")  # as in HTML
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{key}-", text)
+    for colour, page in _PAGE.items():
+        text = text.replace(colour, page)
+    return text.strip()

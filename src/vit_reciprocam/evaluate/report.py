@@ -1,0 +1,195 @@
+"""A report of runs: tables as Markdown, LaTeX and CSV, and one HTML page that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate import formats, gallery, plots, sheets
+from vit_reciprocam.evaluate.store import RUN
+from vit_reciprocam.evaluate.tables import ModelRows, Table, read_tables
+from vit_reciprocam.files import check_folder, write_folder
+from vit_reciprocam.render import COLORMAPS
+
+__all__ = ["PAGE", "make_report", "render_page", "write_report"]
+
+PAGE = "report.html"
+_DIFFERENCES = ("adcc", "insertion_minus_deletion")
+_DISTRIBUTIONS = ("adcc", "drop", "coherency")
+
+
+def write_report(
+    runs: Sequence[str | Path], out: Path, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Read runs and write their report into a folder.
+
+    Files: table1 (all methods and models) and, where ReciproCAM was run with other settings,
+    ablation, each as .md, .tex and .csv; report.html; and last manifest.json.
+
+    Args:
+        runs: Folders of `evaluate`, finished or not.
+        out: The folder; an earlier report in it is replaced.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        What the manifest says of the tables, and under "files" the names of the files.
+
+    Raises:
+        InputError: If a folder is no run, nothing was measured, or `out` is a run or holds files of
+            somebody else's.
+    """
+    if (out / RUN).exists():
+        raise InputError(f"{out} is a run: write the report to another folder")
+    check_folder(out)
+    tables = read_tables(runs, resamples=resamples, seed=seed)
+    content = make_report(tables)
+    about = {"tables": [_described(table) for table in tables]}
+    write_folder(out, content, about)
+    return {**about, "files": sorted(content)}
+
+
+def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
+    """File name -> content."""
+    figures = [(table, _figures(table)) for table in tables]
+    changes = [(table, sheets.ablation_sheets(table)) for table in tables]
+    found = {
+        "table1.md": "\n".join(formats.markdown(t, s, notes(t)) for t, s in figures),
+        "table1.tex": "\n".join(formats.latex(t, s, notes(t)) for t, s in figures),
+        "table1.csv": formats.figures_csv(tables),
+        PAGE: render_page(tables),
+    }
+    changes = [(table, some) for table, some in changes if some]
+    if changes:
+        found |= {
+            "ablation.md": "\n".join(formats.markdown(t, s, notes(t)) for t, s in changes),
+            "ablation.tex": "\n".join(formats.latex(t, s, notes(t)) for t, s in changes),
+            "ablation.csv": formats.ablation_csv(tables),
+        }
+    return {name: text.encode() for name, text in found.items()}
+
+
+def notes(table: Table) -> list[str]:
+    """All that is to be said of a table: what is missing, what stands out, how to read it."""
+    missing = [*filter(None, [table.apart]), *table.notes]
+    missing += [note for model in table.models for note in model.notes]
+    return [*missing, *sheets.findings(table), sheets.how_to_read(table)]
+
+
+def render_page(tables: Sequence[Table]) -> str:
+    """The HTML page: tables, plots and pictures, with no reference to anything outside."""
+    template = _environment().get_template("report.html.jinja")
+    return template.render(
+        tables=[
+            {
+                "key": f"t{number}",
+                "table": table,
+                "heading": sheets.heading(table),
+                "missing": [
+                    *filter(None, [table.apart]),
+                    *table.notes,
+                    *(note for model in table.models for note in model.notes),
+                ],
+                "findings": sheets.findings(table),
+                "sheets": _figures(table),
+                "ablations": sheets.ablation_sheets(table),
+                "reading": sheets.how_to_read(table),
+                "provenance": sheets.provenance(table),
+                "details": sheets.full_provenance(table),
+                "models": [
+                    _illustrated(table, model, f"t{number}-{place}")
+                    for place, model in enumerate(table.models)
+                ],
+            }
+            for number, table in enumerate(tables, 1)
+        ],
+        legend=["#" + bytes(map(int, colour)).hex() for colour in COLORMAPS["viridis"]],
+    )
+
+
+def _figures(table: Table) -> list[sheets.Sheet]:
+    differences = sheets.difference_sheet(table)
+    return [sheets.figure_sheet(table), *([differences] if differences else [])]
+
+
+def _illustrated(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
+    drawn = [
+        (metric, plots.difference_plot(model, metric, key=f"{key}-{metric}-d"))
+        for metric in _DIFFERENCES
+    ]
+    return {
+        "model": model,
+        "key": key,
+        "differences": [(metric, Markup(svg)) for metric, svg in drawn if svg],
+        "distributions": [
+            (metric, Markup(plots.distribution_plot(table, model, metric, key=f"{key}-{metric}")))
+            for metric in _DISTRIBUTIONS
+        ],
+        "sections": gallery.sections(table, model),
+    }
+
+
+def _described(table: Table) -> dict[str, Any]:
+    """A table as plain JSON values."""
+    return {
+        "heading": sheets.heading(table),
+        "provenance": sheets.full_provenance(table),
+        "resamples": table.resamples,
+        "seed": table.seed,
+        "notes": notes(table),
+        "models": [
+            {
+                "model": model.model,
+                "weights": model.weights,
+                "reference": model.reference,
+                "paired_images": model.paired.pictures if model.paired else 0,
+                "rows": [
+                    {
+                        "method": row.method,
+                        "null_baseline": row.is_null,
+                        "images": row.images,
+                        "figures": {k: dataclasses.asdict(v) for k, v in row.figures.items()},
+                        "differences": {
+                            k: dataclasses.asdict(v) for k, v in row.differences.items()
+                        },
+                        "best": sorted(row.best),
+                    }
+                    for row in model.rows
+                ],
+            }
+            for model in table.models
+        ],
+    }
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    source = files("vit_reciprocam.evaluate").joinpath("report.html.jinja").read_text("utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"report.html.jinja": source}),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "figure": formats.number,
+        "column": formats.table_heading,
+        "breakable": _breakable,
+    }
+    return environment
+
+
+def _breakable(text: str) -> Markup:
+    """Text with places where a long name may be broken."""
+    parts = re.split(r"(?<=[:,/_=])", text)
+    return Markup("<wbr>").join(escape(part) for part in parts)

@@ -1,0 +1,383 @@
+"""From runs to tables: every method's figures, their bootstrap intervals and paired differences.
+
+Runs share a table where they were measured under one protocol on the same pictures, and each table
+keeps the runs it was made of: a score does not travel without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate.bootstrap import COLUMNS, Estimate, Resampled, resample
+from vit_reciprocam.evaluate.store import read_run
+from vit_reciprocam.protocols import Protocol
+
+__all__ = [
+    "DEFAULTS",
+    "METRICS",
+    "NULLS",
+    "Metric",
+    "ModelRows",
+    "Row",
+    "Run",
+    "Table",
+    "is_default",
+    "measured",
+    "read_tables",
+    "records_of",
+]
+
+DEFAULTS = {"kernel": "gaussian", "class_token": True, "layer": "norm1", "score": "probability"}
+"""ReciproCAM's settings that change its maps, as the paper has them."""
+
+NULLS = {
+    "random": "which is drawn at random",
+    "center": "which never looks at the picture",
+    "uniform": "which marks everything alike",
+    "image_edges": "which never looks at the model",
+}
+"""Null baseline -> what it is. It explains nothing, and shows what a metric gives for that."""
+
+_WAYS = ("path", "memory_limit")  # settings that change how it is computed, not the map
+_FEW = 30  # pictures, below which bootstrap intervals are too narrow
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        heading: As in the paper's tables.
+        higher: Whether more is better.
+    """
+
+    heading: str
+    higher: bool
+
+
+METRICS: Mapping[str, Metric] = {
+    "drop": Metric("Drop", False),
+    "increase": Metric("Inc", True),
+    "coherency": Metric("Coher", True),
+    "complexity": Metric("Compl", False),
+    "adcc": Metric("ADCC", True),
+    "insertion": Metric("Insertion", True),
+    "deletion": Metric("Deletion", False),
+    "insertion_minus_deletion": Metric("Ins−Del", True),
+    "pointing_game": Metric("Pointing", True),
+    "energy_in_box": Metric("Energy", True),
+    "mass_accuracy": Metric("Mass", True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's line of a table.
+
+    Attributes:
+        method: With its settings, as `MethodSpec` writes it.
+        name: The method alone.
+        settings: Its settings.
+        images: How many pictures it was measured on.
+        figures: By metric.
+        differences: To the model's reference method, paired; empty for that one.
+        best: Metrics on which it is marked as best.
+    """
+
+    method: str
+    name: str
+    settings: Mapping[str, Any]
+    images: int
+    figures: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
+    best: frozenset[str] = frozenset()
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is a null baseline."""
+        return self.name in NULLS
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """One model's lines of a table.
+
+    Attributes:
+        model: Its name.
+        weights: SHA-256 of its weights.
+        reference: The method that others are compared with: ReciproCAM as the paper has it, else
+            the first.
+        rows: Methods in the order of the runs, null baselines last.
+        paired: Of the pictures that all methods were measured on; None where there is none.
+        notes: Plain sentences on what is missing.
+    """
+
+    model: str
+    weights: str
+    reference: str
+    rows: tuple[Row, ...]
+    paired: Resampled | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        path: As given.
+        settings: The manifest, or what the run was begun with.
+        records: Of `store.SCHEMA`.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    records: pyarrow.Table
+
+    @property
+    def protocol(self) -> Protocol:
+        """How it was measured."""
+        return Protocol.from_dict(self.settings["protocol"])
+
+    @property
+    def digests(self) -> dict[int, str]:
+        """Index -> digest of the picture, of those that could be read."""
+        columns = self.records.select(["index", "digest"]).to_pydict()
+        pairs = zip(columns["index"], columns["digest"], strict=True)
+        return {index: digest for index, digest in pairs if digest}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs of one protocol on the same pictures.
+
+    Attributes:
+        runs: At least one.
+        models: Those with at least one picture measured.
+        resamples: How many the intervals are from.
+        seed: Of the resampling.
+        apart: Why the runs are not in the first table; "" for the first.
+        notes: Plain sentences on what is missing.
+    """
+
+    runs: tuple[Run, ...]
+    models: tuple[ModelRows, ...]
+    resamples: int
+    seed: int
+    apart: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that were measured with any method, in the order of `METRICS`."""
+        rows = [row for model in self.models for row in model.rows]
+        return [name for name in METRICS if any(name in row.figures for row in rows)]
+
+    def run_of(self, model: str, method: str) -> Run:
+        """The run that has a method of a model; there is one."""
+        return next(
+            run
+            for run in self.runs
+            if model in run.settings["models"] and method in run.settings["methods"]
+        )
+
+
+def read_tables(
+    paths: Sequence[str | Path], *, resamples: int = 1000, seed: int = 0
+) -> list[Table]:
+    """The runs' tables: one where all runs were measured alike on the same pictures, else several.
+
+    Args:
+        paths: Folders of `evaluate`, also of runs that are not finished.
+        resamples: Of the bootstrap over pictures.
+        seed: Of the bootstrap.
+
+    Raises:
+        InputError: If a folder is no run of this version, no picture was measured in any, or
+            `resamples` is below 1.
+    """
+    if resamples < 1:
+        raise InputError(f"resamples must be 1 or more; got {resamples}")
+    folders = {Path(path).resolve(): Path(path) for path in paths}
+    groups: list[list[Run]] = []
+    reasons: list[str] = []
+    for folder in folders.values():
+        run = Run(folder, *read_run(folder))
+        differs = [_differs(group, run) for group in groups]
+        if "" in differs:
+            groups[differs.index("")].append(run)
+        else:
+            groups.append([run])
+            reasons.append(
+                f"{folder} stands in a table of its own: {differs[0]}" if differs else ""
+            )
+    tables = [
+        _table(group, resamples, seed, why) for group, why in zip(groups, reasons, strict=True)
+    ]
+    if not any(table.models for table in tables):
+        raise InputError(
+            f"no picture was measured in {', '.join(map(str, paths))}: go on with the run by "
+            "vit-reciprocam evaluate --resume"
+        )
+    return tables
+
+
+def measured(run: Run, model: str, method: str) -> dict[str, np.ndarray]:
+    """Index and figures of one model and method, picture by picture; NaN where not measured."""
+    part = records_of(run, model, method, ["index", *COLUMNS])
+    return {name: part[name].to_numpy() for name in part.column_names}
+
+
+def records_of(run: Run, model: str, method: str, columns: Sequence[str]) -> pyarrow.Table:
+    """Columns of one model's and method's records, in the order of the index, without failures."""
+    records = run.records
+    chosen = pyarrow.compute.is_null(records["error"])
+    for name, wanted in (("model", model), ("method", method)):
+        chosen = pyarrow.compute.and_(chosen, pyarrow.compute.equal(records[name], wanted))
+    return records.select(list(columns)).filter(chosen)
+
+
+def _differs(group: Sequence[Run], run: Run) -> str:
+    """Why a run cannot share a table with others; "" where it can."""
+    first = group[0]
+    if first.settings["protocol"] != run.settings["protocol"]:
+        return f"its protocol is {run.protocol.name}, or differs from that of {first.path}"
+    if first.settings["data"]["digest"] != run.settings["data"]["digest"]:
+        return f"its data set is another than that of {first.path}"
+    for other in group:
+        theirs = other.digests
+        if any(theirs.get(index, digest) != digest for index, digest in run.digests.items()):
+            return f"its pictures have other pixels than those of {other.path}"
+        for model in other.settings["models"].keys() & run.settings["models"].keys():
+            if other.settings["models"][model] != run.settings["models"][model]:
+                return f"its {model} has other weights or preprocessing than that of {other.path}"
+            both = other.settings["methods"].keys() & run.settings["methods"].keys()
+            if both:
+                return f"{other.path} has {min(both)} of {model} already"
+    return ""
+
+
+def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
+    notes = []
+    for run in runs:
+        total = run.settings["data"]["pictures"] * len(run.settings["models"])
+        if "images" not in run.settings:
+            columns = run.records.select(["model", "index"]).to_pydict()
+            done = len(set(zip(columns["model"], columns["index"], strict=True)))
+            notes.append(
+                f"{run.path} is not finished: {done} of {total} pictures. Its figures will change."
+            )
+    names = dict.fromkeys(name for run in runs for name in run.settings["models"])
+    models = [_model_rows(runs, name, resamples, seed) for name in names]
+    missing = [name for name, model in zip(names, models, strict=True) if model is None]
+    notes += [f"No picture was measured with {name}." for name in missing]
+    found = tuple(model for model in models if model is not None)
+    return Table(tuple(runs), found, resamples, seed, apart, tuple(notes))
+
+
+def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> ModelRows | None:
+    having = [run for run in runs if model in run.settings["models"]]
+    specs = {method: about for run in having for method, about in run.settings["methods"].items()}
+    columns = {
+        method: measured(run, model, method) for run in having for method in run.settings["methods"]
+    }
+    columns = {method: each for method, each in columns.items() if len(each["index"])}
+    if not columns:
+        return None
+    options: Any = {"protocol": runs[0].protocol, "resamples": resamples, "seed": seed}
+    own = {
+        key: resample({m: c for m, c in columns.items() if _pictures(c) == key}, **options)
+        for key in dict.fromkeys(map(_pictures, columns.values()))
+    }
+    paired: Resampled | None = next(iter(own.values()))
+    if len(own) > 1:
+        common = set.intersection(*(set(each["index"]) for each in columns.values()))
+        shared = {
+            method: {name: v[np.isin(each["index"], list(common))] for name, v in each.items()}
+            for method, each in columns.items()
+        }
+        paired = resample(shared, **options) if common else None
+    reference = _reference({method: specs[method] for method in columns})
+    rows = []
+    for method, each in columns.items():
+        settings = {key: value for key, value in specs[method].items() if key != "method"}
+        differences = (
+            paired.differences(method, reference) if paired and method != reference else {}
+        )
+        figures = own[_pictures(each)].figures(method)
+        name = specs[method]["method"]
+        rows.append(Row(method, name, settings, len(each["index"]), figures, differences))
+    if paired:
+        rows = _mark_best(rows, paired)
+    rows.sort(key=lambda row: row.is_null)
+    weights = having[0].settings["models"][model]["weights"]
+    notes = _notes(having, model, rows, paired)
+    return ModelRows(model, weights, reference, tuple(rows), paired, notes)
+
+
+def is_default(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a method is ReciproCAM as the paper has it, however it is computed."""
+    changes = {key: value for key, value in settings.items() if key not in _WAYS}
+    return name == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS
+
+
+def _pictures(columns: Mapping[str, np.ndarray]) -> bytes:
+    return columns["index"].tobytes()
+
+
+def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:
+    for method, spec in specs.items():
+        if is_default(spec["method"], {k: v for k, v in spec.items() if k != "method"}):
+            return method
+    real = [method for method, spec in specs.items() if spec["method"] not in NULLS]
+    return (real or list(specs))[0]
+
+
+def _mark_best(rows: Sequence[Row], paired: Resampled) -> list[Row]:
+    """Mark the best of the real methods on each metric, with those that it is not clearly above."""
+    best: dict[str, set[str]] = {row.method: set() for row in rows}
+    for metric, about in METRICS.items():
+        real = [row for row in rows if not row.is_null and metric in row.figures]
+        if len(real) < 2:
+            continue
+        sign = 1 if about.higher else -1
+        column = {row.method: paired.figures(row.method).get(metric) for row in real}
+        known = {method: sign * one.value for method, one in column.items() if one}
+        top = max(known, key=known.__getitem__, default="")
+        near = [m for m in known if not paired.differences(m, top)[metric].is_clear]
+        if len(near) < len(real):
+            for method in near:
+                best[method].add(metric)
+    return [replace(row, best=frozenset(best[row.method])) for row in rows]
+
+
+def _notes(
+    runs: Sequence[Run], model: str, rows: Sequence[Row], paired: Resampled | None
+) -> tuple[str, ...]:
+    notes = []
+    for run in runs:
+        records = run.records.filter(pyarrow.compute.equal(run.records["model"], model))
+        failed = records.filter(pyarrow.compute.is_valid(records["error"]))["index"].unique()
+        if len(failed):
+            notes.append(
+                f"{len(failed)} picture(s) failed with {model} in {run.path} and are left out."
+            )
+    most, least = max(row.images for row in rows), min(row.images for row in rows)
+    if paired is None:
+        notes.append(f"No picture was measured with every method of {model}: no differences.")
+    elif paired.pictures < most:
+        notes.append(
+            f"Differences of {model} are over the {paired.pictures} pictures that every method "
+            f"was measured on; {most - paired.pictures} others are left out of them."
+        )
+    if least < _FEW:
+        notes.append(f"With only {least} picture(s) intervals are too narrow to be relied on.")
+    return tuple(notes)

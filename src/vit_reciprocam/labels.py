@@ -1,0 +1,62 @@
+"""Labels of data sets -> class indices of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vit_reciprocam.errors import InputError, UnknownClassError
+from vit_reciprocam.targets import find_class
+
+__all__ = ["Labels"]
+
+_SYNSET = re.compile(r"n\d{8}")
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a model, to be found by what data sets write.
+
+    Attributes:
+        num_classes: C.
+        class_names: One a class, where known.
+    """
+
+    num_classes: int
+    class_names: Sequence[str] | None = None
+
+    def find(self, label: Any, where: str) -> int:
+        """The class index of a label: an index, a WordNet synset or a class name.
+
+        Args:
+            label: What the data set has.
+            where: Named in the error.
+
+        Raises:
+            UnknownClassError: If the model has no such class.
+        """
+        if isinstance(label, str) and _SYNSET.fullmatch(label.strip()):
+            if label.strip() in self._synsets:
+                return self._synsets[label.strip()]
+            raise UnknownClassError(
+                f"{where}: synset {label.strip()} is not among the model's {self.num_classes} "
+                "classes; synsets are known for models of ImageNet-1k's 1000 classes"
+            )
+        try:
+            return find_class(label, self.class_names or self.num_classes)
+        except InputError as error:
+            raise UnknownClassError(f"{where}: {error}") from error
+
+    @cached_property
+    def _synsets(self) -> dict[str, int]:
+        if self.num_classes != _IMAGENET_CLASSES:
+            return {}
+        try:
+            from timm.data import ImageNetInfo
+        except ModuleNotFoundError:
+            return {}
+        return {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}

@@ -1,0 +1,215 @@
+"""The layouts of data sets on disk, each read into rows with the columns of a listing.
+
+A row has image, the whole path, and of label or synset, boxes or their four corners, mask and
+problem what there is; what they mean is up to `datasets`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from vit_reciprocam.errors import ImageError, InputError, MissingDependencyError
+from vit_reciprocam.files import is_ours
+from vit_reciprocam.images import find_images
+from vit_reciprocam.scenes import CLASSES, draw_scene
+
+__all__ = ["CORNERS", "rows_of", "rows_of_scenes"]
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_FIRST_SCENE = 800_000  # the bundled model was trained and tested on others
+_GROUND_TRUTH = (
+    "LOC_val_solution.csv",
+    "val.txt",
+    "imagenet_2012_validation_synset_labels.txt",
+    "ILSVRC2012_validation_ground_truth.txt",
+)
+_LISTINGS = (".csv", ".parquet")
+
+
+def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
+    """A data set's rows, whatever its layout: see `datasets.read_dataset`.
+
+    Raises:
+        InputError: If it has none, or a file of it is damaged.
+    """
+    if path.is_file() and path.suffix.lower() not in _LISTINGS:
+        raise InputError(f"{path} is no listing: expected a .csv or .parquet file")
+    listings = [path, path / "labels.csv", path / "labels.parquet"]
+    listing = next((file for file in listings if file.is_file()), None)
+    given = ground_truth is not None or boxes is not None
+    if listing is not None and given:
+        raise InputError(
+            f"ground truth and boxes are for ILSVRC2012's pictures; those of {listing} stand in it"
+        )
+    if listing is not None:
+        return _listing(listing)
+    if ground_truth is None:
+        places = (path, path.parent, path / "data", path.parent / "data")
+        ground_truth = next(
+            (
+                folder / name
+                for name in _GROUND_TRUTH
+                for folder in places
+                if (folder / name).is_file()
+            ),
+            None,
+        )
+    flat = sorted(file for file in path.iterdir() if file.suffix.lower() in (".jpeg", ".jpg"))
+    if flat and ground_truth is not None:
+        return _ilsvrc(flat, ground_truth, boxes)
+    if given:
+        raise InputError(
+            f"ground truth and boxes are for ILSVRC2012's pictures: expected .JPEG files in {path} "
+            "and their ground truth"
+        )
+    return _class_folders(path)
+
+
+def rows_of_scenes(count: int) -> Iterator[dict[str, Any]]:
+    """So many drawn scenes, each labelled by its first object."""
+    for seed in range(_FIRST_SCENE, _FIRST_SCENE + count):
+        yield {"image": f"scene {seed}", "label": list(CLASSES)[draw_scene(seed).labels[0]]}
+
+
+def _listing(path: Path) -> Iterator[dict[str, Any]]:
+    for row in _read_table(path):
+        image = str(row.get("image") or "").strip()
+        if not image:
+            raise InputError(
+                f"{path} has no column image, or a row without it; its columns: {', '.join(row)}"
+            )
+        mask = str(row.get("mask") or "").strip()
+        yield {
+            **row,
+            "image": str(path.parent / image),
+            "mask": mask and str(path.parent / mask),
+        }
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix.lower() == ".csv":
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"{path} is no CSV file in UTF-8: {error}") from error
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("a Parquet listing", "evaluate") from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
+    return [{key: _plain(value) for key, value in row.items()} for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    """A column of integers with gaps is one of floats and NaN in pandas."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value
+
+
+def _class_folders(path: Path) -> Iterator[dict[str, Any]]:
+    folders = sorted(
+        folder
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.name.startswith(".") and not _is_run(folder)
+    )
+    if not folders:
+        raise InputError(
+            f"{path} is no data set: it holds neither class folders nor labels.csv, nor "
+            f"ILSVRC2012's pictures with one of {', '.join(_GROUND_TRUTH)}"
+        )
+    for folder in folders:
+        with contextlib.suppress(ImageError):  # without pictures
+            for file in find_images([folder]):
+                yield {"image": str(file), "label": folder.name}
+
+
+def _is_run(folder: Path) -> bool:
+    return any(is_ours(folder / name) for name in ("run.json", "manifest.json"))
+
+
+def _ilsvrc(
+    files: Sequence[Path], ground_truth: Path, boxes: Path | None
+) -> Iterator[dict[str, Any]]:
+    try:
+        truth = _read_ground_truth(ground_truth, files)
+    except (IndexError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"{ground_truth} is damaged or no ground truth: {error!r}") from error
+    if boxes is not None and not any((boxes / f"{file.stem}.xml").is_file() for file in files):
+        raise InputError(f"{boxes} has no box file of these pictures, such as {files[0].stem}.xml")
+    for file in files:
+        row = {"image": str(file), **truth[file.stem]}
+        if boxes is not None and (boxes / f"{file.stem}.xml").is_file():
+            row |= _xml_boxes(boxes / f"{file.stem}.xml", str(row.get("synset") or ""))
+        yield row
+
+
+def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[str, Any]]:
+    """File stem -> its label, synset or boxes."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    found: dict[str, dict[str, Any]] = {}
+    if path.suffix.lower() == ".csv":  # ImageId, "synset xmin ymin xmax ymax synset …"
+        for line in lines[1:]:
+            stem, _, prediction = line.partition(",")
+            words = prediction.split()
+            corners = [words[i + 1 : i + 5] for i in range(0, len(words), 5)]
+            found[stem] = {"synset": words[0], "boxes": corners}
+    elif len(lines[0].split()) == 2:  # FILE INDEX
+        for line in lines:
+            words = line.split()
+            found[Path(words[0]).stem] = {"label": words[1]}
+    else:  # one a line, in the order of the files' numbers
+        if len(lines) != len(files):
+            raise InputError(
+                f"{path} has {len(lines)} lines for {len(files)} pictures: expected one a picture, "
+                "in the order of their names"
+            )
+        numbers = _development_kit(path) if lines[0].isdigit() else None
+        for file, line in zip(files, lines, strict=True):
+            found[file.stem] = {"synset": numbers[line] if numbers else line}
+    missing = [file.name for file in files if file.stem not in found]
+    if missing:
+        raise InputError(f"{path} has no label for {len(missing)} picture(s), such as {missing[0]}")
+    return found
+
+
+def _development_kit(path: Path) -> dict[str, str]:
+    """ILSVRC2012_ID -> synset: the kit's numbers do not follow the order of synsets."""
+    meta = next(
+        (f / "meta.mat" for f in (path.parent, path.parent / "data") if (f / "meta.mat").is_file()),
+        None,
+    )
+    if meta is None:
+        raise InputError(
+            f"{path} numbers classes as the development kit does, which is not the models' order: "
+            "put the kit's meta.mat beside it"
+        )
+    from scipy.io import loadmat
+
+    table = loadmat(meta, squeeze_me=True)["synsets"]
+    return {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
+
+
+def _xml_boxes(path: Path, synset: str) -> dict[str, Any]:
+    """The boxes of an annotation file in Pascal VOC's format, those of the synset where known."""
+    try:
+        things = list(ElementTree.parse(path).getroot().iter("object"))
+    except ElementTree.ParseError as error:
+        return {"problem": f"box file {path} is damaged: {error}"}
+    boxes = [
+        thing.find("bndbox") for thing in things if thing.findtext("name") == synset or not synset
+    ]
+    return {
+        "boxes": [[box.findtext(corner) for corner in CORNERS] for box in boxes if box is not None]
+    }

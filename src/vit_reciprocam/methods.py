@@ -1,0 +1,151 @@
+"""METHODS: every saliency method by its name, with one signature.
+
+    METHODS[name](model, images, targets=None, **settings) -> maps (B, K, h, w)
+
+Maps are floats in [0, 1] on the model's device and patch grid, each scaled for itself: not
+upsampled. Their own values, before scaling, come from the functions behind: `ReciproCAM.scores`,
+`baselines` and `peers`. Nothing heavy is imported before a method is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from vit_reciprocam.errors import InputError, MissingDependencyError, check_choice
+from vit_reciprocam.maps import min_max
+
+__all__ = ["METHODS", "MethodSpec", "check_settings"]
+
+_MODULES = {
+    "reciprocam": "reciprocam",
+    "rollout": "baselines",
+    "relevance": "baselines",
+    "raw_attention": "baselines",
+    "random": "baselines",
+    "center": "baselines",
+    "uniform": "baselines",
+    "image_edges": "baselines",
+    "grad_cam": "peers",
+    "layer_cam": "peers",
+    "eigen_cam": "peers",
+    "score_cam": "peers",
+    "integrated_gradients": "peers",
+    "occlusion": "peers",
+}
+_EXTRAS = {"reciprocam": "torch", "baselines": "torch", "peers": "compare"}
+
+Method = Callable[..., Any]
+
+
+def _method(name: str) -> Method:
+    def method(model: Any, images: Any, targets: Any = None, **settings: Any) -> Any:
+        check_settings(name, settings)
+        return _scaled(name, _function(name)(model, images, targets, **settings))
+
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = f"Maps of `vit_reciprocam.{_MODULES[name]}.{name}`, in [0, 1]."
+    return method
+
+
+METHODS: Mapping[str, Method] = MappingProxyType({name: _method(name) for name in _MODULES})
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a method or setting that does not exist, before anything is computed.
+
+    Raises:
+        InputError: If there is none of that name; the message has the choices.
+        MissingDependencyError: If the method's library is not installed.
+    """
+    check_choice("method", name, METHODS)
+    parameters = list(inspect.signature(_function(name)).parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        from vit_reciprocam.reciprocam import ReciproCAM
+
+        parameters = list(inspect.signature(ReciproCAM).parameters.values())
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for setting in settings:
+        if not known:
+            raise InputError(f"method {name} has no settings; got {setting!r}")
+        check_choice(f"a setting of {name}", setting, known)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with its settings, as written on the command line.
+
+    Attributes:
+        name: Of `METHODS`.
+        settings: Its keyword arguments.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """From "NAME" or "NAME:KEY=VALUE,KEY=VALUE", such as "reciprocam:kernel=dirac".
+
+        Raises:
+            InputError: If it is not of this form, or there is no such method.
+        """
+        name, _, rest = text.partition(":")
+        check_choice("method", name, METHODS)
+        settings = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals or not key.strip() or not value.strip():
+                raise InputError(
+                    f"method {text!r}: expected NAME:KEY=VALUE,KEY=VALUE, such as "
+                    "reciprocam:kernel=dirac,class_token=false"
+                )
+            settings[key.strip()] = _value(value.strip())
+        return cls(name, settings)
+
+    def __str__(self) -> str:
+        """As `parse` reads it, settings in alphabetical order."""
+        pairs = ",".join(f"{key}={_written(self.settings[key])}" for key in sorted(self.settings))
+        return f"{self.name}:{pairs}" if pairs else self.name
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module = _MODULES[name]
+    try:
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"vit_reciprocam.{module}"), name
+        )
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("vit_reciprocam"):
+            raise
+        raise MissingDependencyError(f"method {name}", _EXTRAS[module]) from error
+    return function
+
+
+def _scaled(name: str, values: Any) -> Any:
+    """Each map scaled to [0, 1]; zeros where it is constant, but for the uniform map of ones."""
+    if name == "uniform":
+        return values
+    import torch
+
+    maps, _ = min_max(values.detach().float().cpu().numpy())
+    return torch.from_numpy(maps).to(values.device)

@@ -1,0 +1,221 @@
+"""How good a saliency map is: pure functions of arrays, METHOD's metrics and their neighbours.
+
+p is the probability of the target class on the picture, o the one on the masked picture
+E = x ⊙ up(A), A the map and A' the method's map of the same class on E. Everything is batched over
+leading dimensions, computed in float64 and a fraction, not a percentage. Two definitions differ
+between papers: where maps are compared (`size`) and how ADCC is averaged over a data set; a
+`Protocol` names the choice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.maps import (
+    DECIMALS,
+    Size,
+    box_masks,
+    check_columns,
+    check_maps,
+    check_pairs,
+    region_masks,
+    upsample,
+)
+
+__all__ = [
+    "adcc",
+    "average_drop",
+    "average_increase",
+    "coherency",
+    "complexity",
+    "energy_in_box",
+    "masked_images",
+    "mass_accuracy",
+    "pearson",
+    "pointing_game",
+]
+
+_FLAT = 1e-12  # a map in [0, 1] with a smaller range is constant
+
+
+def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
+    """max(0, p - o) / p of each image, the same shape; 0 where p is 0, as nothing can drop.
+
+    Chattopadhyay et al. 2018 (Grad-CAM++). A data set's average drop is the mean. Lower is better.
+
+    Raises:
+        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
+    """
+    p, o = check_columns(p=p, o=o)
+    return _ratio(np.maximum(0, p - o), p)
+
+
+def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
+    """[o > p] of each image as 0.0 or 1.0, the same shape.
+
+    Chattopadhyay et al. 2018 (Grad-CAM++). Higher is better.
+
+    Raises:
+        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
+    """
+    p, o = check_columns(p=p, o=o)
+    return (o > p).astype(np.float64)
+
+
+def pearson(
+    maps: np.ndarray,
+    masked_maps: np.ndarray,
+    *,
+    size: Size | None = None,
+    mode: str = "bilinear",
+) -> np.ndarray:
+    """Correlation of A and A' over their cells, two of (..., h, w) -> (...), in [-1, 1].
+
+    Where one of the two is constant the correlation is 0/0 and counts as 0.
+
+    Args:
+        maps: A, in [0, 1].
+        masked_maps: A', in [0, 1], the same shape.
+        size: (H, W) to compare at, both upsampled; None compares the cells as they are.
+        mode: One of `MODES`, for `size`.
+
+    Raises:
+        InputError: If shapes differ, or maps are empty, NaN or outside [0, 1].
+    """
+    a, b = check_maps(maps), check_maps(masked_maps, "masked_maps")
+    if a.shape != b.shape:
+        raise InputError(
+            f"maps and masked_maps must have one shape (..., h, w); got {a.shape} and {b.shape}"
+        )
+    if size is not None:
+        a, b = upsample(a, size, mode), upsample(b, size, mode)
+    flat = (np.ptp(a, axis=(-2, -1)) <= _FLAT) | (np.ptp(b, axis=(-2, -1)) <= _FLAT)
+    a, b = (x - x.mean(axis=(-2, -1), keepdims=True) for x in (a, b))
+    norms = np.sqrt((a * a).sum(axis=(-2, -1)) * (b * b).sum(axis=(-2, -1)))
+    products = (a * b).sum(axis=(-2, -1))
+    return _ratio(products, np.where(flat, 0, norms)).clip(-1, 1)
+
+
+def coherency(
+    maps: np.ndarray,
+    masked_maps: np.ndarray,
+    *,
+    size: Size | None = None,
+    mode: str = "bilinear",
+) -> np.ndarray:
+    """(1 + Pearson(A, A')) / 2, two of (..., h, w) -> (...); 0.5 where one of the two is constant.
+
+    Poppi et al. 2021. Higher is better. Arguments and errors are those of `pearson`.
+    """
+    return (1 + pearson(maps, masked_maps, size=size, mode=mode)) / 2
+
+
+def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilinear") -> np.ndarray:
+    """Mean |A| over cells, (..., h, w) -> (...).
+
+    Poppi et al. 2021. Lower is better. Of maps upsampled to `size` if one is given.
+
+    Raises:
+        InputError: If maps are empty, NaN or outside [0, 1].
+    """
+    maps = check_maps(maps)
+    cells = maps if size is None else upsample(maps, size, mode)
+    return np.asarray(np.abs(cells).mean(axis=(-2, -1)))
+
+
+def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    """3 / (1/coherency + 1/(1 - complexity) + 1/(1 - drop)), the harmonic mean of the three terms.
+
+    Poppi et al. 2021. Higher is better. 0 where a term is 0 (coherency 0, complexity 1 or drop 1),
+    which is the limit. Arrays of one shape: of images, or of the data set's means.
+
+    Raises:
+        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
+    """
+    coherency, complexity, drop = check_columns(
+        coherency=coherency, complexity=complexity, drop=drop
+    )
+    terms = np.stack([coherency, 1 - complexity, 1 - drop]).clip(0, 1)
+    with np.errstate(divide="ignore", over="ignore"):  # 1/0 is infinity, and 3/infinity is 0
+        return np.asarray(3 / (1 / terms).sum(axis=0))
+
+
+def masked_images(images: np.ndarray, maps: np.ndarray, mode: str = "bilinear") -> np.ndarray:
+    """E = x ⊙ up(A): normalised images (..., 3, H, W) and maps (..., h, w) -> (..., 3, H, W).
+
+    As 0 is the mean colour, masked areas become it.
+
+    Raises:
+        InputError: If the images are not floating, leading dimensions differ, or maps are empty,
+            NaN or outside [0, 1].
+    """
+    images, maps = check_pairs(images, maps)
+    masks = upsample(maps, images.shape[-2:], mode)[..., None, :, :]
+    return np.asarray(images * masks, images.dtype)
+
+
+def pointing_game(
+    maps: np.ndarray,
+    regions: np.ndarray,
+    *,
+    size: Size | None = None,
+    tolerance: float = 0,
+    mode: str = "bilinear",
+) -> np.ndarray:
+    """Whether the map's maximum lies in the object, (...) of 0.0 or 1.0. Higher is better.
+
+    Zhang et al. 2016, at the picture's size. Of equal maxima the first counts, row by row from the
+    top left.
+
+    Args:
+        maps: (..., h, w) in [0, 1].
+        regions: The objects: masks (..., H, W), or boxes (..., 4) as in `box_masks`.
+        size: (H, W), needed with boxes.
+        tolerance: How many pixels from the object still count; 15 in the original.
+        mode: One of `MODES`.
+
+    Raises:
+        InputError: If shapes do not fit, a region is empty or outside the picture, or maps are
+            empty, NaN or outside [0, 1].
+    """
+    if not tolerance >= 0:
+        raise InputError(f"tolerance must be 0 pixels or more; got {tolerance}")
+    maps = check_maps(maps)
+    masks = region_masks(maps, regions, size=size)
+    height, width = masks.shape[-2:]
+    cells = upsample(maps, (height, width), mode).round(DECIMALS).reshape(*maps.shape[:-2], -1)
+    row, column = np.divmod(cells.argmax(axis=-1)[..., None, None], width)
+    distance = np.hypot(np.arange(height)[:, None] - row, np.arange(width) - column)
+    return np.asarray((masks & (distance <= tolerance)).any(axis=(-2, -1)), np.float64)
+
+
+def energy_in_box(
+    maps: np.ndarray, boxes: np.ndarray, *, size: Size, mode: str = "bilinear"
+) -> np.ndarray:
+    """Share of the map's sum that lies in the box, (...) in [0, 1]. Higher is better.
+
+    Wang et al. 2020 (Score-CAM's energy-based pointing game). `mass_accuracy` with a box's mask;
+    arguments and errors are those of `box_masks` and `pointing_game`.
+    """
+    return mass_accuracy(maps, box_masks(boxes, size), mode=mode)
+
+
+def mass_accuracy(maps: np.ndarray, masks: np.ndarray, *, mode: str = "bilinear") -> np.ndarray:
+    """Share of the map's sum that lies in the object's mask, (...) in [0, 1]. Higher is better.
+
+    Arras et al. 2022, at the picture's size; a bicubic map counts where it is above 0. A map of
+    zeros puts nothing in the object: 0. Maps (..., h, w), masks (..., H, W) bool; errors are those
+    of `pointing_game`.
+    """
+    maps = check_maps(maps)
+    masks = region_masks(maps, masks)
+    energy = upsample(maps, masks.shape[-2:], mode).clip(0)
+    inside, total = ((energy * part).sum(axis=(-2, -1)) for part in (masks, 1.0))
+    return _ratio(inside, total)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Their quotient, and 0 where below is 0."""
+    quotient: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return quotient

@@ -1,0 +1,242 @@
+"""Peers' methods through their own libraries, with the signature of `METHODS`.
+
+Grad-CAM, LayerCAM, EigenCAM and Score-CAM come from pytorch-grad-cam, Integrated Gradients and
+Occlusion from captum. The layer and the token grid are found; the model is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import captum.attr
+import numpy as np
+import pytorch_grad_cam
+import torch
+from jaxtyping import Float
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from vit_reciprocam.adapters import check_images, check_mode, grid_and_targets, split_model
+from vit_reciprocam.adapters.by_target import logits_of
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.split import Split
+
+__all__ = [
+    "eigen_cam",
+    "grad_cam",
+    "integrated_gradients",
+    "layer_cam",
+    "occlusion",
+    "score_cam",
+]
+
+Images = Float[Tensor, "B ch H W"]
+Maps = Float[Tensor, "B K h w"]
+Grid = tuple[int, int]
+
+
+class _Logits(nn.Module):
+    """A model that gives its logits as a tensor, whatever object it gives them in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+def grad_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
+    """Grad-CAM (Selvaraju et al. 2017) at the last block's first LayerNorm.
+
+    The positive part of the activations' sum, weighted by the mean gradient of the target's logit.
+    Maps are scaled to [0, 1], as the library does.
+
+    Raises:
+        InputError: If the images or targets do not fit.
+        ModelError: If the model is not supported, or if no single layer gives its tokens.
+    """
+    return _cam(pytorch_grad_cam.GradCAM, model, images, targets)
+
+
+def layer_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
+    """LayerCAM (Jiang et al. 2021): each activation weighted by its own positive gradient.
+
+    The layer, the scale and errors are those of `grad_cam`.
+    """
+    return _cam(pytorch_grad_cam.LayerCAM, model, images, targets)
+
+
+def eigen_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
+    """EigenCAM (Muhammad & Yeasin 2020): the activations' first principal component.
+
+    The same for every target. The layer, the scale and errors are those of `grad_cam`.
+    """
+    return _cam(pytorch_grad_cam.EigenCAM, model, images, targets)
+
+
+def score_cam(
+    model: nn.Module, images: Images, targets: Any = None, *, batch_size: int = 32
+) -> Maps:
+    """Score-CAM (Wang et al. 2020): a forward pass for each of the layer's D channels.
+
+    The layer, the scale and errors are those of `grad_cam`.
+
+    Args:
+        model: A supported classifier.
+        images: Preprocessed.
+        targets: As of `ReciproCAM`.
+        batch_size: Channels in one pass.
+    """
+
+    def build(*args: Any, **options: Any) -> Any:
+        cam: Any = pytorch_grad_cam.ScoreCAM(*args, **options)
+        cam.batch_size = batch_size
+        return cam
+
+    return _cam(build, model, images, targets)
+
+
+def integrated_gradients(
+    model: nn.Module,
+    images: Images,
+    targets: Any = None,
+    *,
+    steps: int = 50,
+    batch_size: int = 32,
+) -> Maps:
+    """Integrated Gradients (Sundararajan et al. 2017) of the target's logit.
+
+    From the mean colour (zeros after normalisation) to the picture; absolute values, summed over
+    channels and averaged over each patch.
+
+    Args:
+        model: A supported classifier.
+        images: Preprocessed.
+        targets: As of `ReciproCAM`.
+        steps: Of the integral.
+        batch_size: Pictures on the way in one pass.
+
+    Raises:
+        InputError: If the images or targets do not fit.
+        ModelError: If the model is not supported.
+    """
+    if steps < 1 or batch_size < 1:
+        raise InputError(f"steps and batch_size must be 1 or more; got {steps} and {batch_size}")
+
+    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
+        method = captum.attr.IntegratedGradients(logits)
+        values: Tensor = method.attribute(
+            images,
+            target=chosen,
+            n_steps=steps,
+            internal_batch_size=max(batch_size, len(images)),
+        )
+        return adaptive_avg_pool2d(values.detach().abs().sum(dim=1), grid)
+
+    return _for_each_target(model, images, targets, attribute)
+
+
+def occlusion(
+    model: nn.Module, images: Images, targets: Any = None, *, batch_size: int = 32
+) -> Maps:
+    """Occlusion (Zeiler & Fergus 2014): the fall of the target's probability without each patch.
+
+    A patch of the grid at a time becomes the mean colour (zeros after normalisation).
+
+    Args:
+        model: A supported classifier.
+        images: Preprocessed.
+        targets: As of `ReciproCAM`.
+        batch_size: Occluded pictures in one pass.
+
+    Raises:
+        InputError: If the images or targets do not fit.
+        ModelError: If the model is not supported.
+    """
+
+    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
+        channels, height, width = images.shape[1:]
+        window = (channels, height // grid[0], width // grid[1])
+        method = captum.attr.Occlusion(lambda x: logits(x).softmax(dim=1))
+        with torch.no_grad():
+            values: Tensor = method.attribute(
+                images,
+                target=chosen,
+                sliding_window_shapes=window,
+                strides=window,
+                perturbations_per_eval=max(1, batch_size // len(images)),
+            )
+        return adaptive_avg_pool2d(values[:, 0], grid)
+
+    return _for_each_target(model, images, targets, attribute)
+
+
+def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    split = split_model(model)
+    if split.tap.side != "output" or len(split.tap.modules) > 1:
+        raise ModelError(
+            f"no single layer of this {type(model).__name__} gives the tokens of its last block, "
+            "which pytorch-grad-cam needs: take occlusion or reciprocam"
+        )
+
+    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
+        def as_channels(tokens: Tensor) -> Tensor:
+            tokens = tokens.float()  # NumPy, which the library goes through, has no bfloat16
+            if tokens.ndim == 4:
+                return tokens if channels_first else tokens.permute(0, 3, 1, 2)
+            patches: Tensor = tokens[:, split.prefix_tokens :].unflatten(1, grid)
+            return patches.permute(0, 3, 1, 2)
+
+        with torch.no_grad():
+            channels_first = split.cut(images[:1]).channels_first
+        with method(logits, [split.tap.modules[0]], as_channels) as cam:
+            cam.get_target_width_height = lambda _images: (grid[1], grid[0])  # not upsampled
+            with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM's progress bars
+                maps: np.ndarray = cam(images, [ClassifierOutputTarget(int(one)) for one in chosen])
+        return torch.from_numpy(maps).to(images.device)
+
+    return _for_each_target(model, images, targets, attribute, split)
+
+
+def _for_each_target(
+    model: nn.Module,
+    images: Tensor,
+    targets: Any,
+    attribute: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor],
+    split: Split | None = None,
+) -> Tensor:
+    """`attribute` for each of the K targets, (B, h, w) each, with the model kept as it was."""
+    split = split_model(model) if split is None else split
+    check_mode(model)
+    check_images(model, images)
+    if torch.is_inference_mode_enabled():
+        raise InputError("these methods need gradients: leave torch.inference_mode first")
+    images = images.detach().clone()
+    with _kept(model), torch.enable_grad():
+        grid, resolved, _ = grid_and_targets(split, images, targets)
+        chosen = torch.from_numpy(resolved).to(images.device)
+        logits = _Logits(model)
+        images.requires_grad_()
+        maps = [attribute(logits, images, column, grid) for column in chosen.T]
+    return torch.stack(maps, dim=1).detach()
+
+
+@contextlib.contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """After it, modes, gradients and whether they are wanted are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)  # gradients of activations are all that is needed
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in wanted:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
