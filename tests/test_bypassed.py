@@ -384,6 +384,12 @@ def test_the_refusal_says_what_it_is_and_what_to_pass(make, words):
         split_model(make().eval())
 
 
+def test_quantised_models_are_refused_by_target_too():
+    model = quantised()
+    with pytest.raises(ModelError, match="is quantised"):
+        ReciproCAM(model, target=model.blocks[-1].norm1, grid=(2, 3), prefix_tokens=1)
+
+
 class Mean(nn.Module):
     """Without a parameter."""
 

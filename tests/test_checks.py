@@ -43,7 +43,7 @@ SAMPLE = [
     "timm:swinv2_cr_tiny_224",
     "timm:test_coatnet",
     "timm:tiny_vit_5m_224",
-    "timm:volo_d4_448",
+    "timm:swin_large_patch4_window7_224",
     "hf:BeitForImageClassification(use_mean_pooling=False)",
     "hf:DeiTForImageClassificationWithTeacher",
     "hf:Dinov2ForImageClassification",

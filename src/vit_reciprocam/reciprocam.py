@@ -24,7 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters import by_target, check_images, check_mode, split_model
+from vit_reciprocam.adapters import (
+    by_target,
+    check_images,
+    check_mode,
+    refuse_quantised,
+    split_model,
+)
 from vit_reciprocam.closed_form import closed_form_rows
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.explanation import Explanation, softmax
@@ -216,6 +222,7 @@ class ReciproCAM:
                 raise InputError("target and split both say where the cut is: leave out one")
             if self.masking.layer != "norm1" or self.block != -1:
                 raise InputError("target says where the cut is: leave out layer and block")
+            refuse_quantised(self.model)
             return by_target.split(
                 self.model, self.target, grid=self.grid, prefix_tokens=self.prefix_tokens
             )

@@ -17,7 +17,7 @@ from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.split import Split
 from vit_reciprocam.targets import resolve_targets
 
-__all__ = ["check_images", "check_mode", "grid_and_targets", "split_model"]
+__all__ = ["check_images", "check_mode", "grid_and_targets", "refuse_quantised", "split_model"]
 
 _LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 _QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
@@ -48,7 +48,7 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
         )
     if pool and block != -1:
         raise InputError("layer='pool' cuts after the last block: leave out block")
-    _refuse_quantised(model)
+    refuse_quantised(model)
     for library in _LIBRARIES:
         if library in _libraries(model):
             adapter = importlib.import_module(f"vit_reciprocam.adapters.{library}")
@@ -61,7 +61,12 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
     raise _unsupported(model)
 
 
-def _refuse_quantised(model: nn.Module) -> None:
+def refuse_quantised(model: nn.Module) -> None:
+    """Refuse a model of which a module rounds activations by the whole batch.
+
+    Raises:
+        ModelError: If there is one; names it.
+    """
     for path, module in model.named_modules():
         cls = type(module)
         if _QUANTISED.match(cls.__module__):
