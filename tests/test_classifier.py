@@ -53,6 +53,21 @@ def test_timm_model_comes_with_its_preprocessing_and_names(small, small_weights)
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("levit_128s", (224, 224)),
+        ("pvt_v2_b0", (224, 224)),
+        ("swin_tiny_patch4_window7_224", (224, 224)),
+        ("test_coatnet", (160, 160)),
+    ],
+)
+def test_hierarchical_models_come_with_their_preprocessing(name, size):
+    classifier = vr.load(f"timm:{name}", weights="random")
+    assert classifier.preprocess.size == size
+    assert vr.explain(ASSETS / "demo.png", classifier).path == "direct"
+
+
 def test_image_size_is_an_option(small_weights):
     state = timm.create_model("test_vit", img_size=(96, 160)).state_dict()
     path = small_weights.with_name("wide.safetensors")

@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vit_reciprocam.adapters.timm import split
@@ -134,12 +133,13 @@ def _fitted_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]
     return model
 
 
-def _preprocess(model: VisionTransformer) -> Preprocess:
+def _preprocess(model: nn.Module) -> Preprocess:
     config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if config["crop_mode"] not in ("center", "squash"):
         raise ModelError(f"preprocessing with crop mode {config['crop_mode']!r} is not supported")
     return Preprocess(
-        size=tuple(model.patch_embed.img_size or config["input_size"][1:]),
+        size=tuple(size or config["input_size"][1:]),
         resize="squash" if config["crop_mode"] == "squash" else "shortest",
         crop_pct=config["crop_pct"],
         interpolation=config["interpolation"],
