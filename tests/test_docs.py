@@ -34,7 +34,9 @@ def test_commands_and_options_exist(page):
     text = page.read_text()
     for name, rest in re.findall(r"^ *`{0,3}vit-reciprocam ([a-z]+)(.*)$", text, re.MULTILINE):
         options = {
-            option for parameter in COMMAND.commands[name].params for option in parameter.opts
+            option
+            for parameter in COMMAND.commands[name].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
         }
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
