@@ -11,6 +11,7 @@ model, or not even at the picture.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -114,8 +115,7 @@ def raw_attention(
     """
 
     def of_tokens(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
-        for trace in trace_layers(encoder, tokens):  # noqa: B007, the last is kept
-            pass
+        trace = deque(trace_layers(encoder, tokens), maxlen=1).pop()
         rows = _wide(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
         return rows.mean(dim=1, keepdim=True), encoder.logits(trace.out)
 

@@ -306,12 +306,14 @@ def timm_names(pattern: str) -> list[str]:
         MissingDependencyError: If timm is not installed.
         InputError: If none fits.
     """
-    return _timm("listing timm's models").names(pattern)  # type: ignore[no-any-return]
+    names: list[str] = _timm("listing timm's models").names(pattern)
+    return names
 
 
 def describe_timm(name: str) -> tuple[str, str]:
     """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
-    return _timm(name).describe(name)  # type: ignore[no-any-return]
+    path, why = _timm(name).describe(name)
+    return path, why
 
 
 def _timm(what: str) -> Any:

@@ -193,9 +193,9 @@ def _item(row: Mapping[str, Any], labels: Labels, where: str) -> Item:
         boxes = [[row[corner] for corner in CORNERS]]
     try:
         boxes = json.loads(boxes) if isinstance(boxes, str) else boxes
-        corners = tuple(tuple(map(float, box)) for box in boxes)
-        if any(len(box) != 4 for box in corners):
-            raise ValueError
+        corners = tuple(
+            (float(xmin), float(ymin), float(xmax), float(ymax)) for xmin, ymin, xmax, ymax in boxes
+        )
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{where}: boxes must be [[xmin, ymin, xmax, ymax], …]; got {boxes!r}"
@@ -206,7 +206,7 @@ def _item(row: Mapping[str, Any], labels: Labels, where: str) -> Item:
         index=-1,
         source=source,
         label=None if label in (None, "") else labels.find(label, where),
-        boxes=corners,  # type: ignore[arg-type]  # of four, as just checked
+        boxes=corners,
         mask=str(row.get("mask") or ""),
         problem=row.get("problem", "") if exists else f"no such file: {source}",
     )

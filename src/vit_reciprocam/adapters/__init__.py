@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import refuse_bypassed
+from vit_reciprocam.adapters.parts import refuse_bypassed, walk
 from vit_reciprocam.adapters.zero_shot import ZeroShot, with_scores
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.split import Split
@@ -67,9 +67,9 @@ def refuse_quantised(model: nn.Module) -> None:
     Raises:
         ModelError: If there is one; names it.
     """
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         cls = type(module)
-        if _QUANTISED.match(cls.__module__):
+        if cls.__module__.startswith("torch.") and _QUANTISED.match(cls.__module__):
             raise ModelError(
                 f"the model's {path} is quantised ({cls.__module__}.{cls.__qualname__}), which "
                 "rounds an image by the others that it runs with, so its scores would depend on "

@@ -7,7 +7,7 @@ its first LayerNorm. Both are had from the model's own code, so no adapter repea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "runs_as",
     "same",
     "unknown_inside",
+    "walk",
 ]
 
 
@@ -198,7 +199,7 @@ def refuse_bypassed(
     Raises:
         ModelError: If so; names the module.
     """
-    every = dict(model.named_modules(remove_duplicate=False))
+    every = dict(walk(model))
     bypassed = {path for path, module in every.items() if any(module is one for one in around)}
     for path in [path for path, module in every.items() if module is block]:
         steps = path.split(".")
@@ -216,6 +217,21 @@ def refuse_bypassed(
                 f"the {kind_of(module)} has forward hooks{at}, which running its parts would "
                 "bypass: remove them first, or put them on the modules inside"
             )
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, under each of its paths; several times as fast as named_modules.
+
+    It runs in every call of the method, where that counts.
+    """
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        start = f"{path}." if path else ""
+        waiting += [
+            (start + name, part) for name, part in module._modules.items() if part is not None
+        ]
 
 
 def infer_grid(patches: int, height: int, width: int) -> tuple[int, int]:

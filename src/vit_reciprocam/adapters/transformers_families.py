@@ -370,7 +370,8 @@ def check_class(kind: type) -> None:
     name = base_name(kind)
     if name in FAMILIES:
         return
-    _, made_for, task = name.partition("For")
+    _, *made_for = re.split("For(?=[A-Z])", name, maxsplit=1)  # no "Former"
+    task = "".join(made_for)
     if name in _INSTEAD:
         why = f"is not supported: {_INSTEAD[name]}"
     elif issubclass(kind, ImageTower) or _FEATURES.fullmatch(name):
@@ -378,7 +379,7 @@ def check_class(kind: type) -> None:
             "gives image features, no class scores: make a classifier of text prompts with "
             "vit_reciprocam.adapters.transformers.zero_shot(model, processor, prompts)"
         )
-    elif task == "ImageClassification":
+    elif task.startswith("ImageClassification"):
         why = (
             "is not supported: it is no Vision Transformer whose parts are known. Supported are "
             + ", ".join(sorted(FAMILIES))
