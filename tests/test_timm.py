@@ -1,10 +1,12 @@
 """timm's families: each branch of the adapter against the naive loops, tiny and in float64."""
 
+import functools
 import itertools
+import math
 
 import pytest
 import torch
-from timm.layers import Attention, AttentionPoolLatent, DiffAttention
+from timm.layers import Attention, AttentionPoolLatent, DiffAttention, HybridEmbed
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
@@ -18,6 +20,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from torch import nn
 
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
@@ -226,6 +229,45 @@ def test_rotated_keys_on_grids_smaller_than_the_window(grid):
     expected, _ = naive_logits(model, images, grid, **masking)
     scores = ReciproCAM(model, score="logit", path="closed-form").scores(images, "all")
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+
+
+def hybrid(**options):
+    """Patches of 2x2 numbers of a backbone that halves the image, rounding up."""
+    embed = functools.partial(HybridEmbed, backbone=nn.Conv2d(3, 6, 3, stride=2, padding=1))
+    return vit(embed_layer=embed, patch_size=2, **options)
+
+
+@pytest.mark.parametrize("size", [(12, 20), (8, 12), (11, 19)])
+@pytest.mark.parametrize("layer", ["norm1", "pool"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pos_embed": "none"},
+        {"pos_embed": "none", "dynamic_img_pad": True},
+        {"dynamic_img_size": True},
+    ],
+)
+def test_a_hybrid_takes_every_size_that_its_positions_take(options, layer, size):
+    if layer == "pool":
+        options = options | {"global_pool": "avg"}
+    model = hybrid(**options)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+    round_up = math.ceil if model.patch_embed.dynamic_img_pad else math.floor
+    grid = tuple(round_up(math.ceil(side / 2) / 2) for side in size)
+    masking = {"kernel": "gaussian", "class_token": True}
+
+    def at_pool(model):
+        return model.norm, [model.norm], "output"
+
+    where = {"find_cut": at_pool} if layer == "pool" else {}
+    expected, _ = naive_logits(model, images, grid, layer="norm1", **masking, **where)
+    scores = ReciproCAM(model, score="logit", layer=layer, **masking).scores(images, "all")
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_hybrid_with_positions_of_one_size_takes_that_size():
+    with pytest.raises(InputError, match=r"takes images of 12x20 pixels.* got 8x12"):
+        ReciproCAM(hybrid())(tiny_images((2, 3)).double())
 
 
 # --- other cuts --------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from torch import nn
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
+from vit_reciprocam.adapters import split_model
 from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
 from vit_reciprocam.adapters.transformers_families import image_tower
 from vit_reciprocam.adapters.transformers_hub import load_transformers
 from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.closed_form import closed_form_rows
 from vit_reciprocam.errors import (
     ClosedFormError,
     DownloadError,
@@ -27,7 +29,7 @@ from vit_reciprocam.errors import (
 )
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.export import export_explainer
+from vit_reciprocam.onnx.export import export
 from vit_reciprocam.onnx.runtime import OnnxExplainer
 from vit_reciprocam.reciprocam import ReciproCAM
 
@@ -229,6 +231,51 @@ def test_both_paths_agree(name):
     model, images = model_of(one), images_of(one.size)
     direct = ReciproCAM(model, score="logit", path="direct", memory_limit=1).scores(images, "all")
     assert_equal(ReciproCAM(model, score="logit").scores(images, "all"), direct)
+
+
+class Traced(nn.Module):
+    """What an exporter sees: H of all and of halved tokens, and where it holds the closed form."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.training = False
+        self.model = model
+
+    def forward(self, images):
+        split = split_model(self.model)
+        cut = split.cut(images)
+        normed = cut.norm(cut.x)
+        both = cut.rest(torch.cat([normed, normed / 2]), torch.cat([cut.x, cut.x]))
+        if cut.readout is None:
+            return (both,)
+        rows = closed_form_rows(cut, split.prefix_tokens, Masking())
+        return both, rows(0, 1 + cut.grid[0] * cut.grid[1])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit", {}),
+        ("ijepa", {}),
+        ("beit_class", {}),
+        ("beit_class", {"use_shared_relative_position_bias": False}),
+        ("beit_class", {"use_relative_position_bias": False}),
+        ("beit_plain", {}),
+        ("beit_mean", {}),
+        ("data2vec_class", {}),
+    ],
+)
+def test_a_tracer_sees_the_same(name, changes, attention):
+    one = CASES[name]
+    model = build(f"{one.kind}ForImageClassification", one.config | changes, attention)
+    module, images = Traced(model), torch.cat([images_of(one.size)] * 2)[:3]
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
+        for got, wanted in zip(program.module()(images), module(images), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 # Other cuts
@@ -575,13 +622,13 @@ def test_other_cuts_of_towers(kind, attention):
 def test_the_attention_pool_is_exported_for_any_batch(tmp_path):
     classifier = zero_shot(two_towers("SiglipModel"), Letters(), ["ab", "c"]).float().eval()
     settings = {"resize": "squash", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    export_explainer(
+    export(
         classifier,
         tmp_path / "model.onnx",
         class_names=["ab", "c"],
         preprocess=Preprocess(size=(16, 16), interpolation="bicubic", **settings),
         name="siglip",
-        masking=Masking(layer="pool"),
+        layer="pool",
     )
     images = tiny_images((4, 4), count=3)
     ours = OnnxExplainer(tmp_path / "model.onnx")(images.numpy(), "all")

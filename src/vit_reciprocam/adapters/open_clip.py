@@ -19,14 +19,17 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
+from vit_reciprocam.adapters.blocks import split_block
 from vit_reciprocam.adapters.multihead import (
     multihead_attention,
     multihead_output,
     multihead_unknown,
 )
 from vit_reciprocam.adapters.parts import (
-    block_index,
+    Call,
+    blocks_from,
     call_of,
+    calls_of,
     is_own,
     kind_of,
     refuse_bypassed,
@@ -36,7 +39,7 @@ from vit_reciprocam.adapters.parts import (
 from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, Cut, MeanPool, Readout, Split, Tap, projections
+from vit_reciprocam.split import Attention, MeanPool, Readout, Split, Tap, projections
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
@@ -100,8 +103,7 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
             f"this {name} does not pool its tokens (pool_type='none', or a parallel or cascade "
             "attention pooler), so its output is not one vector an image"
         )
-    blocks = list(transformer.resblocks) or [None]
-    block, *later = blocks[block_index(number, len(blocks)) :]
+    block, *later = blocks_from(number, list(transformer.resblocks) or [None])
     if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
         raise ModelError(f"the {name}'s last block is a {kind_of(block)}, not open_clip's")
     refuse_bypassed(tower, block, "open_clip", methods=_POOL if pool else ())
@@ -116,36 +118,31 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
         or _unknown(block)
         or unknown_inside(tower.ln_post, "open_clip", "the norm after the last block")
     )
-    tap = Tap((block.ln_1,))
     b: Any = block
+
+    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
+        _check_size(tower, images)
+        return tower.grid_size, calls_of(tower, [block, *later], images)
 
     def head(y: Tensor) -> Tensor:
         features: Tensor = tower._pool(y)[0]
         return features if tower.proj is None else features @ tower.proj
 
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
-        with tap.replaced(normed):
-            y = block(x)
-        for other in later:
-            y = other(y)
-        return head(y)
-
-    def finish(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
+    def after(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
         x = x + b.ls_1(_attended(b, heads))
-        y = x + b.ls_2(b.mlp(b.ln_2(x)))
-        return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
+        y: Tensor = x + b.ls_2(b.mlp(b.ln_2(x)))
+        return y
 
-    def cut(images: Tensor) -> Cut:
-        _check_size(tower, images)
-        return Cut(
-            grid=tower.grid_size,
-            x=call_of(tower, block, images)[0][0],
-            norm=b.ln_1,
-            rest=rest,
-            readout=None if because else Readout(1, _attention(b.attn), finish),
-        )
-
-    return Split(cut=cut, prefix_tokens=1, block=block, tap=tap, direct_because=because)
+    return split_block(
+        blocks=[block, *later],
+        calls=calls,
+        tap=Tap((b.ln_1,)),
+        head=head,
+        because=because,
+        prefix=1,
+        attention=lambda _grid, _options: _attention(b.attn),
+        after=after,
+    )
 
 
 def _split_pool(tower: Any, block: nn.Module) -> Split:

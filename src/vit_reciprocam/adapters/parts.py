@@ -7,7 +7,7 @@ its first LayerNorm. Both are had from the model's own code, so no adapter repea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vit_reciprocam.errors import InputError, ModelError
 
 __all__ = [
-    "block_index",
+    "Reached",
+    "blocks_from",
     "call_of",
     "calls_of",
     "has_hooks",
@@ -29,11 +30,10 @@ __all__ = [
     "runs_as",
     "same",
     "unknown_inside",
-    "walk",
 ]
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Leaves a forward pass; no library's `except Exception` may stop it."""
 
 
@@ -63,13 +63,13 @@ def calls_of(
         if len(calls) < len(modules) and module is modules[len(calls)]:
             calls.append((args, kwargs))
         if len(calls) == len(modules) and not torch.compiler.is_compiling():
-            raise _Reached  # but a tracer wants its calls to return
+            raise Reached  # but a tracer wants its calls to return
 
     with contextlib.ExitStack() as stack:
         for module in modules:
             hook = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
             stack.callback(hook.remove)
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Reached):
             model(*inputs, **options)
     if len(calls) < len(modules):
         raise ModelError(
@@ -79,18 +79,20 @@ def calls_of(
     return calls
 
 
-def block_index(block: int, count: int) -> int:
-    """Which block a negative number from the end means.
+def blocks_from(block: int, blocks: Iterable[Any]) -> list[Any]:
+    """The block that a negative number from the end means, and those after it.
 
     Raises:
         InputError: If there is none.
     """
+    every = list(blocks)
+    count = len(every)
     if not -count <= block <= -1:
         raise InputError(
             f"block counts from the end: -1, the last, to {-count}, the first of the {count} that "
             f"see the whole grid; got {block}"
         )
-    return count + block
+    return every[block:]
 
 
 def same(value: Tensor) -> Tensor:
@@ -199,39 +201,32 @@ def refuse_bypassed(
     Raises:
         ModelError: If so; names the module.
     """
-    every = dict(walk(model))
-    bypassed = {path for path, module in every.items() if any(module is one for one in around)}
-    for path in [path for path, module in every.items() if module is block]:
-        steps = path.split(".")
-        bypassed |= {".".join(steps[:depth]) for depth in range(len(steps))}
-    for path in sorted(bypassed):
-        module, at = every[path], f" (at {path})" if path else ""
-        method = _changed(module, library, *methods)
+    for module in (model, *_leading(model, block), *around):
+        method, hooked = _changed(module, library, *methods), has_hooks(module)
+        if not method and not hooked:
+            continue
+        path = next(path for path, one in model.named_modules() if one is module)
+        at = f" (at {path})" if path else ""
         if method:
             raise ModelError(
                 f"{kind_of(module)} has a {method} of its own{at}, which running its parts would "
                 f"bypass. Explain a plain model of {library} with the same weights"
             )
-        if has_hooks(module):
-            raise ModelError(
-                f"the {kind_of(module)} has forward hooks{at}, which running its parts would "
-                "bypass: remove them first, or put them on the modules inside"
-            )
+        raise ModelError(
+            f"the {kind_of(module)} has forward hooks{at}, which running its parts would "
+            "bypass: remove them first, or put them on the modules inside"
+        )
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path, under each of its paths; several times as fast as named_modules.
-
-    It runs in every call of the method, where that counts.
-    """
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        yield path, module
-        start = f"{path}." if path else ""
-        waiting += [
-            (start + name, part) for name, part in module._modules.items() if part is not None
-        ]
+def _leading(module: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """The modules inside another that hold a block; it runs in every call, where time counts."""
+    found = []
+    for part in module._modules.values():
+        if part is not None and part._modules:
+            inside = _leading(part, block)
+            if inside or block in part._modules.values():
+                found += [part, *inside]
+    return found
 
 
 def infer_grid(patches: int, height: int, width: int) -> tuple[int, int]:

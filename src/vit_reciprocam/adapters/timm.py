@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import HybridEmbed
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
@@ -16,18 +17,17 @@ from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
+from vit_reciprocam.adapters.blocks import run_again, split_block
 from vit_reciprocam.adapters.parts import (
-    block_index,
-    call_of,
+    Call,
+    blocks_from,
     calls_of,
-    infer_grid,
     is_own,
     refuse_bypassed,
     unknown_inside,
 )
 from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.adapters.timm_blocks import (
-    BlockParts,
     after_attention_pool,
     attention_pool,
     attention_pool_unknown,
@@ -35,7 +35,7 @@ from vit_reciprocam.adapters.timm_blocks import (
 )
 from vit_reciprocam.adapters.timm_stages import split as split_stages
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split
+from vit_reciprocam.split import MeanPool, Readout, Split
 
 __all__ = ["split"]
 
@@ -58,8 +58,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
             raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
         return split_stages(model)
     m: Any = model
-    blocks = list(m.blocks_token_only if isinstance(model, Cait) else m.blocks)
-    last = blocks[block_index(block, len(blocks)) :]
+    last = blocks_from(block, m.blocks_token_only if isinstance(model, Cait) else m.blocks)
     refuse_bypassed(model, last[0], "timm", methods=("forward_features",))
     if pool:
         return _split_pool(m)
@@ -73,13 +72,23 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
         because = f"{name} has a head of its own"
     else:
         because = parts.unknown or unknown_inside(m.norm, "timm", "the norm after the last block")
-    return Split(
-        cut=functools.partial(_cut, m, last, parts, None if because else tokens),
-        prefix_tokens=m.num_prefix_tokens,
-        block=last[0],
+    return split_block(
+        blocks=last,
+        calls=functools.partial(_calls, m, last),
         tap=parts.tap,
-        direct_because=because,
+        head=lambda y: m.forward_head(m.norm(y)),
+        because=because,
+        prefix=m.num_prefix_tokens,
+        tokens=tokens or 0,
+        attention=lambda _grid, options: parts.attention(options, tokens or 0),
+        after=parts.after,
+        run=_class_attention if isinstance(model, Cait) else run_again,
     )
+
+
+def _class_attention(block: nn.Module, _call: Call, x: Tensor) -> Tensor:
+    """CaiT's, which takes patches and class token apart."""
+    return torch.cat([block(x[:, 1:], x[:, :1]), x[:, 1:]], dim=1)
 
 
 def _check_head(model: Any) -> None:
@@ -120,40 +129,22 @@ def _readout_tokens(model: Any) -> int | None:
     return None if pooled or not model.num_prefix_tokens else 1
 
 
-def _cut(
-    model: Any, blocks: list[nn.Module], parts: BlockParts, tokens: int | None, images: Tensor
-) -> Cut:
-    grid = _grid(model, tuple(images.shape))
-    calls = calls_of(model, blocks, images)
-    args, options = calls[0]
-    apart = isinstance(model, Cait)  # its class attention takes patches and class token apart
-    x = torch.cat([args[1], args[0]], dim=1) if apart else args[0]
-
-    def head(y: Tensor) -> Tensor:
-        logits: Tensor = model.forward_head(model.norm(y))
-        return logits
-
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
-        patches, y = (x[:, 1:], x[:, :1]) if apart else (None, x)
-        for block, (_, options) in zip(blocks, calls, strict=True):
-            with parts.tap.replaced(normed) if block is blocks[0] else contextlib.nullcontext():
-                y = block(patches, y) if apart else block(y, **options)
-        return head(y)
-
-    def finish(heads: Tensor, normed: Tensor, skip: Tensor) -> Tensor:
-        y = parts.after(heads, normed, skip)
-        return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
-
-    readout = None
-    if tokens is not None:
-        readout = Readout(tokens, parts.attention(options, tokens), finish)
-    return Cut(
-        grid=grid or infer_grid(x.shape[1] - model.num_prefix_tokens, *images.shape[2:]),
-        x=x,
-        norm=parts.norm,
-        rest=rest,
-        readout=readout,
-    )
+def _calls(
+    model: Any, modules: Sequence[nn.Module], images: Tensor
+) -> tuple[tuple[int, int], list[Call]]:
+    """The patch grid of images, and how the model calls some of its modules for them."""
+    embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+    _check_size(model, embed, tuple(images.shape[1:]))
+    if isinstance(embed, HybridEmbed):  # its backbone may round up
+        ((features,), _), *calls = calls_of(model, [embed.proj, *modules], images)
+        sides = zip(features.shape[2:], embed.patch_size, strict=True)
+        rows, columns = (side // patch for side, patch in sides)
+    else:
+        calls = calls_of(model, modules, images)
+        rows, columns = embed.dynamic_feat_size(tuple(images.shape[2:]))
+    if isinstance(model, Cait):
+        calls = [((torch.cat([args[1], args[0]], dim=1),), {}) for args, _ in calls]
+    return (rows, columns), calls
 
 
 def _split_pool(model: Any) -> Split:
@@ -166,10 +157,8 @@ def _split_pool(model: Any) -> Split:
     skipped = 0 if with_prefix else prefix
 
     def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
-        grid = _grid(model, tuple(images.shape))
-        (x,), _ = call_of(model, model.norm, images)
-        found = grid or infer_grid(x.shape[1] - prefix, *images.shape[2:])
-        return found, model.norm(x)[:, skipped:]
+        grid, (((x,), _),) = _calls(model, [model.norm], images)
+        return grid, model.norm(x)[:, skipped:]
 
     def finish(pooled: Tensor) -> Tensor:
         logits: Tensor = model.head(model.head_drop(model.fc_norm(pooled)))
@@ -197,20 +186,17 @@ def _split_pool(model: Any) -> Split:
     )
 
 
-def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The patch grid of an image size that the model can take, None where it does not tell."""
-    channels, height, width = shape[1:]
+def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
+    """Refuse images (channels, height, width) that the model cannot take."""
+    channels, height, width = shape
     wanted = getattr(model, "in_chans", 3)  # newer than the oldest timm supported
     if channels != wanted:
         raise InputError(f"this model takes {wanted} channel(s), got images of {channels}")
-    embed = getattr(model, "patch_embed", None)
-    if embed is None:
-        if not isinstance(model, NaFlexVit):
-            return None
-        rows, columns = model.embeds.dynamic_feat_size((height, width))
-        return int(rows), int(columns)
+    if isinstance(model, NaFlexVit):
+        return
     patch_h, patch_w = embed.patch_size
-    if embed.strict_img_size:
+    hybrid = isinstance(embed, HybridEmbed)  # which takes any size, if its positions do
+    if embed.strict_img_size and not (hybrid and getattr(model, "pos_embed", embed) is None):
         if (height, width) != tuple(embed.img_size):
             want_h, want_w = embed.img_size
             raise InputError(
@@ -220,10 +206,8 @@ def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
             )
     elif not height or not width:
         raise InputError(f"images are empty: {height}x{width} pixels")
-    elif not embed.dynamic_img_pad and (height % patch_h or width % patch_w):
+    elif not (hybrid or embed.dynamic_img_pad) and (height % patch_h or width % patch_w):
         raise InputError(
             f"this model takes images of multiples of {patch_h} by {patch_w} pixels "
             f"(height x width), got {height}x{width}"
         )
-    rows, columns = embed.dynamic_feat_size((height, width))
-    return int(rows), int(columns)

@@ -51,14 +51,12 @@ class BlockParts:
     `options` are the keywords that the model calls it with, such as a position embedding.
 
     Attributes:
-        norm: X -> F.
         tap: Where F stands in the block.
         attention: (options, readout tokens R) -> the attention by its parts.
         after: (joined heads, F, X), of the readout tokens -> the block's output.
         unknown: Why attention and after cannot be used; empty where they can.
     """
 
-    norm: Callable[[Tensor], Tensor]
     tap: Tap
     attention: Callable[[dict[str, Any], int], Attention]
     after: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -75,7 +73,6 @@ def block_parts(block: nn.Module) -> BlockParts:
     if isinstance(block, _POST_NORM):
         # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
         return BlockParts(
-            norm=same,
             tap=Tap((b.attn,), "input"),
             attention=lambda options, tokens: _attention(b.attn, options, tokens),
             after=lambda heads, f, x: _post_norm(b, _out(b.attn, heads, f), x),
@@ -88,7 +85,6 @@ def block_parts(block: nn.Module) -> BlockParts:
     if isinstance(getattr(block, "norm1", None), nn.Module):
         attn = getattr(b, "attn", None)
         return BlockParts(
-            norm=b.norm1,
             tap=Tap((b.norm1,)),
             attention=lambda options, tokens: _attention(attn, options, tokens),
             after=lambda heads, f, x: _pre_norm(b, _out(attn, heads, f), x),
@@ -247,7 +243,6 @@ def _parallel_scaling(block: Any) -> BlockParts:
         return y
 
     return BlockParts(
-        norm=block.in_norm,
         tap=Tap((block.in_norm,)),
         attention=attention,
         after=after,
@@ -289,7 +284,6 @@ def _parallel_things(block: Any) -> BlockParts:
     if not unknown and not all(isinstance(norm, nn.Identity) for norm in norms):
         unknown = "the last block's parallel attentions have query and key norms"
     return BlockParts(
-        norm=lambda x: torch.cat([branch.norm(x) for branch in branches], dim=-1),
         tap=Tap(tuple(branch.norm for branch in branches)),
         attention=attention,
         after=after,

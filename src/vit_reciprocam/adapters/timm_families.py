@@ -14,14 +14,14 @@ from vit_reciprocam.adapters.parts import same
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.split import Tap
 
-__all__ = ["FAMILIES", "REFUSED", "Arranged", "Last", "MethodInput", "laid", "unsupported"]
+__all__ = ["FAMILIES", "REFUSED", "Last", "unsupported"]
 
 Grid = tuple[int, int]
 _After = Callable[[Any, Grid], Any]
 
 
 @dataclass(frozen=True)
-class MethodInput(Tap):
+class _MethodInput(Tap):
     """F is what this method of the block takes, because its attention takes windows of F."""
 
     method: str = ""
@@ -41,13 +41,8 @@ class MethodInput(Tap):
 
 
 @dataclass(frozen=True)
-class Arranged(Tap):
-    """The block's tokens and F are no (B, T, D) in the order of the image; these bring them there.
-
-    Attributes:
-        inward: The block's -> (B, T, D), row by row.
-        outward: Its inverse.
-    """
+class _Arranged(Tap):
+    """F stands there in another order; `inward` brings it into the image's, `outward` back."""
 
     inward: Callable[[Tensor], Tensor] = same
     outward: Callable[[Tensor], Tensor] = same
@@ -70,13 +65,13 @@ class Last:
         attention: How its tokens attend; refused if its class is no attention.
         layout: Of what the block takes: "tokens" (B, T, D), "rows" (B, h, w, D) or "channels"
             (B, D, h, w).
-        flat: Whether F is (B, T, D) though the block takes another layout; X is made so too.
+        inward: What the block takes -> X, in the layout and order of F.
+        outward: Its inverse, from X and the grid.
         prefix: How many tokens stand before the patches.
         grid: (h, w) where the model fixes it.
         batched: Whether the block takes more tensors, one an image.
         one_window: Its side, where the block must not cut the grid in windows.
-        enter: What takes X, where that is not the block but a module in it.
-        run: X -> what the block gives, from `enter` on.
+        run: X -> what the block gives, where X is not what the block takes but what its norm does.
         because: Why the closed form does not hold.
     """
 
@@ -85,12 +80,12 @@ class Last:
     after: _After
     attention: Any
     layout: str = "tokens"
-    flat: bool = False
+    inward: Callable[[Tensor], Tensor] = same
+    outward: Callable[[Tensor, Grid], Tensor] = lambda x, _: x
     prefix: int = 0
     grid: Grid | None = None
     batched: bool = False
     one_window: int | None = None
-    enter: Any = None
     run: Callable[[Tensor], Tensor] | None = None
     because: str = "the head averages all tokens"
 
@@ -100,13 +95,23 @@ def unsupported(model: nn.Module, reason: str) -> ModelError:
     return ModelError(f"timm's {type(model).__name__} is not supported: {reason}")
 
 
-def laid(x: Tensor, grid: Grid) -> Tensor:
+def _laid(x: Tensor, grid: Grid) -> Tensor:
     """(B, T, D) -> (B, D, h, w)."""
     laid: Tensor = x.transpose(1, 2).unflatten(2, grid)
     return laid
 
 
-_TOKEN = "the parts of its last attention are not known"
+_TOKEN: dict[str, Any] = {"prefix": 1, "because": "the parts of its last attention are not known"}
+_FLAT_ROWS: dict[str, Any] = {
+    "layout": "rows",
+    "inward": lambda x: x.flatten(1, 2),
+    "outward": lambda x, grid: x.unflatten(1, grid),
+}
+_FLAT_CHANNELS: dict[str, Any] = {
+    "layout": "channels",
+    "inward": lambda x: x.flatten(2).transpose(1, 2),
+    "outward": _laid,
+}
 
 
 def _last(block: Any, after: _After, layout: str = "tokens", **more: Any) -> Last:
@@ -118,6 +123,12 @@ def _last(block: Any, after: _After, layout: str = "tokens", **more: Any) -> Las
 
 def _block(m: Any) -> Any:
     return m.stages[-1].blocks[-1]
+
+
+def _arranged(block: Any, after: _After, inward: Any, outward: Any, **more: Any) -> Last:
+    """The tokens of the block, and F, are no (B, T, D) in the order of the image."""
+    tap = _Arranged((block.norm1,), inward=inward, outward=outward)
+    return _last(block, after, tap=tap, inward=inward, outward=lambda x, _: outward(x), **more)
 
 
 def _at_input(m: Any, attention: Any, after: _After, layout: str = "channels") -> Last:
@@ -133,23 +144,22 @@ def _normed(m: Any) -> _After:
     return lambda y, _: m.norm(y)
 
 
-def _to_channels(norm: Callable[[Tensor], Tensor] = same) -> _After:
-    """(B, h, w, D) -> (B, D, h, w), then perhaps a norm."""
-    return lambda y, _: norm(y.permute(0, 3, 1, 2))
+def _from_rows(before: Callable[[Tensor], Tensor] = same, after: Any = same) -> _After:
+    """(B, h, w, D) -> (B, D, h, w), perhaps with a norm before or after."""
+    return lambda y, _: after(before(y).permute(0, 3, 1, 2))
 
 
 def _class_token(m: Any, blocks: Any) -> Last:
     if not blocks:
         raise unsupported(m, "it has no class attention")
-    return _last(blocks[-1], _normed(m), prefix=1, because=_TOKEN)
+    return _last(blocks[-1], _normed(m), **_TOKEN)
 
 
 def _coat(m: Any) -> Last:
     if m.parallel_blocks is not None:
         raise unsupported(m, "its last blocks join three token grids, and its head reads all")
     block = m.serial_blocks4[-1]
-    more = {"attention": block.factoratt_crpe, "prefix": 1, "because": _TOKEN}
-    return _last(block, lambda y, _: m.norm4(y), **more)
+    return _last(block, lambda y, _: m.norm4(y), attention=block.factoratt_crpe, **_TOKEN)
 
 
 def _davit(m: Any) -> Last:
@@ -158,7 +168,7 @@ def _davit(m: Any) -> Last:
     if not spatial:
         raise unsupported(m, "its last stage attends between channels, not between tokens")
     later = nn.Sequential(*blocks[spatial[-1] + 1 :], m.norm_pre)
-    return _last(blocks[spatial[-1]], lambda y, _: later(y), "channels", flat=True)
+    return _last(blocks[spatial[-1]], lambda y, _: later(y), **_FLAT_CHANNELS)
 
 
 def _encoder(m: Any) -> Last:
@@ -168,11 +178,6 @@ def _encoder(m: Any) -> Last:
     return _last(encoder.blocks[-1], lambda y, grid: merge(norm(y).unflatten(1, grid)))
 
 
-def _gcvit(m: Any) -> Last:
-    norm = m.stages[-1].norm
-    return _last(_block(m), lambda y, _: norm(y).permute(0, 3, 1, 2), "rows", batched=True)
-
-
 def _hiera(m: Any) -> Last:
     """Its tokens stand in the order of mask units."""
     block, number = m.blocks[-1], len(m.blocks) - 1
@@ -180,8 +185,7 @@ def _hiera(m: Any) -> Last:
     grid = m.reroll.schedule[number][1]
     order = m.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), number).flatten()
     back = order.argsort()
-    tap = Arranged((block.norm1,), inward=lambda x: x[:, order], outward=lambda x: x[:, back])
-    return _last(block, _as_is, tap=tap, grid=(grid[0], grid[1]))
+    return _arranged(block, _as_is, lambda x: x[:, order], lambda x: x[:, back], grid=tuple(grid))
 
 
 def _maxxvit(m: Any) -> Last:
@@ -192,50 +196,43 @@ def _maxxvit(m: Any) -> Last:
     part = getattr(block, "attn_grid", None) or getattr(block, "attn", block)
     if getattr(block, "nchw_attn", False):
         return _last(part, _normed(m), "channels", attention=part)
-    return _last(part, _to_channels(m.norm), "rows", attention=part)
+    return _last(part, _from_rows(after=m.norm), "rows", attention=part)
 
 
 def _metaformer(m: Any) -> Last:
     block = _block(m)
     if m.stages[-1].use_nchw:
         return _last(block, _as_is, "channels", attention=block.token_mixer)
-    return _last(block, laid, attention=block.token_mixer)
+    return _last(block, _laid, attention=block.token_mixer)
 
 
 def _mvit(m: Any) -> Last:
-    prefix = int(m.cls_token is not None)
-    because = _TOKEN if m.global_pool == "token" else Last.because
-    return _last(_block(m), lambda y, _: m.norm(y[0]), prefix=prefix, because=because)
+    more = (_TOKEN if m.global_pool == "token" else {}) | {"prefix": int(m.cls_token is not None)}
+    return _last(_block(m), lambda y, _: m.norm(y[0]), **more)
 
 
 def _nest(m: Any) -> Last:
     """Its last level is one block: (B, 1, T, D)."""
     block = m.levels[-1].transformer_encoder[-1]
-    tap = Arranged((block.norm1,), inward=lambda x: x[:, 0], outward=lambda x: x[:, None])
-    return _last(block, lambda y, _: m.norm(y).permute(0, 3, 1, 2), tap=tap)
+    return _arranged(block, _from_rows(m.norm), lambda x: x[:, 0], lambda x: x[:, None])
 
 
 def _pit(m: Any) -> Last:
     prefix = m.cls_token.shape[1]
-    block, more = m.transformers[-1].blocks[-1], {"prefix": prefix, "because": _TOKEN}
-    return _last(block, lambda y, _: m.norm(y[:, :prefix]), **more)
-
-
-def _pvt(m: Any) -> Last:
-    norm = m.stages[-1].norm
-    return _last(_block(m), lambda y, grid: laid(norm(y), grid))
+    more = _TOKEN | {"prefix": prefix}
+    return _last(m.transformers[-1].blocks[-1], lambda y, _: m.norm(y[:, :prefix]), **more)
 
 
 def _swin_v2(block: Any, method: str, after: _After) -> Last:
     """Its norms follow attention and MLP: what the attention reads is the stream itself."""
-    return _last(block, after, "rows", tap=MethodInput((block,), method=method))
+    return _last(block, after, "rows", tap=_MethodInput((block,), method=method))
 
 
 def _tiny_vit(m: Any) -> Last:
     """Its norm stands within the attention, after the windows are cut."""
     block = _block(m)
-    tap, side = Tap((block.attn.norm,)), block.window_size
-    return _last(block, _to_channels(), "rows", flat=True, one_window=side, tap=tap)
+    tap = Tap((block.attn.norm,))
+    return _last(block, _from_rows(), one_window=block.window_size, tap=tap, **_FLAT_ROWS)
 
 
 def _tnt(m: Any) -> Last:
@@ -248,8 +245,7 @@ def _tnt(m: Any) -> Last:
         y: Tensor = x + block.drop_path(block.mlp(block.norm_mlp(x)))
         return y
 
-    tap, more = Tap((norm,)), {"attention": attention, "prefix": 1, "because": _TOKEN}
-    return _last(block, _normed(m), tap=tap, enter=norm, run=run, **more)
+    return _last(block, _normed(m), tap=Tap((norm,)), attention=attention, run=run, **_TOKEN)
 
 
 def _twins(m: Any) -> Last:
@@ -260,7 +256,7 @@ def _twins(m: Any) -> Last:
 
 
 FAMILIES: dict[str, Callable[[Any], Last]] = {
-    "CSATv2": lambda m: _last(m.stages[-1][-1], _as_is, "channels", flat=True),
+    "CSATv2": lambda m: _last(m.stages[-1][-1], _as_is, **_FLAT_CHANNELS),
     "CoaT": _coat,
     "ConVit": lambda m: _class_token(m, m.blocks),
     "DaVit": _davit,
@@ -277,7 +273,9 @@ FAMILIES: dict[str, Callable[[Any], Last]] = {
         tap=Tap((getattr(_block(m), "norm", m),)),
         attention=_block(m).token_mixer,
     ),
-    "GlobalContextVit": _gcvit,
+    "GlobalContextVit": lambda m: _last(
+        _block(m), _from_rows(m.stages[-1].norm), "rows", batched=True
+    ),
     "Hiera": _hiera,
     "HieraDet": lambda m: _last(m.blocks[-1], _as_is, "rows"),
     "Levit": lambda m: _at_input(m, _block(m).attn, _as_is, "channels" if m.use_conv else "tokens"),
@@ -289,16 +287,18 @@ FAMILIES: dict[str, Callable[[Any], Last]] = {
         _block(m), _normed(m), "channels", attention=getattr(_block(m), "e_mhsa", None)
     ),
     "PoolingVisionTransformer": _pit,
-    "PyramidVisionTransformerV2": _pvt,
+    "PyramidVisionTransformerV2": lambda m: _last(
+        _block(m), lambda y, grid: _laid(m.stages[-1].norm(y), grid)
+    ),
     "Qwen3VitClassifier": _encoder,
     "SwinTransformer": lambda m: _last(m.layers[-1].blocks[-1], _normed(m), "rows"),
     "SwinTransformerV2": lambda m: _swin_v2(m.layers[-1].blocks[-1], "_attn", _normed(m)),
-    "SwinTransformerV2Cr": lambda m: _swin_v2(_block(m), "_shifted_window_attn", _to_channels()),
+    "SwinTransformerV2Cr": lambda m: _swin_v2(_block(m), "_shifted_window_attn", _from_rows()),
     "TNT": _tnt,
     "TinyVit": _tiny_vit,
     "Twins": _twins,
     "VOLO": lambda m: _class_token(m, m.post_network),
-    "VisionTransformerSAM": lambda m: _last(m.blocks[-1], _to_channels(m.neck), "rows"),
+    "VisionTransformerSAM": lambda m: _last(m.blocks[-1], _from_rows(after=m.neck), "rows"),
     "Visformer": lambda m: _last(m.stage3[-1], _normed(m), "channels"),
     "Xcit": lambda m: _class_token(m, m.cls_attn_blocks),
 }

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from vit_reciprocam.adapters.timm import split
 from vit_reciprocam.adapters.weights import RANDOM, read_weights
-from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
 from vit_reciprocam.images import Preprocess
 
-__all__ = ["describe", "list_names", "load_timm"]
+__all__ = ["load_timm", "outline"]
 
 
 def load_timm(
@@ -37,7 +37,7 @@ def load_timm(
         hint = f". Closest: {', '.join(close)}" if close else ""
         raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
     if weights == RANDOM:
-        split(_outline(name, options))
+        split(outline(name, options))
         model: nn.Module = timm.create_model(name, **options)
     elif weights is not None:
         model = _create_with(name, Path(weights), options)
@@ -46,8 +46,12 @@ def load_timm(
     return model.eval(), _preprocess(model), _class_names(model)
 
 
-def _outline(name: str, options: dict[str, Any]) -> nn.Module:
-    """The model without weights or memory, to learn of it."""
+def outline(name: str, options: dict[str, Any]) -> nn.Module:
+    """The model without weights or memory, to learn of it.
+
+    Raises:
+        ModelError: If timm cannot create it with these options.
+    """
     try:
         model: nn.Module = timm.create_model(name, **options, device="meta")
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -56,7 +60,7 @@ def _outline(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _download(name: str, options: dict[str, Any]) -> nn.Module:
-    split(_outline(name, options))  # refuse what cannot be explained before fetching it
+    split(outline(name, options))  # refuse what cannot be explained before fetching it
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
     try:
@@ -85,13 +89,13 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
-    outline: Any = _outline(name, options)
-    classifier = outline.pretrained_cfg.get("classifier")
+    plain: Any = outline(name, options)
+    classifier = plain.pretrained_cfg.get("classifier")
     first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
     head = state.get(f"{first}.weight")
     if "num_classes" not in options and head is not None and head.ndim:
         options = {**options, "num_classes": len(head)}  # fine-tuned for other classes
-    split(_outline(name, options))
+    split(outline(name, options))
     model: nn.Module = timm.create_model(name, **options)
     have, want = set(state), set(model.state_dict())
     resampled = {"pos_embed"} if "img_size" in options else set()
@@ -154,28 +158,3 @@ def _class_names(model: nn.Module) -> tuple[str, ...] | None:
         return None
     info = ImageNetInfo(subset)
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))
-
-
-def list_names(pattern: str = "*") -> list[str]:
-    """Names of timm models: its plain Vision Transformers for "*", else of all its models.
-
-    Raises:
-        InputError: If none fits.
-    """
-    if pattern == "*":
-        return [*timm.list_models(module="deit"), *timm.list_models(module="vision_transformer")]
-    names = list(timm.list_models(pattern))
-    if not names:
-        like = timm.list_models(f"*{pattern}*")
-        hint = f". '*{pattern}*' fits {len(like)}, such as {like[0]}" if like else ""
-        raise InputError(f"timm {timm.__version__} has no model that fits {pattern!r}{hint}")
-    return names
-
-
-def describe(name: str) -> tuple[str, str]:
-    """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
-    try:
-        because = split(_outline(name, {})).direct_because
-    except ModelError as error:
-        return "-", str(error)
-    return ("direct", because) if because else ("closed-form", "")

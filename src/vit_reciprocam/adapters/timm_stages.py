@@ -6,22 +6,15 @@ other; what follows it in the model's own forward pass is repeated, one line a f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import call_of, infer_grid, refuse_bypassed, repeated
-from vit_reciprocam.adapters.timm_families import (
-    FAMILIES,
-    REFUSED,
-    Arranged,
-    Last,
-    MethodInput,
-    laid,
-    unsupported,
-)
+from vit_reciprocam.adapters.parts import Reached, call_of, infer_grid, refuse_bypassed, repeated
+from vit_reciprocam.adapters.timm_families import FAMILIES, REFUSED, Last, unsupported
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.split import Cut, Split
 
@@ -66,73 +59,57 @@ def split(model: nn.Module) -> Split:
 
 def _cut(model: Any, last: Last, images: Tensor) -> Cut:
     height, width = images.shape[2:]
-    enter = last.enter or last.block
+    enter = last.block if last.run is None else last.tap.modules[0]
     try:
-        args, options = call_of(model, enter, images)
+        (x, *others), options = call_of(model, enter, images)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
         raise InputError(
             f"this model cannot take images of {height}x{width} pixels: {error}"
         ) from error
-    grid = _grid(last, args, options, (height, width))
+    grid = _grid(last, x, [*others, *options.values()], (height, width))
     if last.one_window and grid != (last.one_window, last.one_window):
         raise InputError(
             f"the last grid of these images is {grid[0]}x{grid[1]}, but this model's attention "
             f"covers {last.one_window}x{last.one_window}: resize the images"
         )
-    tap = last.tap
 
-    def inward(x: Tensor) -> Tensor:
-        if isinstance(tap, Arranged):
-            return tap.inward(x)
-        if not last.flat:
-            return x
-        return x.flatten(1, 2) if last.layout == "rows" else x.flatten(2).transpose(1, 2)
-
-    def call(x: Tensor) -> tuple[Any, ...]:
-        """The block's arguments with x as its tokens."""
-        more = repeated(args[1:], len(images), len(x) // len(images)) if last.batched else args[1:]
-        if isinstance(tap, Arranged):
-            x = tap.outward(x)
-        elif last.flat:
-            x = x.unflatten(1, grid) if last.layout == "rows" else laid(x, grid)
-        return (x, *more)
+    def run(x: Tensor) -> Any:
+        times = x.shape[0] // images.shape[0]
+        more = repeated(others, len(images), times) if last.batched else others
+        return enter(last.outward(x, grid), *more, **options)
 
     def norm(x: Tensor) -> Tensor:
-        if isinstance(tap, MethodInput):
-            return x
-        module = tap.modules[0]
-        tokens: Tensor = x
-        if enter is not module:  # some blocks do more before their norm
-            tokens = call_of(enter, module, *call(x), **options)[0][0]
-        if tap.side == "output":
-            tokens = module(tokens)
-        return tap.inward(tokens) if isinstance(tap, Arranged) else tokens
+        found: list[Tensor] = []
+
+        def note(normed: Tensor, _number: int) -> Tensor:
+            found.append(normed)
+            if not torch.compiler.is_compiling():
+                raise Reached
+            return normed
+
+        with contextlib.suppress(Reached), last.tap.changed(note):
+            run(x)
+        return found[0]
 
     def rest(normed: Tensor, x: Tensor) -> Tensor:
-        with tap.replaced(normed):
-            y = last.run(x) if last.run else enter(*call(x), **options)
+        with last.tap.replaced(normed):
+            y = (last.run or run)(x)
         logits: Tensor = model.forward_head(last.after(y, grid))
         return logits
 
-    return Cut(
-        grid=grid,
-        x=inward(args[0]),
-        norm=norm,
-        rest=rest,
-        channels_first=last.layout == "channels" and not last.flat,
-    )
+    x = last.inward(x)
+    return Cut(grid, x, norm, rest, channels_first=last.layout == "channels" and x.ndim == 4)
 
 
-def _grid(last: Last, args: Any, options: Any, size: tuple[int, int]) -> tuple[int, int]:
+def _grid(last: Last, x: Tensor, told: list[Any], size: tuple[int, int]) -> tuple[int, int]:
     if last.grid is not None:
         return last.grid
-    x = args[0]
     if last.layout != "tokens":
         rows, columns = x.shape[1:3] if last.layout == "rows" else x.shape[2:]
-        return int(rows), int(columns)
-    for value in (*args[1:], *options.values()):  # some blocks are told
+        return rows, columns
+    for value in told:
         if isinstance(value, (tuple, list)) and len(value) == 2:
             return int(value[0]), int(value[1])
     return infer_grid(x.shape[-2] - last.prefix, *size)

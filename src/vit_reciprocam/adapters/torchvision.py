@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,23 +12,25 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
+from vit_reciprocam.adapters.blocks import split_block
 from vit_reciprocam.adapters.multihead import (
     multihead_attention,
     multihead_output,
     multihead_unknown,
 )
 from vit_reciprocam.adapters.parts import (
-    block_index,
+    Call,
+    blocks_from,
     call_of,
+    calls_of,
     kind_of,
     refuse_bypassed,
     runs_as,
-    same,
     unknown_inside,
 )
 from vit_reciprocam.adapters.pooling import no_pool, split_pool
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
+from vit_reciprocam.split import MeanPool, Split, Tap
 
 __all__ = ["split"]
 
@@ -89,21 +90,7 @@ def _split_vit(model: Any, number: int) -> Split:
     if later:
         because = "the cut is not in the last block"
 
-    def head(y: Tensor) -> Tensor:
-        logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
-        return logits
-
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
-        with tap.replaced(normed):
-            y = block(x)
-        return head(_through(later, y))
-
-    def finish(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
-        x = x + block.dropout(multihead_output(block.self_attention, heads))
-        y = x + block.mlp(block.ln_2(x))
-        return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
-
-    def cut(images: Tensor) -> Cut:
+    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
         side = model.image_size
         _check_channels(model.conv_proj, images)
         if images.shape[2:] != (side, side):
@@ -112,19 +99,27 @@ def _split_vit(model: Any, number: int) -> Split:
                 f"this model takes images of {side}x{side} pixels (height x width), got "
                 f"{height}x{width}. Resize them, or create the model with image_size="
             )
-        readout = None
-        if not because:
-            readout = Readout(1, multihead_attention(block.self_attention), finish)
-        return Cut(
-            grid=(side // model.patch_size,) * 2,
-            x=call_of(model, block, images)[0][0],
-            norm=block.ln_1,
-            rest=rest,
-            readout=readout,
-        )
+        return (side // model.patch_size,) * 2, calls_of(model, [block, *later], images)
 
-    tap = Tap((block.ln_1,))
-    return Split(cut=cut, prefix_tokens=1, block=block, tap=tap, direct_because=because)
+    def head(y: Tensor) -> Tensor:
+        logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
+        return logits
+
+    def after(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
+        x = x + block.dropout(multihead_output(block.self_attention, heads))
+        y: Tensor = x + block.mlp(block.ln_2(x))
+        return y
+
+    return split_block(
+        blocks=[block, *later],
+        calls=calls,
+        tap=Tap((block.ln_1,)),
+        head=head,
+        because=because,
+        prefix=1,
+        attention=lambda _grid, _options: multihead_attention(block.self_attention),
+        after=after,
+    )
 
 
 _SWIN_BLOCKS = (SwinTransformerBlock, SwinTransformerBlockV2)
@@ -132,32 +127,29 @@ _SWIN_BLOCKS = (SwinTransformerBlock, SwinTransformerBlockV2)
 
 def _split_swin(model: Any, number: int) -> Split:
     _check_head(model, model.head)
-    block, *later = _last(model, model.features[-1], _SWIN_BLOCKS, number)
+    blocks = _last(model, model.features[-1], _SWIN_BLOCKS, number)
+    block = blocks[0]
     refuse_bypassed(model, block, "torchvision")
-    if isinstance(block, SwinTransformerBlockV2):
-        # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
-        norm, tap = same, Tap((block.attn,), "input")
-    else:
-        norm, tap = block.norm1, Tap((block.norm1,))
+    # a V2's LayerNorms follow attention and MLP: what the attention reads is the stream itself
+    post_norm = isinstance(block, SwinTransformerBlockV2)
 
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
-        with tap.replaced(normed):
-            y = block(x)
-        y = model.norm(_through(later, y))
-        logits: Tensor = model.head(model.flatten(model.avgpool(model.permute(y))))
+    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
+        _check_swin_images(model, images)
+        called = calls_of(model, blocks, images)
+        x = called[0][0][0]
+        return (x.shape[1], x.shape[2]), called
+
+    def head(y: Tensor) -> Tensor:
+        pooled = model.avgpool(model.permute(model.norm(y)))
+        logits: Tensor = model.head(model.flatten(pooled))
         return logits
 
-    def cut(images: Tensor) -> Cut:
-        _check_swin_images(model, images)
-        x = call_of(model, block, images)[0][0]
-        return Cut(grid=(x.shape[1], x.shape[2]), x=x, norm=norm, rest=rest)
-
-    return Split(
-        cut=cut,
-        prefix_tokens=0,
-        block=block,
-        tap=tap,
-        direct_because="the head averages all tokens",
+    return split_block(
+        blocks=blocks,
+        calls=calls,
+        tap=Tap((block.attn,), "input") if post_norm else Tap((block.norm1,)),
+        head=head,
+        because="the head averages all tokens",
     )
 
 
@@ -183,12 +175,6 @@ def _split_swin_pool(model: Any) -> Split:
     )
 
 
-def _through(blocks: Iterable[nn.Module], y: Tensor) -> Tensor:
-    for block in blocks:
-        y = block(y)
-    return y
-
-
 def _check_head(model: nn.Module, head: nn.Module) -> None:
     last = list(head.modules())[-1]
     if isinstance(last, (nn.Identity, nn.Sequential)):  # the last of modules is Sequential if empty
@@ -207,8 +193,7 @@ def _last(
         ModelError: If it is not of a kind whose forward is torchvision's.
         InputError: If there is none of that number.
     """
-    every = list(blocks) or [None]
-    last = every[block_index(number, len(every)) :]
+    last = blocks_from(number, list(blocks) or [None])
     block = last[0]
     if not runs_as(block, *kinds):
         raise ModelError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vit_reciprocam.adapters.blocks import run_again, split_block
 from vit_reciprocam.adapters.multihead import (
     multihead_attention,
     multihead_output,
@@ -17,8 +17,7 @@ from vit_reciprocam.adapters.multihead import (
 )
 from vit_reciprocam.adapters.parts import (
     Call,
-    block_index,
-    call_of,
+    blocks_from,
     calls_of,
     is_own,
     kind_of,
@@ -41,7 +40,7 @@ from vit_reciprocam.adapters.transformers_families import (
 )
 from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, Cut, MeanPool, Projection, Readout, Split, Tap
+from vit_reciprocam.split import Attention, MeanPool, Projection, Readout, Split, Tap
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
@@ -149,22 +148,31 @@ def _split(model: nn.Module, parts: Parts, number: int, pool: bool) -> Split:
     refuse_bypassed(model, parts.blocks[-1], "transformers")
     if pool:
         return _split_pool(model, parts)
-    blocks = list(parts.blocks)[block_index(number, len(parts.blocks)) :]
+    blocks = blocks_from(number, parts.blocks)
     if isinstance(parts.reads, str):
         because = parts.reads
     else:
         because = unknown_parts(blocks[0]) if number == -1 else "the cut is not in the last block"
         because = because or _unknown_norm(model, blocks[0])
-    norm = first(blocks[0], *NORM_1)
-    tap = Tap((blocks[0].attention,), "input") if parts.post_norm else Tap((norm,))
-    return Split(
-        cut=functools.partial(
-            _cut, model, parts, blocks, tap, same if parts.post_norm else norm, not because
-        ),
-        prefix_tokens=parts.prefix,
-        block=blocks[0],
-        tap=tap,
-        direct_because=because,
+
+    def calls(images: Tensor) -> tuple[Grid, list[Call]]:
+        grid, called = _calls(model, parts, blocks, images)
+        if parts.check_grid is not None:
+            parts.check_grid(grid)
+        return grid, called
+
+    tokens = parts.reads if isinstance(parts.reads, int) else 0
+    block = blocks[0]
+    return split_block(
+        blocks=blocks,
+        calls=calls,
+        tap=Tap((block.attention,), "input") if parts.post_norm else Tap((first(block, *NORM_1),)),
+        head=parts.head,
+        because=because,
+        prefix=parts.prefix,
+        tokens=tokens,
+        attention=lambda grid, options: attention_of(block, tokens, grid, options),
+        after=lambda heads, _normed, x: _after_attention(block, heads, x),
     )
 
 
@@ -179,47 +187,24 @@ def _unknown_norm(model: nn.Module, block: nn.Module) -> str:
     return next(filter(None, found), "")
 
 
-def _cut(
-    model: nn.Module,
-    parts: Parts,
-    blocks: list[Any],
-    tap: Tap,
-    norm: Callable[[Tensor], Tensor],
-    closed_form: bool,
-    images: Tensor,
-) -> Cut:
+def _calls(
+    model: nn.Module, parts: Parts, blocks: Sequence[nn.Module], images: Tensor
+) -> tuple[Grid, list[Call]]:
+    """The patch grid of images, and how the model calls some of its blocks for them."""
     grid = _patch_grid(parts, images)
-    calls = calls_of(model, blocks, images)
-    (x, *others), options = calls[0]
-    if parts.grid is not None:
-        grid = parts.grid(*others)
-    if parts.check_grid is not None:
-        parts.check_grid(grid)
-
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
-        with tap.replaced(normed):
-            y = _run(blocks[0], calls[0], x)
-        for block, call in zip(blocks[1:], calls[1:], strict=True):
-            y = _run(block, call, y)
-        return parts.head(y)
-
-    def finish(heads: Tensor, normed: Tensor, skip: Tensor) -> Tensor:
-        y = _after_attention(blocks[0], heads, skip)
-        return parts.head(y.flatten(0, 1)).view(*y.shape[:2], -1)
-
-    readout = None
-    if closed_form and isinstance(parts.reads, int):
-        attention = attention_of(blocks[0], parts.reads, grid, options)
-        readout = Readout(parts.reads, attention, finish)
-    return Cut(grid=grid, x=x, norm=norm, rest=rest, readout=readout)
+    calls = [
+        (tuple(map(_shared, args)), {key: _shared(value) for key, value in options.items()})
+        for args, options in calls_of(model, blocks, images)
+    ]
+    return grid if parts.grid is None else parts.grid(*calls[0][0][1:]), calls
 
 
-def _run(block: Any, call: Call, x: Tensor) -> Tensor:
-    """The output of a block called as it was, but with other tokens."""
-    (_, *others), options = call
-    y = block(x, *others, **options)
-    tokens: Tensor = y if isinstance(y, Tensor) else y[0]
-    return tokens
+def _shared(value: Any) -> Any:
+    """Masks and biases (B, heads, T, T) as (1, heads, T, T): images differ in none.
+
+    A tracer has transformers make masks, which hide nothing, for each image of a batch.
+    """
+    return value[:1] if isinstance(value, Tensor) and value.ndim == 4 else value
 
 
 def _split_pool(model: nn.Module, parts: Parts) -> Split:
@@ -233,12 +218,8 @@ def _split_pool(model: nn.Module, parts: Parts) -> Split:
         refuse_bypassed(model, block, "transformers", pooling.around)
 
     def tokens(images: Tensor) -> tuple[Grid, Tensor]:
-        grid = _patch_grid(parts, images)
-        call = call_of(model, block, images)
-        x, *others = call[0]
-        if parts.grid is not None:
-            grid = parts.grid(*others)
-        return grid, pooling.tokens(_run(block, call, x))
+        grid, (call,) = _calls(model, parts, [block], images)
+        return grid, pooling.tokens(run_again(block, call, call[0][0]))
 
     readout: MeanPool | Readout | str = MeanPool(pooling.finish)
     if pooling.attention is not None:
@@ -323,8 +304,9 @@ def attention_of(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -
     own = first(block, "relative_position_bias") or first(module, "relative_position_bias")
     if own is not None:
         biases.append(own(grid))
-    given = [bias for bias in biases if bias is not None]
-    bias = torch.cat(given).sum(dim=0)[:, :tokens].permute(2, 1, 0) if given else None
+    # a mask of truth values hides nothing
+    given = [bias for bias in biases if bias is not None and bias.is_floating_point()]
+    bias = sum(given)[0, :, :tokens].permute(2, 1, 0) if given else None
     return Attention(
         heads=heads,
         scale=(query.weight.shape[0] // heads) ** -0.5,

@@ -13,8 +13,9 @@ import timm
 import torch
 from torch import nn
 
-from vit_reciprocam.adapters import split_model, timm_hub
+from vit_reciprocam.adapters import split_model
 from vit_reciprocam.adapters.timm_families import FAMILIES
+from vit_reciprocam.adapters.timm_hub import outline
 from vit_reciprocam.catalogue.parts import (
     CLASSES,
     Architecture,
@@ -25,6 +26,7 @@ from vit_reciprocam.catalogue.parts import (
     pair,
     short_reason,
 )
+from vit_reciprocam.errors import InputError, ModelError
 
 __all__ = ["architectures", "describe", "names", "small"]
 
@@ -65,18 +67,25 @@ def names(pattern: str) -> list[str]:
     Raises:
         InputError: If none fits.
     """
-    if pattern != "*":
-        fitting: list[str] = timm_hub.list_names(pattern)
-        return fitting
-    modules = filter(_is_listed, timm.list_modules())
-    return [name for module in modules for name in timm.list_models(module=module)]
+    if pattern == "*":
+        modules = filter(_is_listed, timm.list_modules())
+        return [name for module in modules for name in timm.list_models(module=module)]
+    fitting = list(timm.list_models(pattern))
+    if not fitting:
+        like = timm.list_models(f"*{pattern}*")
+        hint = f". '*{pattern}*' fits {len(like)}, such as {like[0]}" if like else ""
+        raise InputError(f"timm {timm.__version__} has no model that fits {pattern!r}{hint}")
+    return fitting
 
 
 def describe(name: str) -> tuple[str, str]:
     """By which path it is explained as timm makes it, "-" if by none, and why not otherwise."""
-    with NoValues():
-        path, why = timm_hub.describe(name)
-    return path, short_reason(why)
+    try:
+        with NoValues():
+            because = split_model(outline(name, {})).direct_because
+    except ModelError as error:
+        return "-", short_reason(str(error))
+    return ("direct", because) if because else ("closed-form", "")
 
 
 def _is_listed(module: str) -> bool:
