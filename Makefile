@@ -1,8 +1,9 @@
 # make demo: the bundled model on the bundled picture; installs the core only, no torch.
 # make test: everything installed, all tests. make lint: style and types.
+# make browser: the page that runs the model in a browser, in examples/browser/dist; needs Node.js.
 PYTHON ?= python3
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format browser clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/vit-reciprocam demo
@@ -19,6 +20,12 @@ format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+browser: examples/browser/node_modules/.package-lock.json
+	cd examples/browser && npm run build
+
+examples/browser/node_modules/.package-lock.json: examples/browser/package-lock.json
+	cd examples/browser && npm ci --no-audit --no-fund
+
 .venv-demo/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check --editable .
@@ -31,3 +38,4 @@ format: .venv/installed
 
 clean:
 	rm -rf .venv .venv-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf examples/browser/node_modules examples/browser/dist

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ def shared_data():
             pytest.fail(f"VIT_RECIPROCAM_REQUIRE_DATA is set, but there is no {SHARED}")
         pytest.skip(f"needs the shared data in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The path of a Chromium or Chrome, for tests that open a page."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    if os.environ.get("VIT_RECIPROCAM_REQUIRE_DATA"):
+        pytest.fail("VIT_RECIPROCAM_REQUIRE_DATA is set, but there is no Chromium")
+    pytest.skip("needs Chromium or Chrome")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
+import onnx
 import open_clip
 import pytest
 import timm
@@ -17,9 +20,9 @@ import vit_reciprocam as vr
 from vit_reciprocam import benchmark as module
 from vit_reciprocam import calls
 from vit_reciprocam.benchmark import benchmark
-from vit_reciprocam.classifier import Classifier
+from vit_reciprocam.classifier import ASSETS, Classifier
 from vit_reciprocam.cli import app
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 
 SMALL = "timm:test_vit"
 FIXED = [
@@ -29,6 +32,9 @@ FIXED = [
     "reciprocam, all maps",
     "naive H",
 ]
+
+
+DEMO = calls.OnnxFiles({"path": str(ASSETS / "demo.onnx")}, str(ASSETS / "demo-plain.onnx"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ class Stage:
         model = torch.nn.Linear(1, 1)
         self.classifier = Classifier("fake", model, vr.Preprocess((4, 4)), 2, None, *[None] * 3)
 
-    def make_call(self, model, label, *, size, batch, threads):
+    def make_call(self, model, label, *, size, batch):
         count = 0
 
         def call():
@@ -220,7 +226,7 @@ def test_calls_give_what_they_are_named_after(small):
         assert top.shape == (2, 1, 10, 10)
         assert abs(results["naive H"] - top).max() < 0.05, "an untrained model's rounding, scaled"
     options["size"] = (112, 112)
-    demo = {label: calls.make_call(None, label, **options)()[0].shape for label in FIXED[:4]}
+    demo = {label: calls.make_call(DEMO, label, **options)()[0].shape for label in FIXED[:4]}
     all_of_them = (2, 12, 14, 14)
     assert list(demo.values()) == [(2, 12), (2, 1, 14, 14), all_of_them, all_of_them]
 
@@ -235,6 +241,8 @@ def test_calls_give_what_they_are_named_after(small):
         ([], {"rounds": 0}, "rounds must be 1 or more; got 0"),
         ([], {"warmup": 0}, "warmup must be 1 or more; got 0"),
         ([], {"threads": 0}, "threads must be 1 or more; got 0"),
+        ([], {"plain": [None, None]}, "2 plain files for 1 models"),
+        ([], {"plain": ["a.onnx"]}, "test_vit is no ONNX file and needs no plain file"),
     ],
 )
 def test_refusals(small, monkeypatch, methods, options, words):
@@ -243,10 +251,36 @@ def test_refusals(small, monkeypatch, methods, options, words):
         benchmark([small], methods, **options)
 
 
-def test_exported_files_of_others_are_refused():
-    exported = Classifier("a.onnx", object(), vr.Preprocess((4, 4)), 2, None, *[None] * 3)
-    with pytest.raises(InputError, match=r"a\.onnx is no PyTorch model"):
-        benchmark([exported])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_onnx_files_beside_pytorch(small, backend):
+    demo = vr.load("demo", backend=backend, threads=2)
+    plain = [ASSETS / "demo-plain.onnx", None]
+    rows = benchmark([demo, small], [], rounds=2, warmup=1, naive=False, plain=plain)
+    assert [row.backend for row in rows] == [backend] * 4 + ["torch"] * 4
+    assert [row.threads for row in rows] == [2] * 4 + [torch.get_num_threads()] * 4
+    assert [row.note for row in rows] == [""] * 8
+    rows = benchmark([demo], [], rounds=1, warmup=1, threads=1)
+    assert {row.threads for row in rows} == {1}
+
+
+def test_the_untouched_model_of_an_onnx_file(tmp_path, monkeypatch):
+    shutil.copy(ASSETS / "demo.onnx", tmp_path / "demo.onnx")
+    demo = vr.load(tmp_path / "demo.onnx")
+    with pytest.raises(ModelError, match=r"come from the same operations.*--plain FILE"):
+        benchmark([demo], [], rounds=1)
+    other = onnx.load(ASSETS / "demo-plain.onnx")
+    (gain,) = [one for one in other.graph.initializer if one.name == other.graph.node[-1].input[1]]
+    gain.raw_data = (-onnx.numpy_helper.to_array(gain)).tobytes()
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(
+        InputError, match=r"other\.onnx is not the model that .*demo\.onnx explains"
+    ):
+        benchmark([demo], [], rounds=1, plain=[tmp_path / "other.onnx"])
+    with pytest.raises(ModelError, match="must be the untouched model, with one input and one out"):
+        benchmark([demo], [], rounds=1, plain=[tmp_path / "demo.onnx"])
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependencyError, match=r"--plain FILE.*vit-reciprocam\[onnx\]"):
+        benchmark([demo], [], rounds=1)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -256,12 +290,12 @@ def test_peak_memory_is_that_of_a_fresh_process(small):
     ballast = b"x" * 2**29  # of this process, which the other one's peak must not count
     own = calls._peak_of(None)()
     peaks = {}
-    with calls.saved(small.model) as file:
+    with calls.saved(small.model) as where:
         for label in ("forward", "naive H"):
             options = {"size": (160, 160), "batch": 2, "threads": 1}
-            peaks[label] = calls.peak_memory(file, label, **options)
-        assert file.exists()
-    assert not file.exists()
+            peaks[label] = calls.peak_memory(where, label, **options)
+        assert Path(where["file"]).exists()
+    assert not Path(where["file"]).exists()
     forward, naive = peaks["forward"], peaks["naive H"]
     assert 2**25 < forward.total < own - len(ballast) / 2
     assert 0 < forward.added < forward.total
@@ -275,8 +309,11 @@ def test_what_hinders_measuring_memory_is_said(monkeypatch, small):
     rows = stage.run(memory=True)
     assert all("cannot be handed to a fresh process" in row.note for row in rows)
     assert all(row.ms is not None and row.peak_bytes is None for row in rows)
-    with pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's closed form"):
-        calls.peak_memory(None, "relevance", size=(112, 112), batch=1, threads=1)
+    with (
+        calls.saved(DEMO) as where,
+        pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's maps"),
+    ):
+        calls.peak_memory(where, "relevance", size=(112, 112), batch=1, threads=1)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -338,7 +375,9 @@ def test_one_method_that_a_model_does_not_have_ends_with_1():
     assert result.exit_code == 1
     (line,) = [line for line in result.stdout.splitlines() if "rollout" in line]
     assert line.split() == ["rollout", "–"]
-    assert "demo, batch 1, rollout: the demo model is an exported file" in result.stderr
+    assert (
+        "demo, batch 1, rollout: an ONNX file holds ReciproCAM's maps and no other" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,6 +390,8 @@ def test_one_method_that_a_model_does_not_have_ends_with_1():
         (["--option", "colour=red"], "cannot create 'test_vit' with options"),
         (["--weights", "w.pth"], "drop it or --weights"),
         (["--prompt", "a cat"], "prompts are for open_clip: and hf:"),
+        (["--backend", "openvino"], "--backend: for ONNX files, and no --model is one"),
+        (["--plain", "a.onnx"], "1 --plain for 0 ONNX files"),
     ],
 )
 def test_bad_input_ends_with_2(arguments, words):

@@ -103,7 +103,7 @@ def test_explain_by_another_method(tmp_path):
     assert e.settings["head_fusion"] == "max"
     assert e.maps.shape == (1, 2, 10, 10)
     assert e.maps.max() == 1
-    with pytest.raises(InputError, match="method of an exported model must be"):
+    with pytest.raises(InputError, match="method of an ONNX file must be"):
         vr.explain(ASSETS / "demo.png", vr.load("demo"), method="rollout")
     command = ["explain", str(ASSETS / "demo.png"), "--model", "timm:test_vit"]
     command += ["--weights", str(tmp_path / "w.pth"), "--out", str(tmp_path / "out")]

@@ -15,7 +15,7 @@ from train_demo import ARCHITECTURE, SIZE
 
 from vit_reciprocam.classifier import ASSETS
 from vit_reciprocam.images import Preprocess
-from vit_reciprocam.onnx.export import export_explainer, export_plain
+from vit_reciprocam.onnx.export import export, export_plain
 from vit_reciprocam.scenes import CLASSES, draw_scene
 
 PICTURE_SEED, PICTURE_SIZE = 213, 560
@@ -32,10 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     model = VisionTransformer(**ARCHITECTURE).eval()
     model.load_state_dict(load_file(args.weights))
-    export_explainer(
+    export(
         model, args.out / "demo.onnx", class_names=list(CLASSES), preprocess=PREPROCESS, name="demo"
     )
-    export_plain(model, args.out / "demo-plain.onnx", preprocess=PREPROCESS)
+    export_plain(model, args.out / "demo-plain.onnx", size=PREPROCESS.size)
     draw_scene(PICTURE_SEED, size=PICTURE_SIZE, objects=3).image.save(args.out / "demo.png")
 
 

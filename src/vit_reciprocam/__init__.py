@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vit_reciprocam.explanation import Explanation
     from vit_reciprocam.images import Preprocess
     from vit_reciprocam.methods import METHODS
+    from vit_reciprocam.onnx.export import export
+    from vit_reciprocam.onnx.insert import insert
     from vit_reciprocam.reciprocam import ReciproCAM
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ __all__ = [
     "__version__",
     "errors",
     "explain",
+    "export",
+    "insert",
     "load",
 ]
 
@@ -39,8 +43,12 @@ _HOMES = {
     "Preprocess": "images",
     "ReciproCAM": "reciprocam",
     "explain": "classifier",
+    "export": "onnx.export",
+    "insert": "onnx.insert",
     "load": "classifier",
 }
+
+_EXTRAS = {"export": "torch,onnx", "insert": "onnx"}
 
 
 def __getattr__(name: str) -> Any:
@@ -51,7 +59,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__name__):
             raise
-        raise errors.MissingDependencyError(f"vit_reciprocam.{name}", "torch") from error
+        extra = _EXTRAS.get(name, "torch")
+        raise errors.MissingDependencyError(f"vit_reciprocam.{name}", extra) from error
     return getattr(module, name)
 
 

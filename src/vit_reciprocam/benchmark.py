@@ -11,9 +11,11 @@ import math
 import os
 import platform
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +26,18 @@ from vit_reciprocam.calls import (
     NAIVE,
     RECIPROCAM,
     Call,
+    OnnxFiles,
     device_name,
     make_call,
     peak_memory,
     saved,
 )
-from vit_reciprocam.classifier import Classifier
+from vit_reciprocam.classifier import ASSETS, Classifier
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.files import library_versions
 from vit_reciprocam.methods import MethodSpec, check_settings
+from vit_reciprocam.onnx.plain import cut_plain
+from vit_reciprocam.onnx.runtime import OnnxExplainer
 
 __all__ = ["Row", "Spread", "benchmark", "environment"]
 
@@ -74,6 +79,7 @@ class Row:
             PyTorch held there.
         added_bytes: How much more that is than with the model loaded, before the call.
         note: Why something was not measured.
+        backend: "torch", or of an ONNX file "onnxruntime" or "openvino".
     """
 
     model: str
@@ -91,6 +97,7 @@ class Row:
     peak_bytes: int | None = None
     added_bytes: int | None = None
     note: str = ""
+    backend: str = "torch"
 
 
 @dataclass
@@ -114,6 +121,7 @@ def benchmark(
     threads: int | None = None,
     naive: bool = True,
     memory: bool = False,
+    plain: Sequence[str | os.PathLike[str] | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -130,34 +138,49 @@ def benchmark(
         batch_sizes: Images in one call; all of them are measured.
         rounds: In which times are taken.
         warmup: Calls of each kind before.
-        threads: Of the CPU; by default as many as PyTorch is set to. It is set back at the end.
+        threads: Of the CPU; by default as many as PyTorch is set to, or of an ONNX file as it was
+            loaded with. PyTorch's are set back at the end.
         naive: Measure "naive H"; of many patches it takes long.
         memory: Also measure peak memory, in a fresh process for each row.
+        plain: For each classifier, of an ONNX file the untouched model's file, which "forward" then
+            runs, else None. By default what `cut_plain` makes of the file, which needs the package
+            onnx; the demo model brings its own.
         clock: Gives seconds.
         progress: Called with the number of calls done and of all calls; the latter may change.
 
     Returns:
         For each model and batch size the rows that `Row.method` names, then the methods. "naive H"
-        is left out where ReciproCAM itself takes the direct path, and for the demo model, which is
-        a file that holds the closed form only.
+        is left out where ReciproCAM itself takes the direct path, and for ONNX files.
 
     Raises:
         InputError: If there is no such method or setting, or a number is out of range.
-        MissingDependencyError: If the library of a method is not installed.
+        ModelError: If the untouched model cannot be cut out of an ONNX file.
+        MissingDependencyError: If the library of a method, or onnx for cutting, is not installed.
     """
-    _check(classifiers, batch_sizes, {"rounds": rounds, "warmup": warmup, "threads": threads})
+    _check(
+        classifiers, batch_sizes, plain, {"rounds": rounds, "warmup": warmup, "threads": threads}
+    )
     specs = [MethodSpec.parse(method) for method in (_DEFAULT if methods is None else methods)]
     for spec in specs if methods is not None else ():
         check_settings(spec.name, spec.settings)
     fixed = [label for label in FIXED if naive or label != NAIVE]
     labels = list(dict.fromkeys((*fixed, *map(str, specs))))
     optional = () if methods is not None else _DEFAULT
-    with _threads(threads, classifiers) as used:
+    with contextlib.ExitStack() as stack:
+        used = stack.enter_context(_threads(threads, classifiers))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = [
+            _model(classifier, given, threads, folder / f"{number}.onnx")
+            for number, (classifier, given) in enumerate(
+                zip(classifiers, plain or [None] * len(classifiers), strict=True)
+            )
+        ]
+        pairs = list(zip(classifiers, models, strict=True))
         count = len(classifiers) * len(batch_sizes) * len(labels)
         tick = _Ticks(progress, count * (1 + rounds + memory))
         groups = [
-            _tried(classifier, batch, used, labels, optional, warmup, clock, tick)
-            for classifier in classifiers
+            _tried(classifier, model, batch, used, labels, optional, warmup, clock, tick)
+            for classifier, model in pairs
             for batch in batch_sizes
         ]
         _slow_ones_less_often(groups, rounds)
@@ -166,10 +189,9 @@ def benchmark(
         _time_in_turn(groups, rounds, clock, tick)
         rows = [[_filled(case, group) for case in group] for group in groups]
         if memory:
-            each = [classifier for classifier in classifiers for _ in batch_sizes]
+            each = [model for model in models for _ in batch_sizes]
             rows = [
-                _with_memory(group, classifier, tick)
-                for group, classifier in zip(rows, each, strict=True)
+                _with_memory(group, model, tick) for group, model in zip(rows, each, strict=True)
             ]
     return [row for group in rows for row in group]
 
@@ -198,26 +220,46 @@ class _Ticks:
 
 
 def _check(
-    classifiers: Sequence[Classifier], batch_sizes: Sequence[int], numbers: dict[str, int | None]
+    classifiers: Sequence[Classifier],
+    batch_sizes: Sequence[int],
+    plain: Sequence[Any] | None,
+    numbers: dict[str, int | None],
 ) -> None:
     if not classifiers or not batch_sizes:
         raise InputError("nothing to measure: pass at least one model and one batch size")
     for name, value in [*numbers.items(), *(("a batch size", batch) for batch in batch_sizes)]:
         if value is not None and value < 1:
             raise InputError(f"{name} must be 1 or more; got {value}")
-    for classifier in classifiers:
-        if classifier.name != "demo" and not hasattr(classifier.model, "parameters"):
-            raise InputError(
-                f"{classifier.name} is no PyTorch model: of exported files only the demo model can "
-                "be measured, since its plain forward pass is at hand"
-            )
+    if plain is not None and len(plain) != len(classifiers):
+        raise InputError(f"{len(plain)} plain files for {len(classifiers)} models: one for each")
+    for classifier, file in zip(classifiers, plain or [None] * len(classifiers), strict=True):
+        if file is not None and not isinstance(classifier.model, OnnxExplainer):
+            raise InputError(f"{classifier.name} is no ONNX file and needs no plain file")
+
+
+def _model(
+    classifier: Classifier, plain: str | os.PathLike[str] | None, threads: int | None, cut: Path
+) -> Any:
+    """As `make_call` takes it; without a plain file one is written to `cut`."""
+    model = classifier.model
+    if not isinstance(model, OnnxExplainer):
+        return model
+    options = model.options() if threads is None else model.options() | {"threads": threads}
+    if plain is None and model.path == ASSETS / "demo.onnx":
+        plain = ASSETS / "demo-plain.onnx"
+    if plain is None:
+        cut_plain(model.path, cut)
+    files = OnnxFiles(options, str(cut if plain is None else plain))
+    files.check(classifier.preprocess.size)
+    return files
 
 
 @contextlib.contextmanager
 def _threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
     """Within, PyTorch computes in so many threads; gives their number."""
-    if all(_model(classifier) is None for classifier in classifiers):
-        yield wanted or os.cpu_count() or 1
+    onnx = [one.model for one in classifiers if isinstance(one.model, OnnxExplainer)]
+    if len(onnx) == len(classifiers):
+        yield wanted or onnx[0].threads or os.cpu_count() or 1
         return
     import torch
 
@@ -229,13 +271,9 @@ def _threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[
         torch.set_num_threads(before)
 
 
-def _model(classifier: Classifier) -> Any:
-    """As `make_call` takes it."""
-    return None if classifier.name == "demo" else classifier.model
-
-
 def _tried(
     classifier: Classifier,
+    model: Any,
     batch: int,
     threads: int,
     labels: Sequence[str],
@@ -245,14 +283,18 @@ def _tried(
     tick: _Ticks,
 ) -> list[_Case]:
     """Each call warmed up; those that cannot be made have a row that says why."""
-    model, size = _model(classifier), classifier.preprocess.size
+    size, device = classifier.preprocess.size, device_name(model)
+    onnx = isinstance(model, OnnxFiles)
+    if onnx:
+        threads = model.options["threads"] or threads
+    backend = model.explainer.session.backend if onnx else "torch"
     cases: dict[str, _Case] = {}
     for label in labels:
-        if label == NAIVE and (model is None or cases[RECIPROCAM].row.path != "closed-form"):
+        if label == NAIVE and (onnx or cases[RECIPROCAM].row.path != "closed-form"):
             continue
-        row = Row(classifier.name, label, "", batch, size, device_name(model), threads)
+        row = Row(classifier.name, label, "", batch, size, device, threads, backend=backend)
         try:
-            call = make_call(model, label, size=size, batch=batch, threads=threads)
+            call = make_call(model, label, size=size, batch=batch)
             for _ in range(warmup):
                 began = clock()
                 _, path = call()
@@ -326,13 +368,13 @@ def _spread(values: Iterable[float]) -> Spread:
     return Spread(float(median), float(low), float(high))
 
 
-def _with_memory(rows: Sequence[Row], classifier: Classifier, tick: _Ticks) -> list[Row]:
+def _with_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
     """The rows with their peaks of memory; a note where they could not be had."""
     found = []
     with contextlib.ExitStack() as stack:
-        problem, file = "", None
+        problem, where = "", {}
         try:
-            file = stack.enter_context(saved(_model(classifier)))
+            where = stack.enter_context(saved(model))
         except ReciproCAMError as error:
             problem = str(error)
         for row in rows:
@@ -342,7 +384,7 @@ def _with_memory(rows: Sequence[Row], classifier: Classifier, tick: _Ticks) -> l
                 continue
             try:
                 peak = peak_memory(
-                    file, row.method, size=row.size, batch=row.batch, threads=row.threads
+                    where, row.method, size=row.size, batch=row.batch, threads=row.threads
                 )
                 found.append(replace(row, peak_bytes=peak.total, added_bytes=peak.added))
             except ReciproCAMError as error:

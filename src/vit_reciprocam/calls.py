@@ -6,6 +6,8 @@ Run as a module it is that process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import platform
 import re
@@ -18,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_reciprocam.classifier import ASSETS
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
+from vit_reciprocam.onnx.runtime import OnnxExplainer
+from vit_reciprocam.onnx.sessions import Session, open_session
 
 __all__ = [
     "ALL_MAPS",
@@ -29,6 +32,7 @@ __all__ = [
     "FORWARD",
     "NAIVE",
     "RECIPROCAM",
+    "OnnxFiles",
     "Peak",
     "device_name",
     "make_call",
@@ -54,27 +58,81 @@ class Peak(NamedTuple):
     added: int
 
 
-def make_call(
-    model: Any, label: str, *, size: tuple[int, int], batch: int, threads: int | None = None
-) -> Call:
+@dataclasses.dataclass(frozen=True)
+class OnnxFiles:
+    """A file with an explanation and one of the same model without; each is opened on first use.
+
+    Attributes:
+        options: Of `OnnxExplainer`, as plain JSON values.
+        plain: The untouched model's file.
+    """
+
+    options: dict[str, Any]
+    plain: str
+
+    @functools.cached_property
+    def explainer(self) -> OnnxExplainer:
+        """The file with the explanation."""
+        return OnnxExplainer(**self.options)
+
+    @functools.cached_property
+    def untouched(self) -> Session:
+        """The other one, in the same runtime."""
+        options = {name: value for name, value in self.options.items() if name != "path"}
+        return open_session(self.plain, **options)
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuse a plain file that is another model.
+
+        Raises:
+            InputError: If its prediction for a random image is another one.
+        """
+        image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
+        ours, theirs = self.explainer.predict(image), self.forward(image)()
+        if ours.shape != theirs.shape or abs(ours - theirs).max() > 0.1 * abs(ours).max():
+            raise InputError(
+                f"{self.plain} is not the model that {self.explainer.path} explains: their "
+                "predictions differ"
+            )
+
+    def forward(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """The prediction of the untouched model.
+
+        Raises:
+            ModelError: If it has not one input and one output.
+        """
+        session = self.untouched
+        if len(session.inputs) != 1 or len(session.outputs) != 1:
+            raise ModelError(
+                f"{self.plain} must be the untouched model, with one input and one output; it has "
+                f"{sorted(session.inputs)} and {sorted(session.outputs)}"
+            )
+        ((name, port),) = session.inputs.items()
+        (output,) = session.outputs
+        pixels = images.astype(port.dtype)
+        step = port.shape[0] or len(pixels)
+        feeds = [{name: pixels[start : start + step]} for start in range(0, len(pixels), step)]
+        return lambda: np.concatenate([found for (found,) in session.run_all([output], feeds)])
+
+
+def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:
     """A call on seeded random images that lie on the model's device.
 
     Logits and what ReciproCAM gives come back as NumPy arrays.
 
     Args:
-        model: A PyTorch classifier, or None for the bundled demo model.
+        model: A PyTorch classifier, or `OnnxFiles`.
         label: One of `FIXED`, or a method as `MethodSpec.parse` reads it.
         size: (height, width) of the images.
         batch: How many images.
-        threads: Of ONNX Runtime, which the demo model runs in.
 
     Raises:
-        InputError: If the demo model cannot do that, or there is no such method or setting.
+        InputError: If an ONNX file cannot do that, or there is no such method or setting.
         ModelError: If ReciproCAM does not support the model.
     """
     images = np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
-    if model is None:
-        return _demo_call(label, images, threads)
+    if isinstance(model, OnnxFiles):
+        return _onnx_call(label, model, images)
     return _torch_call(label, model, images)
 
 
@@ -121,26 +179,35 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     return other
 
 
-def _demo_call(label: str, images: np.ndarray, threads: int | None) -> Call:
-    from vit_reciprocam.onnx.runtime import OnnxExplainer, open_session
-
+def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
     if label == FORWARD:
-        plain = open_session(ASSETS / "demo-plain.onnx", threads=threads)
-        return lambda: (plain.run(["logits"], {"images": images})[0], "")
+        forward = files.forward(images)
+        return lambda: (forward(), "")
     if label not in (RECIPROCAM, ALL_SCORES, ALL_MAPS):
         raise InputError(
-            f"the demo model is an exported file, which holds ReciproCAM's closed form and nothing "
-            f"else: measure {label!r} on a PyTorch model"
+            "an ONNX file holds ReciproCAM's maps and no other method: measure "
+            f"{label!r} on a PyTorch model"
         )
-    explainer = OnnxExplainer(ASSETS / "demo.onnx", threads=threads)
+    explainer = files.explainer
+    kind = explainer.metadata.targets
+    if label != RECIPROCAM and kind not in ("all", "input"):
+        raise InputError(f"the file explains the {kind} classes only")
     targets = None if label == RECIPROCAM else "all"
     what = "scores" if label == ALL_SCORES else "maps"
-    return lambda: (getattr(explainer(images, targets), what), "closed-form")
+
+    def call() -> tuple[Any, str]:
+        explanation = explainer(images, targets)
+        return getattr(explanation, what), explanation.path
+
+    return call
 
 
 def device_name(model: Any) -> str:
-    """Of the processor that a PyTorch classifier is on; None is the demo model."""
-    device = None if model is None else next(model.parameters()).device
+    """Of the processor that a PyTorch classifier or an ONNX file runs on; None is the CPU."""
+    if isinstance(model, OnnxFiles) and "CPU" not in model.explainer.session.device:
+        return model.explainer.session.device
+    torch_model = None if isinstance(model, OnnxFiles) else model
+    device = None if torch_model is None else next(torch_model.parameters()).device
     if device is not None and device.type == "cuda":
         import torch
 
@@ -158,14 +225,14 @@ def device_name(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def saved(model: Any) -> Iterator[Path | None]:
-    """Within, the whole model in a file for fresh processes; None for the demo model.
+def saved(model: Any) -> Iterator[dict[str, Any]]:
+    """Within, the whole model lies in files; gives JSON values by which a fresh process finds it.
 
     Raises:
         ModelError: If it cannot be written, as with hooks that are local functions.
     """
-    if model is None:
-        yield None
+    if isinstance(model, OnnxFiles):
+        yield {"options": model.options, "plain": model.plain}
         return
     import torch
 
@@ -177,16 +244,16 @@ def saved(model: Any) -> Iterator[Path | None]:
             raise ModelError(
                 f"the model cannot be handed to a fresh process: {_first_line(error)}"
             ) from error
-        yield file
+        yield {"file": str(file)}
 
 
 def peak_memory(
-    file: Path | None, label: str, *, size: tuple[int, int], batch: int, threads: int
+    where: dict[str, Any], label: str, *, size: tuple[int, int], batch: int, threads: int
 ) -> Peak:
     """Peak memory of a fresh process that makes one call; on a GPU what PyTorch held there.
 
     Args:
-        file: From `saved`.
+        where: From `saved`.
         label: See `make_call`.
         size: Likewise.
         batch: Likewise.
@@ -196,7 +263,7 @@ def peak_memory(
         ModelError: If that process fails, as where memory runs out.
     """
     settings = {"label": label, "size": size, "batch": batch, "threads": threads}
-    request = json.dumps({"file": None if file is None else str(file), **settings})
+    request = json.dumps({**where, **settings})
     command = [sys.executable, "-m", "vit_reciprocam.calls", request]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -208,15 +275,16 @@ def peak_memory(
 def _child(request: str) -> None:
     """In the fresh process: write the peak of one call, and how much of it the call added."""
     wanted = json.loads(request)
-    file, label, threads = wanted["file"], wanted["label"], wanted["threads"]
-    model = None
-    if file is not None:
+    model: Any
+    if "file" in wanted:
         import torch
 
-        torch.set_num_threads(threads)
-        model = torch.load(file, weights_only=False)  # our own, just written
+        torch.set_num_threads(wanted["threads"])
+        model = torch.load(wanted["file"], weights_only=False)  # our own, just written
+    else:
+        model = OnnxFiles(wanted["options"], wanted["plain"])
     size, batch = tuple(wanted["size"]), wanted["batch"]
-    call = make_call(model, label, size=size, batch=batch, threads=threads)
+    call = make_call(model, wanted["label"], size=size, batch=batch)
     peak = _peak_of(model)
     before = peak()
     call()
@@ -226,7 +294,7 @@ def _child(request: str) -> None:
 
 def _peak_of(model: Any) -> Callable[[], int]:
     """A function that gives the most bytes held from now on."""
-    device = None if model is None else next(model.parameters()).device
+    device = next(model.parameters()).device if hasattr(model, "parameters") else None
     if device is not None and device.type == "cuda":
         import torch
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, check_choice
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 from vit_reciprocam.explanation import Explanation, softmax
 from vit_reciprocam.images import ImageSource, Preprocess, read_image
-from vit_reciprocam.masks import Masking
 from vit_reciprocam.methods import METHODS, check_settings
 from vit_reciprocam.targets import find_class, resolve_targets, top_classes
 
@@ -26,13 +25,21 @@ __all__ = [
     "Classifier",
     "describe_timm",
     "explain",
+    "is_onnx",
     "load",
     "parse_targets",
     "timm_names",
 ]
 
 ASSETS = Path(__file__).parent / "assets"
-SPECS = ("demo", "timm:NAME", "hf:ID", "torchvision:NAME", "open_clip:NAME/TAG")
+SPECS = (
+    "demo",
+    "timm:NAME",
+    "hf:ID",
+    "torchvision:NAME",
+    "open_clip:NAME/TAG",
+    "FILE.onnx",
+)
 
 _TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 
@@ -49,7 +56,7 @@ class Classifier:
 
     Attributes:
         name: The spec that it was loaded by.
-        model: The PyTorch module, or for the demo model its `OnnxExplainer`.
+        model: The PyTorch module, or of an ONNX file its `OnnxExplainer`.
         preprocess: From a picture to the model's input.
         num_classes: C.
         class_names: One a class, or None where not known.
@@ -72,13 +79,17 @@ class Classifier:
 
 
 def load(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     weights: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     templates: Sequence[str] = ("{}",),
     device: str = "cpu",
+    backend: str | None = None,
+    threads: int | None = None,
+    streams: int | None = None,
+    preprocess: Preprocess | str | None = None,
     **options: Any,
 ) -> Classifier:
     """Load a classifier with its preprocessing and class names.
@@ -86,7 +97,7 @@ def load(
     Args:
         spec: "demo", the bundled model, which knows 12 drawn classes and needs no torch;
             "timm:NAME"; "hf:ID" of the Hugging Face hub, or "hf:FOLDER"; "torchvision:NAME";
-            "open_clip:NAME/TAG".
+            "open_clip:NAME/TAG"; or an ONNX file with an explanation, which needs no torch either.
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub. "random" leaves them untrained, to measure
             time and memory: nothing is fetched but the configuration of a model of the hub.
@@ -94,7 +105,13 @@ def load(
         prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
             compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
         templates: With prompts: sentences such as "a photo of a {}", averaged for each prompt.
-        device: Where a PyTorch model goes.
+        device: Where a PyTorch model goes; of an ONNX file the runtime's name of a device, such as
+            "CUDAExecutionProvider" or "cuda" of ONNX Runtime and "GPU" of OpenVINO.
+        backend: Of an ONNX file "onnxruntime", the default, or "openvino".
+        threads: Of an ONNX file, on the CPU; by default the runtime's choice.
+        streams: Of an ONNX file in OpenVINO: parts of a batch that it computes at the same time.
+        preprocess: Of an ONNX file, instead of its own: a `Preprocess`, or text as
+            `parse_preprocess` reads it, such as "imagenet".
         options: For the library's own builder: `timm.create_model`, `from_pretrained`,
             `torchvision.models.get_model` or `open_clip.create_model`. With timm's
             `img_size=(384, 512)` the position embedding is resampled.
@@ -105,32 +122,41 @@ def load(
         DownloadError: If the published weights cannot be fetched.
         MissingDependencyError: If the model's library is not installed.
     """
-    kind, _, name = spec.partition(":")
-    if kind == "demo" and not name:
-        own = weights is None and class_names is None and prompts is None
-        if not own or device != "cpu" or options:
+    spec = os.fspath(spec)
+    given = {"backend": backend, "threads": threads, "streams": streams, "preprocess": preprocess}
+    own = {name: value for name, value in given.items() if value is not None}
+    if is_onnx(spec):
+        if weights is not None or prompts is not None or options:
             raise InputError(
-                "the demo model has its own weights and classes and runs on the CPU: drop "
-                "--weights and --device (in Python all options), or name another model"
+                f"{spec} has its own weights and classes: drop --weights and --prompt, in Python "
+                "all options but backend, device, threads, streams, preprocess and class_names"
             )
-        return _load_demo()
+        return _onnx_classifier(spec, device=device, class_names=class_names, **own)
+    if own:
+        raise InputError(f"{', '.join(own)}: for ONNX files only, not for {spec!r}")
+    kind, _, name = spec.partition(":")
     if kind not in _EXTRAS or not name:
         raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
     if prompts is not None and kind not in ("hf", "open_clip"):
         raise InputError(f"{spec!r} has classes of its own: prompts are for open_clip: and hf:")
     texts = {} if prompts is None else {"prompts": prompts, "templates": templates}
     try:
-        model, preprocess, names = _load_from(kind, name, weights, texts, options)
+        model, prepared, names = _load_from(kind, name, weights, texts, options)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
     if class_names is not None:
         names = tuple(class_names)
-    classifier = _torch_classifier(spec, _moved(model, device), preprocess, names)
+    classifier = _torch_classifier(spec, _moved(model, device), prepared, names)
     if names is not None and len(names) != classifier.num_classes:
         raise InputError(
             f"{len(names)} class names given for a model of {classifier.num_classes} classes"
         )
     return classifier
+
+
+def is_onnx(spec: str) -> bool:
+    """Whether `load` takes it for an ONNX file; the demo model is one."""
+    return spec == "demo" or spec.lower().endswith(".onnx")
 
 
 _EXTRAS = {
@@ -266,36 +292,26 @@ def _source_name(source: ImageSource, number: int) -> str:
     return f"image-{number}" if isinstance(source, np.ndarray) else str(source)
 
 
-def _load_demo() -> Classifier:
+def _onnx_classifier(name: str, **options: Any) -> Classifier:
     from vit_reciprocam.onnx.runtime import OnnxExplainer
 
-    model = OnnxExplainer(ASSETS / "demo.onnx")
-
-    def make_explainer(
-        *,
-        method: str = "reciprocam",
-        score: str = "probability",
-        path: str = "auto",
-        **masking: Any,
-    ) -> Explainer:
-        check_choice("method of an exported model", method, ("reciprocam",))
-        for name in masking:
-            check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
-        check_choice("path", path, ("auto", "closed-form"))
-        model.check_settings(Masking(**masking), score)
-        return lambda batch, targets, logits=None: model(batch, targets)
-
-    metadata = model.metadata
-    names = metadata.class_names
+    model = OnnxExplainer(ASSETS / "demo.onnx" if name == "demo" else name, **options)
+    if model.preprocess is None:
+        raise InputError(
+            f"{name} does not say how pictures are prepared for it: pass preprocess="
+            "Preprocess((224, 224), mean=…, std=…) or the name of one, such as 'imagenet', on the "
+            "command line --preprocess imagenet. Its training says which"
+        )
     return Classifier(
-        "demo",
+        name,
         model,
-        metadata.preprocess,
-        len(names),
-        names,
-        make_explainer,
-        predict=lambda batch: model(batch).logits,
-        digest=lambda: hashlib.sha256((ASSETS / "demo.onnx").read_bytes()).hexdigest(),
+        model.preprocess,
+        model.num_classes,
+        model.class_names,
+        model.make_explainer,
+        model.predict,
+        model.digest,
+        model.device,
     )
 
 

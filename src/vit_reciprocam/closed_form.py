@@ -30,11 +30,15 @@ from torch.nn.functional import linear, pad
 from vit_reciprocam.masks import Masking, Place, kernel_window, window_sizes
 from vit_reciprocam.split import Attention, Cut, MeanPool, Readout
 
-__all__ = ["closed_form_rows"]
+__all__ = ["Parts", "closed_form_rows"]
 
 
 def closed_form_rows(
-    cut: Cut, prefix_tokens: int, masking: Masking
+    cut: Cut,
+    prefix_tokens: int,
+    masking: Masking,
+    *,
+    attend: Callable[[Parts, tuple[int, int], str], Tensor] | None = None,
 ) -> Callable[[int, int], Tensor]:
     """Prepare all masks; a function from (start, stop) to the logits of those rows.
 
@@ -44,6 +48,8 @@ def closed_form_rows(
         cut: A cut with a `readout`.
         prefix_tokens: How many tokens stand before the patches.
         masking: What to keep, and where to cut.
+        attend: Parts, grid and kernel -> the readout tokens' heads for row 0 and every mask,
+            (rows, b, r, k, d). By default what is fast in PyTorch.
     """
     readout = cut.readout
     assert readout is not None
@@ -51,9 +57,10 @@ def closed_form_rows(
         means = _means(cut, prefix_tokens, masking)
         return lambda start, stop: readout.finish(means[start:stop])
     tokens = _tokens(cut, prefix_tokens, masking)
-    heads = _joined_heads(readout, tokens, cut.grid, masking)
-    normed = tokens.full[:, : readout.tokens].expand(len(heads), -1, -1, -1)
-    skip = cut.x[:, : readout.tokens].expand(len(heads), -1, -1, -1)
+    parts = _parts(readout, tokens, cut.grid, masking)
+    heads = (attend or _attend)(parts, cut.grid, masking.kernel).flatten(-2).to(tokens.full.dtype)
+    normed = tokens.full[:, : readout.tokens].expand(heads.shape[0], -1, -1, -1)
+    skip = cut.x[:, : readout.tokens].expand(heads.shape[0], -1, -1, -1)
     if not masking.class_token:
         normed = torch.cat([normed[:1], tokens.nothing.expand_as(normed[1:])])
         if masking.layer == "block":
@@ -104,69 +111,38 @@ def _tokens(cut: Cut, prefix: int, masking: Masking) -> _Tokens:
     return _Tokens(full, nothing, lambda level: cut.norm(level * patches), False, prefix)
 
 
-def _joined_heads(
-    readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Masking
-) -> Float[Tensor, "rows b r A"]:
-    """The readout tokens' joined heads for row 0 and every mask."""
-    attention, prefix, window = readout.attention, tokens.prefix, kernel_window(masking.kernel)
-    levels = {place.level for place in window}
+@dataclass(frozen=True)
+class Parts:
+    """What the readout tokens' joined heads are made of, for row 0 and under every mask.
 
-    def relative_value(some: Tensor) -> Tensor:
-        some = some if tokens.linear else some - tokens.nothing
-        return _widen(_heads(attention, linear(some, attention.value.weight)))
-
-    # Row 0 is ordinary attention.
-    v_0 = _widen(_heads(attention, attention.value(tokens.nothing)))
-    u_1 = relative_value(tokens.full)
-    asking = tokens.full[:, : readout.tokens]
-    query = _query(attention, asking)
-    s_1 = _scores(attention, query, tokens.full, prefix)
-    a_1 = _biased(s_1, attention.bias).softmax(dim=1)
-    row_0 = v_0 + torch.einsum("btrk,btkd->brkd", a_1, u_1)
-
-    # The weighted sum of relative values under the masks.
-    if not masking.class_token:
-        query = _query(attention, tokens.nothing.expand_as(asking))
-        s_1 = _scores(attention, query, tokens.full, prefix)
-    a_every = _masked_weights(attention, query, s_1, tokens, grid, masking).unsqueeze(-1).unbind(0)
-    if tokens.linear:
-        u_levels = dict.fromkeys(levels, _framed(u_1[:, prefix:], grid, window, 0.0))
-    else:
-        u_levels = {
-            level: _framed(relative_value(tokens.patches(level)), grid, window, 0.0)
-            for level in levels
-        }
-    rows = v_0[:, :, None, None]  # (b, y, x, r, k, d)
-    if masking.class_token:
-        for a, u in zip(a_every[:prefix], u_1[:, :prefix].unbind(1), strict=True):
-            rows = torch.addcmul(rows, a, u[:, None, None, None])
-    for a, place in zip(a_every[prefix:-1], window, strict=True):
-        u = _moved(u_levels[place.level], place, grid, window)
-        factor = place.level if tokens.linear else 1.0
-        rows = torch.addcmul(rows, a, u.unsqueeze(3), value=factor)
-    every_row = torch.cat([row_0.unsqueeze(0), rows.flatten(1, 2).transpose(0, 1)])
-    return every_row.flatten(-2).to(tokens.full.dtype)
-
-
-def _masked_weights(
-    attention: Attention,
-    query: Float[Tensor, "b r k d"],
-    s_1: Float[Tensor, "b t r k"],
-    tokens: _Tokens,
-    grid: tuple[int, int],
-    masking: Masking,
-) -> Float[Tensor, "entries b y x r k"]:
-    """Attention weights under each mask: of the prefix, the window's places, all outside as one.
-
-    Args:
-        attention: The attention.
-        query: What asks under the masks.
-        s_1: Its scores of all tokens as they are, without the bias.
-        tokens: The tokens at every level.
-        grid: Patch grid (h, w).
-        masking: The masks.
+    Attributes:
+        v_0: (1, 1, k, d), the value of any token at level 0.
+        u: (b, t, k, d), relative values of the tokens as they are.
+        u_levels: Level -> (b, n, k, d), relative values of the patches at it; at 1.0 alone where
+            `linear`.
+        linear: Whether those at a level are level times those at 1.
+        s: (b, t, r, k), scores of the tokens as they are: row 0.
+        s_prefix: (b, p, r, k), scores of the prefix under the masks.
+        s_levels: Level -> (b, n, r, k), scores of the patches at it.
+        s_outside: (b or 1, 1 or n, r, k), scores of the patches at level 0: one for all, unless
+            their position matters.
+        prefix: Whether the prefix is kept, at level 1.
     """
-    prefix, window = tokens.prefix, kernel_window(masking.kernel)
+
+    v_0: Tensor
+    u: Tensor
+    u_levels: dict[float, Tensor]
+    linear: bool
+    s: Tensor
+    s_prefix: Tensor
+    s_levels: dict[float, Tensor]
+    s_outside: Tensor
+    prefix: bool
+
+
+def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Masking) -> Parts:
+    attention, prefix = readout.attention, tokens.prefix
+    levels = sorted({place.level for place in kernel_window(masking.kernel)})
     prefix_bias = None if attention.bias is None else attention.bias[:prefix]
     patch_bias = None if attention.bias is None else attention.bias[prefix:]
     rotated = attention.rotate is not None
@@ -176,38 +152,86 @@ def _masked_weights(
         and not (rotated and attention.key.bias is not None)
     )
 
+    def relative_value(some: Tensor) -> Tensor:
+        some = some if tokens.linear else some - tokens.nothing
+        return _widen(_heads(attention, linear(some, attention.value.weight)))
+
     def nothing(count: int) -> Tensor:
-        return tokens.nothing.expand(s_1.shape[0], count, -1)
+        return tokens.nothing.expand(tokens.full.shape[0], count, -1)
 
-    # The prefix.
+    u = relative_value(tokens.full)
+    if tokens.linear:
+        u_levels = {1.0: u[:, prefix:]}
+    else:
+        u_levels = {level: relative_value(tokens.patches(level)) for level in levels}
+
+    asking = tokens.full[:, : readout.tokens]
+    query = _query(attention, asking)
+    s_1 = _scores(attention, query, tokens.full, prefix)
+    s = _biased(s_1, attention.bias)
     if masking.class_token:
-        s_prefix = _biased(s_1[:, :prefix], prefix_bias)
+        s_prefix = s_1[:, :prefix]
     else:
-        s_prefix = _biased(_scores(attention, query, nothing(prefix), prefix), prefix_bias)
-
-    # The places of the window.
-    s_levels = {}
-    for level in {place.level for place in window}:
-        if linear_scores:
-            s = level * s_1[:, prefix:]
-        else:
-            s = _scores(attention, query, tokens.patches(level), 0)
-        s_levels[level] = _framed(_biased(s, patch_bias), grid, window, float("-inf"))
-
-    # All patches outside: alike, unless their position matters.
+        query = _query(attention, tokens.nothing.expand_as(asking))
+        s_1 = _scores(attention, query, tokens.full, prefix)
+        s_prefix = _scores(attention, query, nothing(prefix), prefix)
+    s_levels = {
+        level: level * s_1[:, prefix:]
+        if linear_scores
+        else _scores(attention, query, tokens.patches(level), 0)
+        for level in levels
+    }
     if linear_scores:
-        s_0 = torch.zeros_like(s_1[:, :1])
+        s_outside = torch.zeros_like(s_1[:, :1])
     else:
-        s_0 = _scores(attention, query, nothing(grid[0] * grid[1] if rotated else 1), 0)
-    s_0 = _biased(s_0, patch_bias)
-    if s_0.shape[1] == 1:
-        count = torch.from_numpy(grid[0] * grid[1] - window_sizes(grid, masking.kernel))
-        s_outside = s_0[:, None] + count.to(s_0).log()[:, :, None, None]
+        s_outside = _scores(attention, query, nothing(grid[0] * grid[1] if rotated else 1), 0)
+    return Parts(
+        v_0=_widen(_heads(attention, attention.value(tokens.nothing))),
+        u=u,
+        u_levels=u_levels,
+        linear=tokens.linear,
+        s=s,
+        s_prefix=_biased(s_prefix, prefix_bias),
+        s_levels={level: _biased(some, patch_bias) for level, some in s_levels.items()},
+        s_outside=_biased(s_outside, patch_bias),
+        prefix=masking.class_token,
+    )
+
+
+def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "rows b r k d"]:
+    """The readout tokens' heads for row 0, which is ordinary attention, and under every mask."""
+    window = kernel_window(kernel)
+    row_0 = parts.v_0 + torch.einsum("btrk,btkd->brkd", parts.s.softmax(dim=1), parts.u)
+    prefix = parts.s_prefix.shape[1]
+    a_every = _masked_weights(parts, grid, kernel).unsqueeze(-1).unbind(0)
+    rows = parts.v_0[:, :, None, None]  # (b, y, x, r, k, d)
+    if parts.prefix:
+        for a, u in zip(a_every[:prefix], parts.u[:, :prefix].unbind(1), strict=True):
+            rows = torch.addcmul(rows, a, u[:, None, None, None])
+    framed = {level: _framed(u, grid, window, 0.0) for level, u in parts.u_levels.items()}
+    for a, place in zip(a_every[prefix:-1], window, strict=True):
+        of, factor = (1.0, place.level) if parts.linear else (place.level, 1.0)
+        u = _moved(framed[of], place, grid, window)
+        rows = torch.addcmul(rows, a, u.unsqueeze(3), value=factor)
+    return torch.cat([row_0.unsqueeze(0), rows.flatten(1, 2).transpose(0, 1)])
+
+
+def _masked_weights(
+    parts: Parts, grid: tuple[int, int], kernel: str
+) -> Float[Tensor, "entries b y x r k"]:
+    """Attention weights under each mask: of the prefix, the window's places, all outside as one."""
+    window = kernel_window(kernel)
+    s_levels = {
+        level: _framed(s, grid, window, float("-inf")) for level, s in parts.s_levels.items()
+    }
+    if parts.s_outside.shape[1] == 1:
+        count = torch.from_numpy(grid[0] * grid[1] - window_sizes(grid, kernel))
+        s_outside = parts.s_outside[:, None] + count.to(parts.s_outside).log()[:, :, None, None]
     else:
-        s_outside = _log_sum_outside(s_0.unflatten(1, grid), window)
+        s_outside = _log_sum_outside(parts.s_outside.unflatten(1, grid), window)
 
     every = [
-        *s_prefix[:, None, None].unbind(3),
+        *parts.s_prefix[:, None, None].unbind(3),
         *(_moved(s_levels[place.level], place, grid, window) for place in window),
         s_outside,
     ]

@@ -35,7 +35,9 @@ LIBRARIES = (
     "timm",
     "transformers",
     "open_clip_torch",
+    "onnx",
     "onnxruntime",
+    "openvino",
     "grad-cam",
     "captum",
 )

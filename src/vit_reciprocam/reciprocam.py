@@ -38,7 +38,7 @@ from vit_reciprocam.masks import Masking, mask_matrix
 from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.targets import resolve_targets
 
-__all__ = ["ReciproCAM", "direct_rows", "reciprocam"]
+__all__ = ["ReciproCAM", "direct_rows", "reciprocam", "under_masks"]
 
 _NOT_FINITE = (
     "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
@@ -283,22 +283,33 @@ def _default_limit(device: torch.device, path: str) -> int:
 
 def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
     """The definition, H once a mask; the same rows as `closed_form_rows`."""
-    x, at_norm = cut.x, masking.layer != "block"
-    tokens = cut.norm(x) if at_norm else x
+    run = under_masks(cut, masking)
 
     def rows(start: int, stop: int) -> Tensor:
         patches = range(max(start, 1) - 1, stop - 1)
         masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
         if start == 0:
             masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
-        masked = (tokens * _shaped(torch.from_numpy(masks).to(x), cut)).flatten(0, 1)
-        if at_norm:
-            logits = cut.rest(masked, x.repeat(stop - start, *(1,) * (x.ndim - 1)))
-        else:
-            logits = cut.rest(cut.norm(masked), masked)
-        return logits.view(stop - start, len(x), -1)
+        return run(torch.from_numpy(masks).to(cut.x))
 
     return rows
+
+
+def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
+    """H as a function of masks (M, T), which gives the logits (M, B, C)."""
+    x, at_norm = cut.x, masking.layer != "block"
+    tokens = cut.norm(x) if at_norm else x
+
+    def run(masks: Float[Tensor, "M T"]) -> Tensor:
+        masked = (tokens * _shaped(masks, cut)).flatten(0, 1)
+        if at_norm:
+            logits = cut.rest(masked, x.repeat(masks.shape[0], *(1,) * (x.ndim - 1)))
+        else:
+            logits = cut.rest(cut.norm(masked), masked)
+        rows: Tensor = logits.unflatten(0, (masks.shape[0], -1))
+        return rows
+
+    return run
 
 
 def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:

@@ -14,6 +14,8 @@ from vit_reciprocam.cli.benchmark import benchmark_command
 from vit_reciprocam.cli.demo import demo_command
 from vit_reciprocam.cli.evaluate import evaluate_command
 from vit_reciprocam.cli.explain import explain_command
+from vit_reciprocam.cli.export import export_command
+from vit_reciprocam.cli.insert import insert_command
 from vit_reciprocam.cli.models import models_command
 from vit_reciprocam.cli.report import report_command
 from vit_reciprocam.cli.reproduce import reproduce_command
@@ -34,6 +36,8 @@ app.command("evaluate")(evaluate_command)
 app.command("benchmark")(benchmark_command)
 app.command("report")(report_command)
 app.command("reproduce")(reproduce_command)
+app.command("export")(export_command)
+app.command("insert")(insert_command)
 app.command("models")(models_command)
 
 

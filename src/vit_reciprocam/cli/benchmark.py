@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vit_reciprocam.benchmark import Row, Spread, benchmark, environment
-from vit_reciprocam.cli.parts import AsJson, Debug, err, errors_in_one_line, out
+from vit_reciprocam.classifier import is_onnx
+from vit_reciprocam.cli.parts import (
+    DEFAULT_MODEL,
+    AsJson,
+    Debug,
+    Device,
+    UsePreprocess,
+    err,
+    errors_in_one_line,
+    out,
+)
 from vit_reciprocam.cli.several import (
     Methods,
     Models,
@@ -28,7 +39,7 @@ from vit_reciprocam.cli.several import (
     load_all,
     parse_options,
 )
-from vit_reciprocam.errors import check_choice
+from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.files import GENERATOR, check_folder, write_atomically
 
 HEADINGS = ("method", "path", "ms", "FPS", "÷ forward", "÷ reciprocam", "peak MiB (added)")
@@ -49,7 +60,7 @@ def benchmark_command(
         list[int] | None, typer.Option(min=1, help="Images in one call; may be given again.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the CPU; by default PyTorch's choice.")
+        int | None, typer.Option(min=1, help="Of the CPU; by default the library's choice.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="In which each call is timed once.")] = 30,
     no_naive: Annotated[
@@ -61,7 +72,19 @@ def benchmark_command(
     destination: Annotated[
         Path | None, typer.Option("--out", help="File for the figures: .md, .csv or .json.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Of PyTorch models: cpu, cuda, mps …")] = "cpu",
+    device: Device = "cpu",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Of ONNX files: onnxruntime (default) or openvino; may be given again."),
+    ] = None,
+    plain: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The untouched model's file, once an ONNX --model in the same order; without it "
+            "it is cut out of the file, where it can be."
+        ),
+    ] = None,
+    preprocess: UsePreprocess = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -81,7 +104,14 @@ def benchmark_command(
             check_choice("the ending of --out", destination.suffix, (".md", ".csv", ".json"))
             check_folder(destination.parent)
         classifiers = load_all(
-            model, weights, random=random, device=device, prompts=prompt, **parse_options(option)
+            model,
+            weights,
+            random=random,
+            device=device,
+            prompts=prompt,
+            backends=backend,
+            onnx={"preprocess": preprocess},
+            **parse_options(option),
         )
         with _live() as update:
             rows = benchmark(
@@ -92,6 +122,7 @@ def benchmark_command(
                 threads=threads,
                 naive=not no_naive,
                 memory=memory,
+                plain=_plain_files(plain, model or [DEFAULT_MODEL], len(backend or [""])),
                 progress=update,
             )
         report = {
@@ -115,6 +146,28 @@ def benchmark_command(
             err.print(f"[red]failed:[/red] {text}", highlight=False, soft_wrap=True)
     if any(row.note for row in rows):
         raise typer.Exit(1 if any(row.ms for row in rows) else 2)
+
+
+def _plain_files(
+    plain: list[Path] | None, models: list[str], backends: int
+) -> list[Path | None] | None:
+    """One for each of the models that `load_all` gives.
+
+    Raises:
+        InputError: If there is not one for each ONNX file.
+    """
+    if not plain:
+        return None
+    count = sum(map(is_onnx, models))
+    if len(plain) != count:
+        raise InputError(
+            f"{len(plain)} --plain for {count} ONNX files: give one for each, in the same order"
+        )
+    files = iter(plain)
+    found: list[Path | None] = []
+    for name in models:
+        found += [next(files)] * backends if is_onnx(name) else [None]
+    return found
 
 
 @contextlib.contextmanager
@@ -149,7 +202,9 @@ def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     for row in rows:
         if row.method == "forward":
             height, width = row.size
-            groups.append((f"{row.model}, {height}×{width} px, batch {row.batch}", []))
+            backend = "" if row.backend == "torch" else f", {row.backend}"
+            title = f"{row.model}{backend}, {height}×{width} px, batch {row.batch}"
+            groups.append((title, []))
         groups[-1][1].append(row)
     return groups
 
@@ -186,15 +241,16 @@ def _digits(value: float) -> str:
 
 def _about(rows: list[Row], report: dict[str, Any]) -> str:
     """The line under the table."""
-    versions, machine = report["environment"]["versions"], report["environment"]
-    runtime = "onnxruntime" if {row.model for row in rows} == {"demo"} else "torch"
+    machine = report["environment"]
+    backends = dict.fromkeys(row.backend for row in rows)
+    runtimes = ", ".join(f"{name} {version(name)}" for name in backends)
     counts = sorted({row.rounds for row in rows if row.rounds})
     times = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0] if counts else 0}"
     processor = machine["processor"]
     devices = ", ".join(dict.fromkeys([*(row.device for row in rows), processor]))
     return (
         f"{devices} ({machine['cores']} cores), {rows[0].threads} threads, {machine['system']}, "
-        f"Python {machine['python']}, {runtime} {versions[runtime]}; medians of {times} rounds in "
+        f"Python {machine['python']}, {runtimes}; medians of {times} rounds in "
         "turn, and what the middle half lies between"
     )
 

@@ -66,7 +66,7 @@ def demo_command(
 
 def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
     """Median milliseconds of the prediction alone and of prediction and maps, measured in turn."""
-    from vit_reciprocam.onnx.runtime import open_session
+    from vit_reciprocam.onnx.sessions import open_session
 
     plain = open_session(ASSETS / "demo-plain.onnx")
     batch = classifier.preprocess(read_image(ASSETS / "demo.png"))[None]

@@ -16,7 +16,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from vit_reciprocam.cli.parts import AsJson, Debug, err, errors_in_one_line, out
+from vit_reciprocam.cli.parts import (
+    AsJson,
+    Debug,
+    Device,
+    Threads,
+    UsePreprocess,
+    err,
+    errors_in_one_line,
+    out,
+)
 from vit_reciprocam.cli.several import (
     Methods,
     Models,
@@ -64,7 +73,15 @@ def evaluate_command(
     boxes: Annotated[
         Path | None, typer.Option(help="Folder of ILSVRC2012's box annotations (XML).")
     ] = None,
-    device: Annotated[str, typer.Option(help="Of PyTorch models: cpu, cuda, mps …")] = "cpu",
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="Of ONNX files: onnxruntime (default) or openvino.")
+    ] = None,
+    threads: Threads = None,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Of OpenVINO: parts of a batch at the same time.")
+    ] = None,
+    preprocess: UsePreprocess = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -80,7 +97,13 @@ def evaluate_command(
     with errors_in_one_line(debug):
         run, protocols = _imported()
         classifiers = load_all(
-            model, weights, device=device, prompts=prompt, **parse_options(option)
+            model,
+            weights,
+            device=device,
+            prompts=prompt,
+            backends=[backend] if backend else None,
+            onnx={"threads": threads, "streams": streams, "preprocess": preprocess},
+            **parse_options(option),
         )
         methods = method or ["reciprocam"]
         with _live(protocols.get_protocol(protocol)) as update:

@@ -12,18 +12,23 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier import SPECS, explain, load, parse_targets
+from vit_reciprocam.classifier import SPECS, explain, is_onnx, load, parse_targets
 from vit_reciprocam.cli.parts import (
     DEFAULT_MODEL,
     DEFAULT_OUT,
     AsJson,
+    ClassNames,
     Debug,
+    Device,
     Out,
+    Threads,
     UseColormap,
+    UsePreprocess,
     err,
     errors_in_one_line,
     out,
     progress,
+    read_lines,
 )
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
 from vit_reciprocam.explanation import MOST_DRAWN, Explanation
@@ -61,13 +66,28 @@ def explain_command(
             metavar="NAME[:KEY=VALUE,…]", help=f"With its settings; of {', '.join(METHODS)}."
         ),
     ] = "reciprocam",
-    kernel: Annotated[str, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = "gaussian",
-    class_token: Annotated[bool, typer.Option(help="Keep the class token under the masks.")] = True,
-    layer: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = "norm1",
+    kernel: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(KERNELS)}; default: the first.")
+    ] = None,
+    class_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--class-token/--no-class-token", help="Keep the class token under the masks (default)."
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(LAYERS)}; default: the first.")
+    ] = None,
     destination: Out = DEFAULT_OUT,
     colormap: UseColormap = "viridis",
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the map on the picture.")] = 0.55,
-    device: Annotated[str, typer.Option(help="Of a PyTorch model: cpu, cuda, mps …")] = "cpu",
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="Of an ONNX file: onnxruntime (default) or openvino.")
+    ] = None,
+    threads: Threads = None,
+    preprocess: UsePreprocess = None,
+    class_names: ClassNames = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(min=1, help="Refuse pictures with more pixels; default: Pillow's limit."),
@@ -88,13 +108,15 @@ def explain_command(
         if max_pixels is not None:
             PIL.Image.MAX_IMAGE_PIXELS = max_pixels
         check_choice("colormap", colormap, COLORMAPS)
-        settings = _settings(method, {"kernel": kernel, "class_token": class_token, "layer": layer})
+        masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
+        masking = {key: value for key, value in masking.items() if value is not None}
+        settings = _settings(method, masking)
         paths = find_images(images)
         check_folder(destination)
         summary = destination / "explanations.json"
         if summary.exists() and not is_ours(summary):
             raise InputError(f"{summary} is not ours to replace: choose another --out")
-        name = model.partition(":")[2]
+        name = "" if is_onnx(model) else model.partition(":")[2]
         if name and weights is None and not Path(name).is_dir():
             err.print(
                 f"fetching {model}, or taking it from the cache (--weights FILE needs no network)",
@@ -102,7 +124,19 @@ def explain_command(
                 markup=False,
                 soft_wrap=True,
             )
-        classifier = load(model, weights=weights, prompts=prompt, device=device)
+        classifier = load(
+            model,
+            weights=weights,
+            prompts=prompt,
+            device=device,
+            backend=backend,
+            threads=threads,
+            preprocess=preprocess,
+            class_names=None if class_names is None else read_lines(class_names),
+        )
+        if settings["method"] == "reciprocam":
+            usual = classifier.model.metadata.masking if is_onnx(model) else Masking()
+            settings = {"method": "reciprocam", **dataclasses.asdict(usual), **settings}
         classifier.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
@@ -137,8 +171,9 @@ def _settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
     """
     spec = MethodSpec.parse(method)
     if spec.name == "reciprocam":
-        return {"method": spec.name, **dataclasses.asdict(Masking(**masking)), **spec.settings}
-    if Masking(**masking) != Masking():
+        Masking(**masking)
+        return {"method": spec.name, **masking, **spec.settings}
+    if masking:
         raise InputError(
             f"--kernel, --class-token and --layer are settings of reciprocam, not of {spec.name}: "
             f"give its own as --method {spec.name}:KEY=VALUE"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vit_reciprocam.errors import ReciproCAMError
+from vit_reciprocam.errors import InputError, ReciproCAMError
+from vit_reciprocam.masks import KERNELS
+from vit_reciprocam.presets import PRESETS
 from vit_reciprocam.render import COLORMAPS
 
 out = Console()
@@ -25,6 +28,42 @@ DEFAULT_OUT = Path("vit-reciprocam-out")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, mps … of a PyTorch model; of an ONNX file an execution provider such as "
+        "cuda, or with OpenVINO its device, such as GPU."
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of the CPU, for ONNX files; default: the runtime's.")
+]
+UsePreprocess = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="NAME[:KEY=VALUE,…]",
+        help=f"For ONNX files that do not say theirs: one of {', '.join(PRESETS)}, and what "
+        "differs, such as imagenet:size=224,crop_pct=0.9.",
+    ),
+]
+UseKernel = Annotated[str, typer.Option("--kernel", help=f"One of {', '.join(KERNELS)}.")]
+ClassToken = Annotated[
+    bool,
+    typer.Option("--class-token/--no-class-token", help="Keep the class token under the masks."),
+]
+FileTargets = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="Whose maps: all, top1, top3 … or input, which adds the input targets.",
+    ),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Only probabilities, no maps scaled to [0, 1].")]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(help="Text file with a class's name a line, instead of the model's own."),
+]
 UseColormap = Annotated[str, typer.Option("--colormap", help=f"One of {', '.join(COLORMAPS)}.")]
 
 
@@ -51,3 +90,29 @@ def progress(items: Sequence[T], what: str) -> Iterator[T]:
     hidden = len(items) < 2 or not err.is_terminal
     with Progress(*columns, console=err, disable=hidden, transient=True) as bar:
         yield from bar.track(items)
+
+
+def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """Of an option's "HEIGHTxWIDTH", or one number for both.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if text is None:
+        return None
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if sides is None:
+        raise InputError(f"{option} must be HEIGHTxWIDTH, such as 384x512; got {text!r}")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def read_lines(file: Path) -> list[str]:
+    """Class names of a text file.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        return file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class-names {file} cannot be read: {error}") from error

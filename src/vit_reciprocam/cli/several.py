@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vit_reciprocam.classifier import SPECS, Classifier, load
+from vit_reciprocam.classifier import SPECS, Classifier, is_onnx, load
 from vit_reciprocam.cli.parts import DEFAULT_MODEL
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS
@@ -55,12 +56,24 @@ def load_all(
     *,
     random: bool = False,
     device: str = "cpu",
+    backends: list[str] | None = None,
+    onnx: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Classifier]:
-    """The models, or the default one, with their weights.
+    """The models, or the default one, with their weights; ONNX files once for each backend.
+
+    Args:
+        models: As `load` takes them.
+        weights: Once a model, or not at all.
+        random: Leave PyTorch models untrained.
+        device: Of all models.
+        backends: Of ONNX files.
+        onnx: Options for `load` that only ONNX files have; None stands for not given.
+        options: For `load`.
 
     Raises:
-        InputError: If there are weights for some of the models only, or beside random ones.
+        InputError: If there are weights for some of the models only, or beside random ones, or
+            options of ONNX files without one.
     """
     names = models or [DEFAULT_MODEL]
     if weights and random:
@@ -72,11 +85,18 @@ def load_all(
         )
     files: list[Any] = [*weights] if weights else [None for _ in names]
     if random:
-        files = [None if name == "demo" else "random" for name in names]
-    return [
-        load(name, weights=file, device=device, **options)
-        for name, file in zip(names, files, strict=True)
-    ]
+        files = [None if is_onnx(name) else "random" for name in names]
+    given = {name: value for name, value in (onnx or {}).items() if value is not None}
+    if (given or backends) and not any(map(is_onnx, names)):
+        wanted = ", ".join(f"--{name}" for name in [*given, *(["backend"] if backends else [])])
+        raise InputError(f"{wanted}: for ONNX files, and no --model is one")
+    found = []
+    for name, file in zip(names, files, strict=True):
+        each: list[dict[str, Any]] = [{}]
+        if is_onnx(name):
+            each = [{**given, "backend": one} for one in backends or ["onnxruntime"]]
+        found += [load(name, weights=file, device=device, **own, **options) for own in each]
+    return found
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:

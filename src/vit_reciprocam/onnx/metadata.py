@@ -1,49 +1,67 @@
-"""What an exported file says of itself, in ONNX's metadata properties."""
+"""What an explained ONNX file says of itself, in ONNX's metadata properties.
+
+Such a file has the model's own outputs and, with h by w patches and K of its C classes,
+
+    saliency  (B, K, h, w)  maps in [0, 1]; absent where the file was asked for raw scores
+    scores    (B, K, h, w)  probability of each class with only that window kept
+    classes   (B, K) int64  which classes these are; absent where K = C
+    targets   (B, K) int64  the input that names them, where `targets` is "input"
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from vit_reciprocam.errors import ModelError
+from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
 
-__all__ = ["Metadata"]
+__all__ = ["Metadata", "check_file_targets"]
 
 _KEY = "vit_reciprocam"
-_SCHEMA = 1
+_SCHEMA = 2
+_TOP = re.compile(r"top([1-9]\d*)")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Name, classes, preprocessing and method of an exported model.
+    """What an explained model is, and how its maps were made.
 
     Attributes:
         name: What the model is called.
-        class_names: One a class.
-        preprocess: What stands before the model.
         masking: What the maps in the graph keep, and where they cut.
-        version: Of this package, which wrote the file.
+        path: By which they are computed: "closed-form" or "direct".
+        targets: Of which classes: "all", "top3" and the like, or "input".
+        images: The input that takes the preprocessed pictures.
+        logits: The output that holds the prediction.
+        class_names: One a class; None where not known.
+        preprocess: What stands before the model; None where not known.
+        versions: Of the libraries that wrote the file.
     """
 
     name: str
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
     masking: Masking
-    version: str
+    path: str
+    targets: str = "all"
+    images: str = "images"
+    logits: str = "logits"
+    class_names: tuple[str, ...] | None = None
+    preprocess: Preprocess | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_properties(self) -> dict[str, str]:
         """As ONNX metadata properties."""
-        values = {
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        values |= {
             "schema": _SCHEMA,
-            "name": self.name,
-            "class_names": list(self.class_names),
-            "preprocess": self.preprocess.to_dict(),
             "masking": dataclasses.asdict(self.masking),
-            "version": self.version,
+            "preprocess": self.preprocess and self.preprocess.to_dict(),
+            "versions": dict(self.versions),
         }
         return {_KEY: json.dumps(values)}
 
@@ -55,17 +73,49 @@ class Metadata:
             ModelError: If this package did not write the file, or a later one did.
         """
         if _KEY not in properties:
-            raise ModelError(f"{file} holds no explanation: it was not written by vit-reciprocam")
-        values = json.loads(properties[_KEY])
-        if values["schema"] != _SCHEMA:
             raise ModelError(
-                f"{file} was written by vit-reciprocam {values['version']}, in a layout that this "
-                "version does not know: upgrade with pip install --upgrade vit-reciprocam"
+                f"{file} holds no explanation. `vit-reciprocam insert {file} explained.onnx` adds "
+                "one to a Vision Transformer's file"
             )
-        return cls(
-            name=values["name"],
-            class_names=tuple(values["class_names"]),
-            preprocess=Preprocess.from_dict(values["preprocess"]),
-            masking=Masking(**values["masking"]),
-            version=values["version"],
+        try:
+            return cls._from_json(json.loads(properties[_KEY]), file)
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(
+                f"{file}: what it says of its explanation cannot be read ({error!r}); write it anew"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any], file: str) -> Metadata:
+        if values["schema"] != _SCHEMA:
+            writer = values.get("versions", {}).get("vit-reciprocam", "of another version")
+            raise ModelError(
+                f"{file} was written by vit-reciprocam {writer}, in a layout that this version "
+                "does not read: write it anew, or install that version"
+            )
+        known = {each.name: values[each.name] for each in dataclasses.fields(cls)}
+        names, preprocess = values["class_names"], values["preprocess"]
+        known |= {
+            "masking": Masking(**values["masking"]),
+            "class_names": None if names is None else tuple(names),
+            "preprocess": None if preprocess is None else Preprocess.from_dict(preprocess),
+        }
+        return cls(**known)
+
+
+def check_file_targets(targets: str) -> int | None:
+    """How many classes a file that is asked for "top3" explains; None for "all" and "input".
+
+    Raises:
+        InputError: If it is none of these.
+    """
+    top = _TOP.fullmatch(targets)
+    if targets in ("all", "input"):
+        return None
+    if not top:
+        raise InputError(
+            f"targets of a file must be 'all', 'top1', 'top2' … or 'input', which adds an input "
+            f"that names the classes; got {targets!r}"
         )
+    return int(top[1])

@@ -1,59 +1,129 @@
-"""Explanations from an exported file through ONNX Runtime: NumPy in, NumPy out, no torch."""
+"""Explanations from a file through ONNX Runtime or OpenVINO: NumPy in, NumPy out, no torch."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.explanation import Explanation, softmax
+from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.metadata import Metadata
+from vit_reciprocam.onnx.header import digest, read_header
+from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
+from vit_reciprocam.onnx.sessions import open_session
+from vit_reciprocam.presets import parse_preprocess
 from vit_reciprocam.targets import resolve_targets
 
-__all__ = ["OnnxExplainer", "open_session"]
-
-
-def open_session(
-    path: str | os.PathLike[str], *, threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU.
-
-    Args:
-        path: An ONNX file.
-        threads: Inside an operator; None leaves it to ONNX Runtime.
-
-    Raises:
-        ModelError: If the file is missing or is not a valid ONNX file.
-    """
-    if not Path(path).is_file():
-        raise ModelError(f"no such model file: {path}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise ModelError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+__all__ = ["OnnxExplainer"]
 
 
 class OnnxExplainer:
-    """Explains with an exported file; the maps' settings lie in its graph."""
+    """Explains with a file that `export` or `insert` wrote; the maps' settings lie in its graph.
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        """Open a file that this package exported.
+    Attributes:
+        path: The file.
+        metadata: What it says of itself.
+        session: It, in its runtime.
+        preprocess: What stands before the model; None where not known.
+        class_names: One a class; None where not known.
+        num_classes: C.
+        size: (height, width) that the graph takes, None where that is dynamic.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "onnxruntime",
+        device: str = "cpu",
+        threads: int | None = None,
+        streams: int | None = None,
+        preprocess: Preprocess | str | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Open a file, and check that its graph is what its metadata says.
+
+        Args:
+            path: An ONNX file with an explanation.
+            backend: As in `open_session`.
+            device: Likewise.
+            threads: Likewise.
+            streams: Likewise; a batch is spread over them.
+            preprocess: Instead of the file's own, also as text, see `parse_preprocess`.
+            class_names: Instead of the file's own, one a class.
 
         Raises:
-            ModelError: If it cannot be loaded or holds no explanation.
+            ModelError: If it cannot be loaded, holds no explanation, or contradicts itself.
+            InputError: If an option does not fit.
         """
-        self.session = open_session(path, threads=threads)
-        properties = self.session.get_modelmeta().custom_metadata_map
-        self.metadata = Metadata.from_properties(properties, file=str(path))
+        self.path = Path(path)
+        self.metadata = Metadata.from_properties(read_header(path).properties, file=str(path))
+        self.threads, self._streams = threads, streams or 1
+        self._options: dict[str, Any] = {"backend": backend, "device": device, "streams": streams}
+        self.session = open_session(path, threads=threads, **self._options)
+        self._most = check_file_targets(self.metadata.targets)
+        self.size = self._checked_graph()
+        self.num_classes = self._count_classes()
+        self.class_names = self.metadata.class_names if class_names is None else tuple(class_names)
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            if class_names is None:
+                raise self._contradiction(
+                    f"{len(self.class_names)} class names", f"{self.num_classes} classes"
+                )
+            raise InputError(
+                f"{len(self.class_names)} class names given for a model of {self.num_classes} "
+                "classes"
+            )
+        self.preprocess = self._checked_preprocess(preprocess)
+
+    def with_threads(self, threads: int) -> OnnxExplainer:
+        """The same file opened with so many threads."""
+        return OnnxExplainer(
+            self.path,
+            threads=threads,
+            preprocess=self.preprocess,
+            class_names=self.class_names,
+            **self._options,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What `OnnxExplainer` opens the same file with, as plain JSON values."""
+        return {"path": str(self.path), "threads": self.threads, **self._options}
+
+    @property
+    def device(self) -> str:
+        """Runtime and device, such as "openvino CPU"."""
+        return f"{self.session.backend} {self.session.device}"
+
+    def digest(self) -> str:
+        """SHA-256 of the file and of those that hold its weights."""
+        return digest(self.path)
+
+    def make_explainer(
+        self,
+        *,
+        method: str = "reciprocam",
+        score: str = "probability",
+        path: str = "auto",
+        **masking: Any,
+    ) -> Callable[..., Explanation]:
+        """As `Classifier.make_explainer`: the settings can only be those in the graph.
+
+        Raises:
+            InputError: If one differs.
+        """
+        check_choice("method of an ONNX file", method, ("reciprocam",))
+        for name in masking:
+            check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
+        check_choice("path", path, ("auto", self.metadata.path))
+        self.check_settings(Masking(**masking) if masking else self.metadata.masking, score)
+        return self
 
     def check_settings(self, masking: Masking, score: str) -> None:
         """Refuse settings other than those in the graph.
@@ -64,33 +134,51 @@ class OnnxExplainer:
         have = self.metadata.masking
         if masking != have or score != "probability":
             raise InputError(
-                f"the maps of model {self.metadata.name!r} were fixed when it was exported: "
+                f"the maps of model {self.metadata.name!r} were fixed when its file was written: "
                 f"kernel={have.kernel!r}, class_token={have.class_token}, layer={have.layer!r}, "
-                "score='probability'. For other settings explain the PyTorch model, for example "
-                "--model timm:NAME"
+                "score='probability'. Write the file anew with other settings, or explain the "
+                "PyTorch model, for example --model timm:NAME"
             )
 
-    def __call__(self, images: np.ndarray, targets: Any = None) -> Explanation:
-        """Explain a batch: float32 (B, 3, H, W), preprocessed; targets as in `ReciproCAM`.
+    # --- running --------------------------------------------------------------------------
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Logits (B, C) float32 of a preprocessed batch.
 
         Raises:
-            InputError: If the images or targets do not fit the model.
+            InputError: If the images do not fit the model.
         """
-        size = self.metadata.preprocess.size
-        if images.ndim != 4 or images.shape[1:] != (3, *size) or not len(images):
-            raise InputError(f"images must be (B, 3, {size[0]}, {size[1]}), got {images.shape}")
-        if not np.isfinite(images).all():
-            raise InputError("images hold NaN or infinity")
-        logits, scores = self.session.run(
-            ["logits", "scores"], {"images": images.astype(np.float32)}
-        )
-        chosen = resolve_targets(targets, logits)
+        feeds = {self.metadata.images: self._checked_images(images)}
+        if self.metadata.targets == "input":
+            feeds["targets"] = np.zeros((len(images), 1), np.int64)
+        (logits,) = self._run([self.metadata.logits], feeds)
+        return _as_logits(logits)
+
+    def __call__(
+        self, images: np.ndarray, targets: Any = None, logits: np.ndarray | None = None
+    ) -> Explanation:
+        """Explain a batch: float32 (B, 3, H, W), preprocessed; targets as in `ReciproCAM`.
+
+        Args:
+            images: The batch.
+            targets: Of a file that explains the top classes only, these.
+            logits: Of the images where they are known: it spares a file with an input for targets
+                the run that finds each image's top classes.
+
+        Raises:
+            InputError: If the images or targets do not fit the model or the file.
+        """
+        images = self._checked_images(images)
+        if self.metadata.targets == "input":
+            logits, scores, chosen = self._run_for(images, targets, logits)
+        else:
+            logits, scores, chosen = self._run_and_pick(images, targets)
         return Explanation(
-            scores=np.take_along_axis(scores, chosen[:, :, None, None], axis=1),
+            scores=scores.astype(np.float32, copy=False),
             logits=logits,
             probs=softmax(logits),
             targets=chosen,
-            path="closed-form",
+            path=self.metadata.path,
             settings={
                 "method": "reciprocam",
                 "model": self.metadata.name,
@@ -98,5 +186,148 @@ class OnnxExplainer:
                 "class_token": self.metadata.masking.class_token,
                 "layer": self.metadata.masking.layer,
                 "score": "probability",
+                "backend": self.session.backend,
             },
         )
+
+    def _run_for(
+        self, images: np.ndarray, targets: Any, logits: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a file with an input for targets: logits, scores, targets."""
+        if targets is None or callable(targets):
+            logits = self.predict(images) if logits is None else logits
+        chosen = resolve_targets(
+            targets, np.empty((len(images), self.num_classes)) if logits is None else logits
+        )
+        feeds = {self.metadata.images: images, "targets": chosen}
+        logits, scores = self._run([self.metadata.logits, "scores"], feeds)
+        return _as_logits(logits), scores, chosen
+
+    def _run_and_pick(
+        self, images: np.ndarray, targets: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a file that has chosen its classes: logits, scores, targets."""
+        names = [self.metadata.logits, "scores"] + ["classes"] * (self._most is not None)
+        logits, scores, *classes = self._run(names, {self.metadata.images: images})
+        logits = _as_logits(logits)
+        chosen = resolve_targets(targets, logits)
+        if not classes:
+            if isinstance(targets, str):  # all of them, as they are
+                return logits, scores, chosen
+            places = chosen
+        else:
+            found = chosen[:, :, None] == classes[0][:, None, :]
+            missing = np.argwhere(~found.any(axis=2))
+            if len(missing):
+                image, column = missing[0]
+                raise InputError(
+                    f"class {chosen[image, column]} is not among the {self._most} most probable of "
+                    f"image {image}, {classes[0][image].tolist()}, and {self.path} explains no "
+                    "others: ask for these (top=, on the command line --target top"
+                    f"{self._most}), or write the file anew for all classes or with them as an "
+                    "input"
+                )
+            places = found.argmax(axis=2)
+        return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
+
+    def _run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a batch, in pieces where the graph's batch is static or there are streams."""
+        count = len(feeds[self.metadata.images])
+        fixed = self.session.inputs[self.metadata.images].shape[0]
+        step = fixed or math.ceil(count / self._streams)
+        pieces = []
+        for start in range(0, count, step):
+            piece = {name: value[start : start + step] for name, value in feeds.items()}
+            if fixed and start + step > count:
+                rows = np.arange(step).clip(0, count - start - 1)  # the last image again
+                piece = {name: value[rows] for name, value in piece.items()}
+            pieces.append(piece)
+        results = self.session.run_all(names, pieces)
+        if len(results) == 1:
+            return [values[:count] for values in results[0]]
+        return [np.concatenate(parts)[:count] for parts in zip(*results, strict=True)]
+
+    # --- checks ---------------------------------------------------------------------------
+
+    def _checked_images(self, images: np.ndarray) -> np.ndarray:
+        height, width = self.size or (None, None)
+        fits = images.ndim == 4 and len(images) and images.shape[1] == 3
+        if not fits or (self.size and images.shape[2:] != self.size):
+            want = f"(B, 3, {height or 'H'}, {width or 'W'})"
+            raise InputError(f"images must be {want}, got {images.shape}")
+        if not np.isfinite(images).all():
+            raise InputError("images hold NaN or infinity")
+        return images.astype(self.session.inputs[self.metadata.images].dtype, copy=False)
+
+    def _checked_preprocess(self, given: Preprocess | str | None) -> Preprocess | None:
+        if isinstance(given, str):
+            given = parse_preprocess(given, size=self.size)
+        own = self.metadata.preprocess
+        if own is not None and self.size and own.size != self.size:
+            raise self._contradiction(f"pictures of {own.size}", f"{self.size}")
+        if given is not None and self.size and given.size != self.size:
+            raise InputError(
+                f"{self.path} takes pictures of {self.size[0]}x{self.size[1]} pixels and no "
+                f"others; preprocess gives {given.size[0]}x{given.size[1]}"
+            )
+        return own if given is None else given
+
+    def _checked_graph(self) -> tuple[int, int] | None:
+        """The size that it takes.
+
+        Raises:
+            ModelError: If inputs and outputs are not what the metadata says.
+        """
+        about, inputs, outputs = self.metadata, self.session.inputs, self.session.outputs
+        wanted, needed = {about.images}, {about.logits, "scores"}
+        if about.targets == "input":
+            wanted.add("targets")
+        if self._most is not None:
+            needed.add("classes")
+        if set(inputs) != wanted:
+            raise self._contradiction(f"inputs {sorted(wanted)}", f"{sorted(inputs)}")
+        if not needed <= set(outputs):
+            raise self._contradiction(f"outputs {sorted(needed)}", f"{sorted(outputs)}")
+        images, scores = inputs[about.images], outputs["scores"]
+        if len(images.shape) != 4 or images.shape[1] not in (3, None) or images.dtype.kind != "f":
+            raise self._contradiction(
+                f"pictures (B, 3, H, W) as floats in {about.images!r}",
+                f"{images.dtype} of {images.shape}",
+            )
+        classes = outputs[about.logits].shape[-1]
+        kept = {"all": classes, "input": None}.get(about.targets, self._most)
+        if len(scores.shape) != 4 or (
+            kept is not None and scores.shape[1] is not None and scores.shape[1] != kept
+        ):
+            raise self._contradiction(f"scores of {kept} classes", f"scores of {scores.shape}")
+        height, width = images.shape[2:]
+        return None if height is None or width is None else (height, width)
+
+    def _count_classes(self) -> int:
+        shape = self.session.outputs[self.metadata.logits].shape
+        if len(shape) == 2 and shape[1] is not None:
+            return shape[1]
+        if self.metadata.class_names is not None:
+            return len(self.metadata.class_names)
+        own = self.metadata.preprocess
+        size = self.size or (None if own is None else own.size)
+        if size is None:
+            raise ModelError(
+                f"{self.path} says neither how many classes nor what size of picture it takes"
+            )
+        return int(self.predict(np.zeros((1, 3, size[0], size[1]), np.float32)).shape[1])
+
+    def _contradiction(self, said: str, found: str) -> ModelError:
+        return ModelError(
+            f"{self.path}: metadata and graph contradict each other: {said} by the metadata, "
+            f"{found} in the graph. Write the file anew"
+        )
+
+
+def _as_logits(prediction: np.ndarray) -> np.ndarray:
+    """Float32; of a graph that ends in a softmax the logarithm, which has the same softmax."""
+    values = prediction.astype(np.float32, copy=False)
+    sums = values.sum(axis=1)
+    if values.shape[1] > 1 and values.min() >= 0 and np.allclose(sums, 1, rtol=0, atol=1e-3):
+        return np.log(np.maximum(values, np.finfo(np.float32).tiny))
+    return values

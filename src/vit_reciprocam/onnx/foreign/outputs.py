@@ -1,0 +1,58 @@
+"""Nodes that make an explained file's outputs of the logits under all masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from vit_reciprocam.onnx.foreign.branch import Branch
+from vit_reciprocam.onnx.foreign.reading import Reading
+from vit_reciprocam.onnx.metadata import check_file_targets
+
+__all__ = ["append_outputs"]
+
+
+def append_outputs(
+    branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    """Scores, maps and classes as `onnx.metadata` names them, of logits (B, N, C) under all masks.
+
+    Returns:
+        The inputs and the outputs that come beside the graph's own.
+    """
+    top = check_file_targets(targets)
+    batch = reading.batch or "batch"
+    inputs, outputs = [], []
+    probabilities = logits if reading.is_softmax else branch.op("Softmax", logits, axis=-1)
+    scores = branch.op("Transpose", probabilities, perm=[0, 2, 1])
+    count: int | str = reading.classes
+    if targets != "all":
+        count = top or "targets"
+        chosen = helper.make_tensor_value_info("targets", onnx.TensorProto.INT64, [batch, count])
+        if top:
+            most = branch.op("Cast", reading.logits, to=onnx.TensorProto.FLOAT)
+            branch.top(most, top, indices="classes")
+            chosen.name = "classes"
+            outputs.append(chosen)
+        else:
+            inputs.append(chosen)
+        index = branch.op("Reshape", chosen.name, branch.ints(0, -1, 1))
+        patches = reading.grid[0] * reading.grid[1]
+        index = branch.op("Expand", index, branch.ints(1, 1, patches))
+        scores = branch.op("GatherElements", scores, index, axis=1)
+    dims = [batch, count, *reading.grid]
+    shape = branch.ints(0, -1, *reading.grid)
+    branch.op("Reshape", scores, shape, name="scores")
+    outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
+    if not raw:
+        low, high = branch.reduce("ReduceMin", scores, 2), branch.reduce("ReduceMax", scores, 2)
+        spread = branch.op("Sub", high, low)
+        least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
+        differs = branch.op("Greater", spread, least)
+        stretch = branch.op("Reciprocal", spread)
+        stretch = branch.op("Where", differs, stretch, branch.floats(0.0))
+        maps = branch.op("Mul", branch.op("Sub", scores, low), stretch)
+        branch.op("Reshape", maps, shape, name="saliency")
+        outputs.insert(0, helper.make_tensor_value_info("saliency", onnx.TensorProto.FLOAT, dims))
+    return inputs, outputs

@@ -1,0 +1,78 @@
+"""ONNX files read and written, with weights that lie beside them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PurePosixPath
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper
+
+from vit_reciprocam.errors import ModelError
+from vit_reciprocam.files import write_atomically
+
+__all__ = ["load_model", "save_model"]
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """A model; weights that lie beside the file stay there.
+
+    Raises:
+        ModelError: If there is no such file, it is no ONNX file or cut short, or weights beside it
+            are missing or lie outside its folder.
+    """
+    if not path.is_file():
+        raise ModelError(f"no such model file: {path}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ModelError(f"{path} is not an ONNX file, or was cut short") from error
+    if not model.graph.node or not model.opset_import:
+        raise ModelError(f"{path} is not an ONNX file, or was cut short")
+    folder = path.parent.resolve()
+    for tensor in _external(model):
+        place = _location(tensor)
+        target = (folder / place).resolve()
+        if PurePosixPath(place).is_absolute() or not target.is_relative_to(folder):
+            raise ModelError(f"{path} asks for weights outside its folder: {place!r}; refused")
+        if not target.is_file():
+            raise ModelError(f"{path} needs the file {place!r} beside it, which is missing")
+    return model
+
+
+def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
+    """Write a model whole or not at all; weights beside the old file are copied beside the new one.
+
+    Args:
+        model: Its external weights lie in `folder`.
+        path: The file to write.
+        folder: Of the file that it was made from.
+    """
+    places = sorted({_location(tensor) for tensor in _external(model)})
+    names = {
+        place: place if path.parent.resolve() == folder.resolve() else f"{path.name}.{number}.data"
+        for number, place in enumerate(places)
+    }
+    for place, name in names.items():
+        if name != place:
+            partial = path.parent / f"{name}.partial"
+            try:
+                shutil.copyfile(folder / place, partial)
+                partial.replace(path.parent / name)
+            finally:
+                partial.unlink(missing_ok=True)
+    for tensor in _external(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = names[entry.value]
+    write_atomically(path, model.SerializeToString())
+
+
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    tensors = external_data_helper._get_all_tensors(model)
+    return [tensor for tensor in tensors if external_data_helper.uses_external_data(tensor)]
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")

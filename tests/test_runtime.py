@@ -1,0 +1,599 @@
+"""Files run without torch: each form in each runtime, options, files that are none, small types."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
+
+import vit_reciprocam as vr
+from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.cli import app
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
+from vit_reciprocam.images import read_image
+from vit_reciprocam.onnx.export import export_plain
+from vit_reciprocam.onnx.header import digest, read_header
+from vit_reciprocam.onnx.insert import insert
+from vit_reciprocam.onnx.runtime import OnnxExplainer
+from vit_reciprocam.onnx.sessions import open_session
+from vit_reciprocam.presets import parse_preprocess
+from vit_reciprocam.scenes import CLASSES, draw_scene
+
+ROOT = Path(__file__).parents[1]
+RUN = (ROOT / "docs" / "onnx.md").read_text().split("\n## Run\n")[1].split("\n## ")[0]
+BACKENDS = ["onnxruntime", "openvino"]
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    sys.path.insert(0, str(ROOT / "training"))
+    try:
+        from train_demo import ARCHITECTURE
+    finally:
+        sys.path.remove(str(ROOT / "training"))
+    model = VisionTransformer(**ARCHITECTURE).eval()
+    model.load_state_dict(load_file(ROOT / "training" / "demo.safetensors"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def preprocess():
+    return vr.load("demo").preprocess
+
+
+@pytest.fixture(scope="module")
+def images(preprocess):
+    return np.stack([preprocess(draw_scene(seed).image) for seed in range(5)])
+
+
+@pytest.fixture(scope="module")
+def expected(model, images):
+    """Of all classes, by PyTorch."""
+    return vr.ReciproCAM(model)(torch.from_numpy(images), "all")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, preprocess):
+    """The demo's plain file with each form of explanation, and a batch that is fixed."""
+    folder = tmp_path_factory.mktemp("files")
+    forms = {"all": {}, "top3": {"targets": "top3", "raw": True}, "input": {"targets": "input"}}
+    for name, options in forms.items():
+        insert(
+            ASSETS / "demo-plain.onnx",
+            folder / f"{name}.onnx",
+            class_names=list(CLASSES),
+            preprocess=preprocess,
+            **options,
+        )
+        for batch in (1, 2):
+            fixed = onnx.load(folder / f"{name}.onnx")
+            for value in (*fixed.graph.input, *fixed.graph.output):
+                value.type.tensor_type.shape.dim[0].dim_value = batch
+            onnx.save(fixed, folder / f"{name}-{batch}.onnx")
+    return folder
+
+
+def agree(e, expected):
+    np.testing.assert_allclose(e.logits, expected.logits, rtol=0, atol=1e-4)
+    wanted = np.take_along_axis(expected.scores, e.targets[:, :, None, None], axis=1)
+    np.testing.assert_allclose(e.scores, wanted, rtol=0, atol=1e-5)
+    assert (e.logits.dtype, e.scores.dtype, e.targets.dtype) == (np.float32, np.float32, np.int64)
+
+
+# --- every form ----------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("batch", ["", "-1", "-2"])
+@pytest.mark.parametrize("form", ["all", "top3", "input"])
+def test_every_form_gives_pytorchs_scores(files, images, expected, backend, form, batch):
+    explainer = OnnxExplainer(files / f"{form}{batch}.onnx", backend=backend)
+    ranked = np.argsort(-expected.logits, axis=1)
+    for targets, chosen in (
+        (None, ranked[:, :1]),
+        (ranked[:, 1], ranked[:, 1:2]),
+        (ranked[:, [2, 0]], ranked[:, [2, 0]]),
+        (lambda logits: np.argsort(-logits)[:, :3], ranked[:, :3]),
+    ):
+        e = explainer(images, targets)
+        assert e.targets.tolist() == chosen.tolist()
+        agree(e, expected)
+    np.testing.assert_allclose(explainer.predict(images), expected.logits, rtol=0, atol=1e-4)
+    if form != "top3":
+        agree(explainer(images, "all"), expected)
+
+
+def test_known_logits_spare_a_run(files, images, expected):
+    explainer = OnnxExplainer(files / "input.onnx")
+    shifted = np.roll(expected.logits, 1, axis=1)
+    e = explainer(images, logits=shifted)
+    assert e.targets.tolist() == shifted.argmax(axis=1)[:, None].tolist(), "taken at their word"
+    agree(e, expected)
+
+
+def test_classes_that_a_file_does_not_explain(files, images, expected):
+    explainer = OnnxExplainer(files / "top3.onnx")
+    last = int(expected.logits[0].argmin())
+    with pytest.raises(
+        InputError, match=rf"class {last} is not among the 3 most probable of image"
+    ):
+        explainer(images, last)
+    with pytest.raises(InputError, match="ask for these"):
+        explainer(images, "all")
+    with pytest.raises(UnknownClassError, match="class 12 does not exist"):
+        OnnxExplainer(files / "input.onnx")(images, 12)
+    classifier = vr.load(files / "top3.onnx")
+    picture = draw_scene(0).image
+    assert vr.explain(picture, classifier, top=3).targets.shape == (1, 3)
+    with pytest.raises(InputError, match="on the command line --target top3"):
+        vr.explain(picture, classifier, top=4)
+
+
+@both
+def test_a_file_is_a_classifier_like_any_other(files, preprocess, expected, backend):
+    pictures = [draw_scene(seed).image for seed in range(5)]
+    classifier = vr.load(str(files / "all.onnx"), backend=backend, threads=1)
+    e = vr.explain(pictures, classifier, targets=["fish", "top2"])
+    agree(e, expected)
+    assert classifier.name == e.settings["model"] == str(files / "all.onnx")
+    assert (classifier.num_classes, classifier.class_names) == (12, tuple(CLASSES))
+    assert classifier.preprocess == preprocess
+    assert classifier.device.startswith(f"{backend} CPU")
+    assert (e.path, e.settings["backend"], e.names[0][0]) == ("closed-form", backend, "fish")
+    np.testing.assert_allclose(
+        e.maps,
+        vr.explain(pictures, vr.load(files / "all-2.onnx"), targets=["fish", "top2"]).maps,
+        rtol=0,
+        atol=2e-3,
+    )
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_several_streams_share_a_batch(files, images, expected):
+    for name in ("all", "all-2", "input"):
+        explainer = OnnxExplainer(files / f"{name}.onnx", backend="openvino", streams=2)
+        agree(explainer(images, "all"), expected)
+    with pytest.raises(InputError, match="streams are OpenVINO's"):
+        OnnxExplainer(files / "all.onnx", streams=2)
+
+
+THREADS = """
+import re, sys
+from pathlib import Path
+from vit_reciprocam.onnx.sessions import open_session
+def running():
+    return int(re.findall(r"Threads:\\s*(\\d+)", Path("/proc/self/status").read_text())[0])
+import onnxruntime
+before = running()
+session = open_session(sys.argv[1], backend=sys.argv[2], threads=int(sys.argv[3]))
+print(running() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts threads as Linux does")
+def test_threads(files):
+    command = [sys.executable, "-c", THREADS, str(files / "all.onnx"), "onnxruntime"]
+    more = [
+        int(subprocess.run([*command, str(n)], check=True, capture_output=True, text=True).stdout)
+        for n in (1, 3)
+    ]
+    assert more == [0, 2]
+
+
+def test_openvino_computes_in_float32_with_the_threads_that_it_is_told(files, monkeypatch):
+    real, seen = openvino.Core.compile_model, []
+
+    def compile_model(core, path, device, config):
+        seen.append((device, config))
+        return real(core, path, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_model)
+    for device in ("cpu", "AUTO", "HETERO:CPU"):
+        open_session(files / "all.onnx", backend="openvino", device=device, threads=1)
+    assert [device for device, _ in seen] == ["CPU", "AUTO", "HETERO:CPU"]
+    for _, config in seen:
+        assert config["INFERENCE_PRECISION_HINT"] == "f32"
+        assert config["INFERENCE_NUM_THREADS"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "tvm"}, "backend must be one of 'onnxruntime', 'openvino'; got 'tvm'"),
+        ({"device": "TensorrtExecutionProvider"}, "no 'TensorrtExecutionProvider' here; available"),
+        ({"device": "abacus"}, "available: .*CPUExecutionProvider"),
+        ({"device": "abacus", "backend": "openvino"}, "no device 'ABACUS' here; available: .*CPU"),
+        ({"device": "AUTO:ABACUS,CPU", "backend": "openvino"}, "no device 'ABACUS' here"),
+        ({"threads": 0}, "threads must be 1 or more; got 0"),
+        ({"streams": 0, "backend": "openvino"}, "streams must be 1 or more; got 0"),
+        ({"class_names": ["a"]}, "1 class names given for a model of 12 classes"),
+        ({"preprocess": vr.Preprocess((224, 224))}, "112x112 pixels and no others; .* 224x224"),
+        ({"preprocess": "imagenet:size=9"}, "112x112 pixels and no others; preprocess gives 9x9"),
+        ({"preprocess": "image"}, "preprocess must be one of 'imagenet', 'inception', 'clip'"),
+        ({"preprocess": "clip:crop=1"}, "a setting of preprocess must be one of 'crop_pct', "),
+        ({"preprocess": "clip:mean=1/2"}, "mean cannot be '1/2'"),
+        ({"preprocess": "clip:size"}, "expected NAME or NAME:KEY=VALUE"),
+        ({"weights": "w.safetensors"}, "has its own weights and classes: drop --weights"),
+        ({"prompts": ["a cat"]}, "drop --weights and --prompt"),
+        ({"img_size": 224}, "all options but backend, device"),
+    ],
+)
+def test_options_that_do_not_fit(files, options, words):
+    with pytest.raises(InputError, match=words):
+        vr.load(files / "all.onnx", **options)
+
+
+def test_options_of_onnx_files_are_refused_for_others():
+    with pytest.raises(InputError, match="backend, threads: for ONNX files only"):
+        vr.load("timm:test_vit", backend="openvino", threads=2)
+
+
+def test_a_provider_that_does_not_start_is_no_silent_cpu(files, monkeypatch):
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    with pytest.raises(
+        ModelError,
+        match=r"has CUDAExecutionProvider but could not start it, .* on "
+        "CPUExecutionProvider instead",
+    ):
+        vr.load(files / "all.onnx", device="cuda")
+
+
+def test_a_missing_runtime_says_how_to_install_it(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"vit-reciprocam\[openvino\]"):
+        vr.load(files / "all.onnx", backend="openvino")
+
+
+def test_preprocessing_as_text():
+    written = parse_preprocess(
+        "inception:size=384x512,resize=squash,crop_pct=1,mean=0.4", size=(9, 9)
+    )
+    assert written == vr.Preprocess(
+        (384, 512), resize="squash", crop_pct=1.0, mean=(0.4,) * 3, std=(0.5,) * 3
+    )
+    clip = parse_preprocess("clip:std=0.1/0.2/0.3", size=(224, 224))
+    assert (clip.size, clip.std) == ((224, 224), (0.1, 0.2, 0.3))
+    assert clip.mean[0] == pytest.approx(0.48145466)
+    with pytest.raises(
+        InputError, match="has no size, and the file takes any: write clip:size=224"
+    ):
+        parse_preprocess("clip")
+
+
+def test_a_file_that_knows_neither_names_nor_preprocessing(tmp_path, images, preprocess):
+    path = tmp_path / "foreign.onnx"
+    insert(ASSETS / "demo-plain.onnx", path, kernel="dirac")
+    with pytest.raises(InputError, match=r"does not say how pictures .* --preprocess imagenet"):
+        vr.load(path)
+    assert OnnxExplainer(path)(images).scores.shape == (5, 1, 14, 14), "arrays need neither"
+    own = vr.load(
+        path, preprocess="inception:crop_pct=1.0", class_names=[f"k{i}" for i in range(12)]
+    )
+    assert own.preprocess == preprocess
+    e = vr.explain(draw_scene(0).image, own, targets="k3")
+    assert e.names == (("k3",),)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    draw_scene(0).image.save(tmp_path / "scene.png")
+    command = ["explain", tmp_path / "scene.png", "--model", path, "--backend", "openvino"]
+    command += ["--threads", "1", "--preprocess", "inception:crop_pct=1.0", "--json", "--target"]
+    command += ["fish", "--class-names", tmp_path / "names.txt", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.stderr == ""
+    report = json.loads(result.stdout)
+    assert report["settings"]["kernel"] == "dirac", "the file's own, when none is asked for"
+    assert report["images"][0]["targets"][0]["name"] == "fish"
+    result = CliRunner().invoke(app, [*map(str, command), "--kernel", "gaussian"])
+    assert result.exit_code == 2
+    assert "fixed when its file was written: kernel='dirac'" in result.stderr
+
+
+@both
+def test_evaluate_runs_files(files, tmp_path, backend):
+    command = [
+        "evaluate",
+        "scenes:4",
+        "--model",
+        files / "all.onnx",
+        "--backend",
+        backend,
+        "--json",
+    ]
+    command += ["--streams", "2"] if backend == "openvino" else []
+    result = CliRunner().invoke(app, [*map(str, command), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.stderr
+    (about,) = json.loads(result.stdout)["models"].values()
+    assert about["device"].startswith(backend)
+    assert about["weights"] == digest(files / "all.onnx")
+    command[3] = files / "top3.onnx"
+    result = CliRunner().invoke(app, [*map(str, command), "--out", str(tmp_path / "other")])
+    assert result.exit_code == 2
+    assert "cannot explain" in result.stderr
+
+
+def test_a_graph_that_ends_in_a_softmax(tmp_path, images, expected, preprocess):
+    model = onnx.load(ASSETS / "demo-plain.onnx")
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"]))
+    model.graph.output[0].name = "probabilities"
+    onnx.save(model, tmp_path / "plain.onnx")
+    insert(tmp_path / "plain.onnx", tmp_path / "m.onnx", preprocess=preprocess)
+    e = OnnxExplainer(tmp_path / "m.onnx")(images)
+    np.testing.assert_allclose(e.probs, expected.probs, rtol=0, atol=1e-5)
+    assert e.targets.tolist() == expected.probs.argmax(axis=1)[:, None].tolist()
+
+
+# --- files that are none, and that contradict themselves -----------------------------------------
+
+
+@both
+def test_external_data(files, tmp_path, images, expected, backend):
+    path, weights = tmp_path / "m.onnx", tmp_path / "weights" / "m.bin"
+    weights.parent.mkdir()
+    onnx.save(
+        onnx.load(files / "all.onnx"),
+        path,
+        save_as_external_data=True,
+        location="weights/m.bin",
+        size_threshold=1024,
+    )
+    assert read_header(path).external == (weights,)
+    agree(OnnxExplainer(path, backend=backend)(images, "all"), expected)
+    content, before = weights.read_bytes(), digest(path)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert digest(path) != before, "weights count, not only the graph"
+    weights.write_bytes(content[:-64])
+    with pytest.raises(ModelError, match=r"m\.bin, which holds weights of m\.onnx, is truncated"):
+        OnnxExplainer(path, backend=backend)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"'weights/m\.bin', which is not beside it: copy"):
+        OnnxExplainer(path, backend=backend)
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(content)
+    path = tmp_path / "deeper" / "m.onnx"
+    path.parent.mkdir()
+    for where in ("../outside.bin", str(outside), "weights/../../outside.bin", "C:\\m.bin"):
+        moved = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+        for weight in moved.graph.initializer:
+            for entry in weight.external_data:
+                entry.value = where if entry.key == "location" else entry.value
+        path.write_bytes(moved.SerializeToString())
+        with pytest.raises(ModelError, match="asks for weights outside its own folder, in '"):
+            OnnxExplainer(path, backend=backend)
+
+
+WHOLE = (ASSETS / "demo.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"no such model file: .*m\.onnx"),
+        (b"", r"m\.onnx is empty \(0 bytes\)"),
+        (b"hello, this is text", r"is not an ONNX file: it begins with b'hello"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9",
+            "is not an ONNX file",
+        ),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is not an ONNX file"),
+        (WHOLE[: len(WHOLE) // 2], "is truncated or damaged: fetch or write it anew"),
+        (WHOLE[:-1], "is truncated or damaged"),
+        (WHOLE[:2], "is truncated or damaged: it holds no graph"),
+        ((ASSETS / "demo-plain.onnx").read_bytes(), "holds no explanation. `vit-reciprocam insert"),
+    ],
+)
+@both
+def test_files_that_are_none(tmp_path, content, words, backend):
+    path = tmp_path / "m.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        vr.load(path, backend=backend)
+
+
+def changed(folder, change, **about):
+    """The demo file with its graph changed, and its metadata."""
+    model = onnx.load(ASSETS / "demo.onnx")
+    change(model)
+    (property_,) = model.metadata_props
+    property_.value = json.dumps(json.loads(property_.value) | about)
+    onnx.save(model, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def nothing(model):
+    pass
+
+
+def foreign_operator(model):
+    model.graph.node[0].domain = "com.example"
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+
+
+def newer(model):
+    model.opset_import[0].version = 999
+
+
+def without_scores(model):
+    (scores,) = [value for value in model.graph.output if value.name == "scores"]
+    model.graph.output.remove(scores)
+
+
+def five_dimensions(model):
+    model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "about", "words"),
+    [
+        (foreign_operator, {}, r"of opset 18, cannot be loaded by \w+ ?\w* [\d.]+: .*upgrade"),
+        (nothing, {"class_names": ["a", "b"]}, "2 class names by the metadata, 12 classes in the"),
+        (nothing, {"logits": "prediction"}, r"outputs \['prediction', 'scores'\] by the metadata"),
+        (without_scores, {}, r"outputs \['logits', 'scores'\] by the metadata, \['logits', 'sal"),
+        (nothing, {"images": "pixels"}, r"inputs \['pixels'\] by the metadata, \['images'\] in"),
+        (nothing, {"targets": "input"}, r"inputs \['images', 'targets'\] by the metadata"),
+        (nothing, {"targets": "top3"}, r"outputs \['classes', 'logits', 'scores'\]"),
+        (
+            nothing,
+            {"preprocess": vr.Preprocess((64, 112)).to_dict()},
+            r"pictures of \(64, 112\) by the metadata, \(112, 112\) in the graph",
+        ),
+        (nothing, {"schema": 1}, "in a layout that this version does not read"),
+        (nothing, {"masking": {"kernel": "box"}}, "kernel must be one of|cannot be read"),
+    ],
+)
+def test_files_that_contradict_themselves(tmp_path, change, about, words, backend):
+    with pytest.raises((ModelError, InputError), match=words):
+        OnnxExplainer(changed(tmp_path, change, **about), backend=backend)
+
+
+def test_an_opset_that_the_runtime_lacks(tmp_path):
+    with pytest.raises(ModelError, match=r"of opset 999, cannot be loaded by ONNX Runtime .*lower"):
+        OnnxExplainer(changed(tmp_path, newer))
+
+
+def any_size(model):
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_param = f"side{side.dim_value}"
+
+
+@both
+def test_pictures_of_the_wrong_size(tmp_path, images, backend):
+    explainer = OnnxExplainer(ASSETS / "demo.onnx", backend=backend)
+    with pytest.raises(InputError, match=r"must be \(B, 3, 112, 112\), got \(5, 3, 112, 96\)"):
+        explainer(images[..., :96])
+    open_size = OnnxExplainer(changed(tmp_path, any_size), backend=backend)
+    assert open_size.size is None
+    np.testing.assert_allclose(
+        open_size(images).logits, explainer(images).logits, rtol=0, atol=1e-5
+    )
+    with pytest.raises(ModelError, match=r"m\.onnx failed in O"):
+        open_size(images[..., :96])
+    with pytest.raises(InputError, match=r"must be \(B, 3, H, W\), got \(5, 1, 112, 112\)"):
+        open_size(images[:, :1])
+
+
+# --- without torch -------------------------------------------------------------------------------
+
+
+def test_an_exported_deit_in_an_environment_with_the_core_only(
+    tmp_path, shared_data, deit_tiny_weights
+):
+    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    venv.create(tmp_path / "env", with_pip=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode and not os.environ.get("VIT_RECIPROCAM_REQUIRE_DATA"):
+        pytest.skip(f"the core cannot be installed here: {done.stderr.strip()[-200:]}")
+    assert not done.returncode, done.stderr
+
+    classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
+    vr.export(classifier, tmp_path / "deit.onnx")
+    picture = next((shared_data / "multi-object").glob("*.[jp][pn]g"))
+    expected = vr.explain(picture, classifier, top=3)
+
+    def run(*command):
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(part) for part in (python, *command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=clean,
+        )
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    report = json.loads(
+        run(
+            "-m",
+            "vit_reciprocam",
+            "explain",
+            picture,
+            "--model",
+            "deit.onnx",
+            "--target",
+            "top3",
+            "--out",
+            "out",
+            "--json",
+        )
+    )
+    names = [target["name"] for target in report["images"][0]["targets"]]
+    assert names == list(expected.names[0])
+    with np.load(tmp_path / report["images"][0]["folder"] / "maps.npz") as saved:
+        np.testing.assert_allclose(saved["logits"], expected.logits, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(saved["maps"], expected.maps, rtol=0, atol=1e-3)
+    heavy = ("torch", "timm", "torchvision", "transformers", "onnx", "openvino", "vit_reciprocam")
+    find = f"import importlib.util as u; print([n for n in {heavy} if u.find_spec(n)])"
+    assert run("-c", find).strip() == "['vit_reciprocam']"
+    inside = run("-c", "import vit_reciprocam; print(vit_reciprocam.__file__)").strip()
+    assert Path(inside).is_relative_to(tmp_path / "env"), "installed, not the working tree"
+
+
+# --- int8 and float16 ----------------------------------------------------------------------------
+
+
+@both
+def test_a_half_precision_file(tmp_path, images, expected, backend):
+    model = OnnxModel(convert_float_to_float16(onnx.load(ASSETS / "demo.onnx")))
+    model.topological_sort()
+    onnx.save(model.model, tmp_path / "half.onnx")
+    explainer = OnnxExplainer(tmp_path / "half.onnx", backend=backend)
+    assert explainer.session.inputs["images"].dtype == np.float16
+    e = explainer(images, "all")
+    assert (e.logits.dtype, e.scores.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(e.logits, expected.logits, rtol=0, atol=0.05)
+    np.testing.assert_allclose(e.scores, expected.scores, rtol=0, atol=0.01)
+
+
+def test_the_recipes_for_int8_and_float16(tmp_path, monkeypatch, shared_data, deit_tiny_weights):
+    """Those of the docs as they stand there; on 100 photographs the docs give the figures."""
+    classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
+    export_plain(classifier.model, tmp_path / "deit.onnx", size=(224, 224))
+    photographs = sorted((shared_data / "imagenet-samples").glob("*.jpg"))
+    (tmp_path / "photos").mkdir()
+    for photograph in photographs[::25]:
+        shutil.copy(photograph, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for recipe in re.findall(r"```python\n(.*?)```", RUN, re.DOTALL):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the converters
+            exec(recipe, {})
+    pictures = photographs[7::63]
+    batch = np.stack([classifier.preprocess(read_image(one)) for one in pictures])
+    expected = OnnxExplainer("deit-explained.onnx")(batch)
+    for name, least, agreeing in (("int8", 0.95, 6), ("half", 0.97, 8)):
+        for backend in BACKENDS:
+            explainer = OnnxExplainer(f"deit-{name}-explained.onnx", backend=backend)
+            e = explainer(batch, expected.targets)
+            assert e.path == "closed-form"
+            maps = zip(e.scores[:, 0], expected.scores[:, 0], strict=True)
+            pearson = [np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in maps]
+            assert np.mean(pearson) >= least, name
+            same = e.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
+            assert len(same) == 8
+            assert same.sum() >= agreeing
+    sizes = [Path(f"deit{name}.onnx").stat().st_size for name in ("", "-int8", "-half")]
+    assert sizes[1] < 0.4 * sizes[0]
+    assert sizes[2] < 0.6 * sizes[0]
