@@ -24,10 +24,11 @@ ROWS = [
     {"onnx.foreign.graph", "onnx.foreign.weights"},
     {"onnx.foreign.finding", "onnx.foreign.rounding"},
     {"onnx.foreign.attention"},
+    {"onnx.foreign.layout"},
     {"onnx.foreign.tail"},
     {"onnx.foreign.reading"},
     {"onnx.foreign.branch"},
-    {"onnx.foreign.masked", "onnx.foreign.outputs"},
+    {"onnx.foreign.masked", "onnx.foreign.outputs", "onnx.foreign.proof"},
     {"onnx.insert"},
     {
         "adapters.blocks",

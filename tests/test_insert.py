@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import openvino
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from typer.testing import CliRunner
 
 import exporters
@@ -116,17 +118,10 @@ def test_foreign_files_are_explained_as_pytorch_would(name, writer, written, tmp
         largest = expected(name, count).max()
         off = np.abs(after["scores"] - expected(name, count)).max()
         assert off <= 1e-5 * largest
-    low, high = (f(after["scores"], axis=(2, 3), keepdims=True) for f in (np.min, np.max))
-    maps = (after["scores"] - low) / (high - low)
-    np.testing.assert_allclose(after["saliency"], maps, rtol=0, atol=1e-4)
-
-
-def test_most_class_token_models_get_the_closed_form():
-    """At least 90 %: of the cases above all but CaiT, where the class token alone attends."""
-    reading_tokens = [name for name, _ in CASES if name not in ("hub dinov2", "mean", "swin")]
-    reading_tokens = [name for name in reading_tokens if name != "attention pool"]
-    closed = [exporters.MODELS[name][3] for name in reading_tokens]
-    assert np.mean(closed) >= 0.9
+    low, high = (f(expected(name, count), axis=(2, 3), keepdims=True) for f in (np.min, np.max))
+    maps = (expected(name, count) - low) / (high - low)
+    rounding = 1e-6 * largest / (high - low)  # of scores, enlarged where they are nearly flat
+    assert (np.abs(after["saliency"] - maps) <= np.maximum(1e-4, rounding)).all()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +208,7 @@ def test_float16(keep_io, written, tmp_path):
     images = pictures("vit").numpy().astype(np.float32 if keep_io else np.float16)
     scores = run(tmp_path / "x.onnx", images)["scores"]
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, expected("vit", 3), rtol=0, atol=5e-3)
+    assert alike(scores, expected("vit", 3)) > 0.98
 
 
 def test_int8(written, tmp_path):
@@ -223,8 +218,13 @@ def test_int8(written, tmp_path):
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(source).graph.node}
     assert insert(source, tmp_path / "x.onnx").path == "closed-form"
     scores = run(tmp_path / "x.onnx", pictures("vit", 1).numpy())["scores"]
-    flat, wanted = scores.reshape(7, -1), expected("vit", 1).reshape(7, -1)
-    assert np.mean([np.corrcoef(*rows)[0, 1] for rows in zip(flat, wanted, strict=True)]) > 0.9
+    assert alike(scores, expected("vit", 1)) > 0.9
+
+
+def alike(scores, wanted):
+    """Mean correlation of maps."""
+    rows = (each.reshape(-1, each.shape[2] * each.shape[3]) for each in (scores, wanted))
+    return np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(*rows, strict=True)])
 
 
 def test_weights_beside_the_file_come_along(written, tmp_path):
@@ -271,6 +271,134 @@ def test_command(written, tmp_path):
     assert result.exit_code == 2
     assert "holds an explanation already" in result.stderr
     assert not (tmp_path / "y.onnx").exists()
+
+
+# Unusual models: each would give wrong maps if it were taken for an ordinary one
+
+
+class Reordered(torch.nn.Module):
+    """Tokens after a module, in another order."""
+
+    def __init__(self, module, order, prefix):
+        super().__init__()
+        self.module, self.order = module, list(range(prefix)) + [prefix + n for n in order]
+
+    def forward(self, tokens):
+        return self.module(tokens)[:, self.order]
+
+
+class Ending(torch.nn.Module):
+    """A tiny ViT with another end: `end` makes the output of it, its tokens and its logits."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.model, self.end = exporters.build("vit"), end
+
+    def forward(self, images):
+        tokens = self.model.forward_features(images)
+        return self.end(self.model, tokens, self.model.forward_head(tokens))
+
+
+def file_of(model, tmp_path, *, opset=17):
+    exporters.torchscript(model.eval(), pictures("vit"), tmp_path / "model.onnx", opset=opset)
+    return tmp_path / "model.onnx"
+
+
+def naive(model, norm):
+    settings = {"kernel": "gaussian", "class_token": True, "layer": "norm1"}
+
+    def cut(model):
+        module = model.get_submodule(norm)
+        return module, [module], "output"
+
+    return naive_logits(model, pictures("vit"), (4, 4), **settings, find_cut=cut, prefix=1)[0]
+
+
+BY_COLUMNS = np.arange(16).reshape(4, 4).T.ravel().tolist()
+
+
+def test_tokens_column_by_column(tmp_path):
+    model = exporters.build("vit")
+    model.patch_embed = Reordered(model.patch_embed, BY_COLUMNS, prefix=0)
+    refuses(file_of(model, tmp_path), tmp_path, "do not lie as 1 prefix tokens and a grid")
+
+
+def test_tokens_that_change_places(tmp_path):
+    model = exporters.build("vit")
+    model.blocks[0] = Reordered(model.blocks[0], BY_COLUMNS, prefix=1)
+    refuses(file_of(model, tmp_path), tmp_path, "the tokens change places")
+
+
+def test_two_attentions_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    model = VisionTransformer(**exporters.TIMM, block_fn=ParallelThingsBlock)
+    refuses(file_of(model, tmp_path), tmp_path, "through Softmax node .*attns.0/attn/Softmax")
+
+
+def test_probabilities_as_the_output(tmp_path):
+    model = Ending(lambda _model, _tokens, logits: logits.softmax(dim=-1).double().float())
+    done = insert(file_of(model, tmp_path), tmp_path / "x.onnx")
+    assert done.path == "closed-form"
+    scores = run(tmp_path / "x.onnx", pictures("vit").numpy())["scores"]
+    np.testing.assert_allclose(scores, expected("vit", 3), rtol=0, atol=1e-6)
+
+
+def test_independent_probabilities(tmp_path):
+    model = Ending(lambda _model, _tokens, logits: logits.sigmoid())
+    refuses(file_of(model, tmp_path), tmp_path, "is a sigmoid's")
+
+
+def test_weights_that_are_not_numbers(tmp_path):
+    model = exporters.build("vit")
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    refuses(file_of(model, tmp_path), tmp_path, "holds NaN or infinity")
+
+
+ENDS = {
+    "seldom": (  # reads patches only where they are large
+        lambda _model, tokens, logits: (
+            logits + torch.relu(tokens[:, 1:].mean(dim=(1, 2)) - 1)[:, None] * torch.arange(7.0)
+        ),
+        "reads all tokens|cannot run",
+    ),
+    "view": (
+        lambda model, tokens, _logits: model.head(
+            tokens[:, 0].view(tokens.shape[0], 2, 12).reshape(tokens.shape[0], 24)
+        ),
+        "cannot run",
+    ),
+    "sum": (
+        lambda model, tokens, _logits: model.head((tokens * torch.eye(17)[:1].T).sum(dim=1)),
+        "cannot run|one token",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_ends_that_take_the_direct_path(end, tmp_path):
+    model = Ending(ENDS[end][0])
+    done = insert(file_of(model, tmp_path), tmp_path / "x.onnx")
+    assert done.path == "direct"
+    assert re.search(ENDS[end][1], done.direct_because)
+    scores = run(tmp_path / "x.onnx", pictures("vit").numpy())["scores"]
+    wanted = naive(model, "model.blocks.1.norm1").softmax(dim=1).numpy()
+    np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_relu_left_to_the_quantiser(tmp_path):
+    torch.manual_seed(0)
+    model = VisionTransformer(**exporters.TIMM, act_layer=torch.nn.ReLU).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    source = file_of(model, tmp_path)
+    exporters.quantized(source, tmp_path / "int8.onnx", [pictures("vit").numpy()])
+    kinds = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert "Relu" not in kinds
+    assert insert(tmp_path / "int8.onnx", tmp_path / "x.onnx").path == "closed-form"
+    scores = run(tmp_path / "x.onnx", pictures("vit").numpy())["scores"]
+    assert alike(scores, naive(model, "blocks.1.norm1").softmax(dim=1).numpy()) > 0.95
 
 
 # Bad input
@@ -381,8 +509,10 @@ def test_open_size(written, tmp_path):
         ({"grid": (2, 8)}, ModelError, "do not lie as"),
         ({"target_node": "nothing"}, ModelError, "no node or value 'nothing'"),
         ({"class_names": ["a"]}, InputError, "1 class names given for a model of 7"),
+        ({"targets": "top9"}, InputError, "the model has 7 classes"),
         ({"targets": "best"}, InputError, "targets of a file must be"),
         ({"kernel": "box"}, InputError, "kernel must be one of"),
+        ({"preprocess": "imagenet:size=48"}, InputError, r"of \(48, 48\), the maps hold for"),
         ({"preprocess": "photos"}, InputError, "preprocess must be one of"),
     ],
 )
@@ -414,6 +544,27 @@ def test_target_node_names_another_cut(written, tmp_path):
     masked, _ = naive_logits(model, pictures("vit"), (4, 4), **settings, find_cut=cut)
     scores = run(tmp_path / "x.onnx", pictures("vit").numpy())["scores"]
     np.testing.assert_allclose(scores, masked.softmax(dim=1).numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("place", "match"),
+    [
+        ("none/x.onnx", "there is no folder"),
+        ("folder.onnx", "is a folder"),
+        ("x.txt", "must end in .onnx"),
+        ("model.onnx", "belongs to the file to read"),
+        ("w.onnx", "belongs to the file to read"),
+    ],
+)
+def test_places_that_cannot_be_written(place, match, written, tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    model = onnx.load(written("vit", "dynamo 18"))
+    source = tmp_path / "model.onnx"
+    onnx.save(model, source, save_as_external_data=True, location="w.onnx", size_threshold=1024)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=match):
+        insert(source, tmp_path / place)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_what_is_returned(written, tmp_path):

@@ -19,7 +19,7 @@ from torch.export import Dim
 from vit_reciprocam.adapters import check_mode, split_model
 from vit_reciprocam.adapters.by_target import logits_of
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.files import library_versions
+from vit_reciprocam.files import check_output, library_versions
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
 from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
@@ -126,7 +126,7 @@ def export(
     model, class_names, preprocess, name = _brought(model, class_names, preprocess, name)
     masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
     top = check_file_targets(targets)
-    path = _checked_path(path)
+    path = check_output(path)
     _check_opset(opset)
     preprocess, size = _sized(preprocess, size)
     _check_model(model)
@@ -233,7 +233,7 @@ def export_plain(
         opset=opset,
     )
     clean(graph)
-    with written(graph, _checked_path(path), external_data=_bytes(model) > _LARGE) as (_, done):
+    with written(graph, check_output(path), external_data=_bytes(model) > _LARGE) as (_, done):
         done()
 
 
@@ -260,19 +260,6 @@ def _brought(
         preprocess or model.preprocess,
         name or model.name,
     )
-
-
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    if file.suffix != ".onnx":
-        raise InputError(f"the file to write must end in .onnx; got {file}")
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: name a file")
-    if not file.parent.is_dir():
-        raise InputError(f"there is no folder {file.parent} to write {file.name} to: make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"{file} cannot be written: no permission for {file.parent}")
-    return file
 
 
 def _check_opset(opset: int) -> None:

@@ -12,23 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx import inliner
 
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.explanation import softmax
-from vit_reciprocam.files import library_versions
+from vit_reciprocam.files import check_output, library_versions
 from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking, mask_matrix
+from vit_reciprocam.masks import Masking
 from vit_reciprocam.onnx.foreign.branch import PREFIX, Branch
-from vit_reciprocam.onnx.foreign.graph import Graph, open_unoptimized
+from vit_reciprocam.onnx.foreign.graph import Graph
 from vit_reciprocam.onnx.foreign.masked import append_closed_form, append_direct
 from vit_reciprocam.onnx.foreign.outputs import append_outputs
+from vit_reciprocam.onnx.foreign.proof import prove
 from vit_reciprocam.onnx.foreign.reading import Reading, find_images, read
 from vit_reciprocam.onnx.foreign.rounding import without_rounding
-from vit_reciprocam.onnx.foreign.weights import load_model, save_model
-from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
+from vit_reciprocam.onnx.foreign.weights import external_files, load_model, save_model
+from vit_reciprocam.onnx.metadata import METADATA_KEY, Metadata, check_file_targets
 from vit_reciprocam.presets import parse_preprocess
 
 __all__ = ["Inserted", "insert"]
@@ -89,8 +88,8 @@ def insert(
             `targets` (B, K).
         raw: Leave out the maps scaled to [0, 1]; the scores remain.
         grid: Patch grid (h, w), where it is not found.
-        size: Height and width of the pictures, where the graph leaves them open. The maps then hold
-            for that size alone.
+        size: Height and width of the pictures, where the graph leaves them open. The file written
+            then takes that size alone.
         target_node: The value to mask or the node that makes it, where it is not found.
         class_names: One a class, for the file's metadata.
         preprocess: What stands before the model, for the file's metadata; also as text, such as
@@ -103,18 +102,26 @@ def insert(
         InputError: If a setting does not fit.
     """
     masking = Masking(kernel, class_token)
-    check_file_targets(targets)
-    source, destination = Path(source), Path(destination)
+    top = check_file_targets(targets)
+    source, destination = Path(source), check_output(destination)
     model = load_model(source)
+    taken = [source, *(source.parent / place for place in external_files(model))]
+    if destination.resolve() in [file.resolve() for file in taken]:
+        raise InputError(f"{destination} belongs to the file to read: write to another place")
     _check_opset(model, source)
     if model.functions:
         model = inliner.inline_local_functions(model)
     graph = Graph(model, source.parent)
-    if any(name.startswith(PREFIX) for name in graph.names):
+    ours = any(entry.key == METADATA_KEY for entry in model.metadata_props)
+    if ours or any(name.startswith(PREFIX) for name in graph.names):
         raise ModelError(f"{source} holds an explanation already")
-    clash = graph.names & {"saliency", "scores", "classes", "targets"}
-    if clash:
-        raise ModelError(f"{source} has values of its own named {', '.join(sorted(clash))}")
+    names = {"scores"} | (set() if raw else {"saliency"})
+    names |= {"targets"} if targets == "input" else {"classes"} if top else set()
+    if clash := graph.names & names:
+        raise ModelError(
+            f"{source} has values of its own named {', '.join(sorted(clash))}: rename them, since "
+            "the maps' outputs have these names"
+        )
     try:
         plain = without_rounding(graph, graph.varying(find_images(graph).name))
         reading = read(plain, grid=grid, size=size, target_node=target_node)
@@ -124,9 +131,15 @@ def insert(
         raise InputError(
             f"{len(class_names)} class names given for a model of {reading.classes} classes"
         )
+    if top and top > reading.classes:
+        raise InputError(f"targets is {targets!r}, but the model has {reading.classes} classes")
+    height, width = reading.values[reading.images].shape[2:]
     if isinstance(preprocess, str):
-        height, width = reading.values[reading.images].shape[2:]
         preprocess = parse_preprocess(preprocess, size=(height, width))
+    if preprocess is not None and preprocess.size != (height, width):
+        raise InputError(
+            f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
+        )
     explained, inserted = _explained(graph, plain, reading, masking, targets, raw)
     metadata = Metadata(
         name=name or source.stem,
@@ -188,16 +201,20 @@ def _explained(
         model.CopyFrom(graph.model)
         model.graph.node.extend(branch.nodes)
         model.graph.initializer.extend(branch.weights)
+        images = next(each for each in model.graph.input if each.name == reading.images)
+        for axis in (2, 3):
+            dim = images.type.tensor_type.shape.dim[axis]
+            dim.dim_value = reading.values[reading.images].shape[axis]
         model.graph.input.extend(inputs)
         model.graph.output.extend(outputs)
         return model, Inserted(
             path="direct" if because else "closed-form",
             direct_because=because,
-            grid=reading.grid,
-            prefix_tokens=reading.prefix_tokens,
+            grid=reading.layout.grid,
+            prefix_tokens=reading.layout.prefix,
             normed=reading.normed,
             classes=reading.classes,
-            difference=_check(graph, plain, reading, masking, model, targets),
+            difference=prove(graph, plain, reading, masking, model, targets),
         )
 
     because = reading.direct_because
@@ -207,68 +224,3 @@ def _explained(
         except ModelError as error:
             because = str(error)
     return built(because)
-
-
-def _check(
-    graph: Graph,
-    plain: Graph,
-    reading: Reading,
-    masking: Masking,
-    model: onnx.ModelProto,
-    targets: str,
-) -> float:
-    """Run the model: its own outputs must be as before, its scores those of masks one by one.
-
-    Raises:
-        ModelError: If they differ.
-    """
-    pictures = reading.values[reading.images]
-    feeds = {reading.images: pictures}
-    own = [value.name for value in graph.model.graph.output]
-    before = graph.run(feeds, own)
-    if targets == "input":
-        feeds["targets"] = np.tile(np.arange(min(5, reading.classes)), (len(pictures), 1))
-    session = open_unoptimized(model, graph.folder)
-    names = [value.name for value in session.get_outputs()]
-    after = dict(zip(names, session.run(None, feeds), strict=True))
-    half = reading.values[reading.normed].dtype == np.float16  # computed in float32 on CPUs
-    for name in own:
-        off = np.abs(after[name].astype(np.float64) - before[name]).max()
-        if off > (1e-2 * np.abs(before[name]).max() if half else 0):
-            raise ModelError(f"the output {name!r} is not as before, by {off:.1e}")
-    scores = after["scores"].reshape(*after["scores"].shape[:2], -1)
-    chosen = after.get("classes", feeds.get("targets"))
-    patches = sorted(
-        {*range(0, scores.shape[2], max(1, scores.shape[2] // 6)), scores.shape[2] - 1}
-    )
-    expected = masked_scores(graph, plain, reading, masking, patches)
-    if chosen is not None:
-        expected = np.take_along_axis(expected, chosen[:, :, None], axis=1)
-    difference = float(np.abs(scores[:, :, patches] - expected).max() / expected.max())
-    if difference > reading.tolerance:
-        raise ModelError(
-            f"the scores differ from the graph's own nodes under masks by {difference:.1e} of the "
-            "largest"
-        )
-    return difference
-
-
-def masked_scores(
-    graph: Graph, plain: Graph, reading: Reading, masking: Masking, patches: Sequence[int]
-) -> np.ndarray:
-    """Scores (B, C, n) as the method says them: F masked, the nodes below it run, once a mask."""
-    entering = plain.entering(plain.between([reading.normed], [reading.logits]))
-    pictures = {reading.images: reading.values[reading.images]}
-    given = graph.run(pictures, [*dict.fromkeys([reading.normed, *entering])])
-    normed = given[reading.normed]
-    run = plain.part(given, [reading.logits])
-    masks = mask_matrix(reading.grid, masking, prefix_tokens=reading.prefix_tokens)
-    first = reading.token_axes[0]
-    shape = [normed.shape[axis] for axis in reading.token_axes]
-    shape += [1] * (normed.ndim - first - len(shape))
-    scores = []
-    for patch in patches:
-        given[reading.normed] = normed * masks[patch].reshape(shape).astype(normed.dtype)
-        logits = run(given)[reading.logits].astype(np.float32)
-        scores.append(logits if reading.is_softmax else softmax(logits))
-    return np.stack(scores, axis=2)

@@ -21,9 +21,9 @@ from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
 
-__all__ = ["Metadata", "check_file_targets"]
+__all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
 
-_KEY = "vit_reciprocam"
+METADATA_KEY = "vit_reciprocam"
 _SCHEMA = 2
 _TOP = re.compile(r"top([1-9]\d*)")
 
@@ -63,7 +63,7 @@ class Metadata:
             "preprocess": self.preprocess and self.preprocess.to_dict(),
             "versions": dict(self.versions),
         }
-        return {_KEY: json.dumps(values)}
+        return {METADATA_KEY: json.dumps(values)}
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], *, file: str) -> Metadata:
@@ -72,13 +72,13 @@ class Metadata:
         Raises:
             ModelError: If this package did not write the file, or a later one did.
         """
-        if _KEY not in properties:
+        if METADATA_KEY not in properties:
             raise ModelError(
                 f"{file} holds no explanation. `vit-reciprocam insert {file} explained.onnx` adds "
                 "one to a Vision Transformer's file"
             )
         try:
-            return cls._from_json(json.loads(properties[_KEY]), file)
+            return cls._from_json(json.loads(properties[METADATA_KEY]), file)
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise

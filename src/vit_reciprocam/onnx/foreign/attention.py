@@ -141,7 +141,8 @@ def _scale_and_bias(
     finite = np.isfinite(added) & np.isfinite(multiplied)
     scale = float((multiplied * product)[finite].sum() / (product[finite] ** 2).sum())
     off = np.abs(multiplied - scale * product)[finite].max()
-    if off > (2e-2 if q.dtype == np.float16 else 1e-4) * np.abs(multiplied).max():
+    loose = 2e-2 if q.dtype == np.float16 else 1e-4
+    if not off <= loose * np.abs(multiplied[finite]).max():
         raise ModelError(
             f"between {graph.describe(query)} and {graph.describe(scores)} stands more than a "
             "scale and a bias"

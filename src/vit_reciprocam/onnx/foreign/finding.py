@@ -10,9 +10,9 @@ import onnx
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.foreign.graph import Graph, taken
 
-__all__ = ["FUSED", "PRODUCTS", "Found", "find_attention", "find_normed"]
+__all__ = ["FUSED", "PRODUCTS", "Found", "find_attention", "find_normed", "refuse_others"]
 
-_PASS = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+_PASS = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 _GUARDS = frozenset({"IsNaN", "Where"})  # of rows that are masked whole
 _VIEWS = _PASS | {
     "DynamicQuantizeLinear",
@@ -80,6 +80,32 @@ def find_attention(graph: Graph, pixels: set[str]) -> Iterator[Found]:
             found = _around_softmax(graph, number, pixels)
         if found and found.query in pixels:
             yield found
+
+
+def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: set[str]) -> None:
+    """Refuse a graph in which images reach the logits through another attention beside or below.
+
+    Attention that learned vectors ask may stand below, and a softmax of the logits.
+
+    Raises:
+        ModelError: Naming the other one.
+    """
+    above = set(graph.above([normed]))
+    for number in graph.above([logits]):
+        node = graph.nodes[number]
+        mixes = node.op_type in FUSED or node.op_type in ("Softmax", "QLinearSoftmax")
+        if not mixes or number in above or number == found.number:
+            continue
+        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _PASS, pixels):
+            continue
+        other = _around_softmax(graph, number, pixels)
+        asking = node.input[0] if node.op_type in FUSED else other and other.query
+        if asking is None or asking in pixels:
+            raise ModelError(
+                f"besides the last attention that could be read, {graph.describe(found.output)}, "
+                f"images reach the logits through {graph.describe(node.output[0])}; target_node= "
+                "(--target-node) names the value to mask all the same"
+            )
 
 
 def _around_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:

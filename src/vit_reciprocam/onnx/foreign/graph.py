@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from vit_reciprocam.errors import ModelError
 
-__all__ = ["Graph", "open_unoptimized", "taken"]
+__all__ = ["Graph", "open_unoptimized", "run_session", "taken"]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -47,6 +47,32 @@ def open_unoptimized(model: onnx.ModelProto, folder: Path) -> onnxruntime.Infere
         )
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         raise ModelError(f"ONNX Runtime cannot run this graph: {error}") from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """All outputs of a session.
+
+    Raises:
+        ModelError: If a node fails.
+    """
+    try:
+        outputs: list[np.ndarray] = session.run(None, dict(feeds))
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        raise ModelError(f"ONNX Runtime cannot run this graph: {error}") from error
+    return outputs
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """Of a graph and the graphs in its nodes."""
+    found = {value.name for value in (*graph.input, *graph.initializer)}
+    for node in graph.node:
+        found.update((node.name, *node.input, *node.output))
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                found |= _names(body)
+    return found
 
 
 def _sorted(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -99,8 +125,7 @@ class Graph:
     @functools.cached_property
     def names(self) -> set[str]:
         """All names of values and nodes."""
-        values = {name for node in self.nodes for name in (node.name, *node.input, *node.output)}
-        return values | self.weights.keys() | {value.name for value in self.model.graph.input}
+        return _names(self.model.graph)
 
     @functools.cached_property
     def takers(self) -> dict[str, list[int]]:
@@ -204,7 +229,7 @@ class Graph:
 
         def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             feeds = {value.name: given[value.name] for value in inputs}
-            return dict(zip(wanted, session.run(None, feeds), strict=True))
+            return dict(zip(wanted, run_session(session, feeds), strict=True))
 
         return run
 

@@ -49,10 +49,10 @@ def append_closed_form(
     attention, tail = reading.attention, reading.tail
     assert attention is not None
     assert tail is not None
-    patches, prefix = reading.grid[0] * reading.grid[1], reading.prefix_tokens
+    patches, prefix = reading.layout.grid[0] * reading.layout.grid[1], reading.layout.prefix
     joined = _masked_attention(branch, graph, reading, masking, rounded)
     rows: dict[str, str] = {}
-    for token in sorted({taken.token for taken in tail.readouts.values()}):
+    for token in sorted({each.token for each in tail.readouts.values()}):
         slots = branch.ints(*[token] * (prefix + patches))
         given = {attention.output.name: joined(token)}
         for name, axis in tail.tokens.items():
@@ -81,7 +81,7 @@ def _masked_attention(
     Raises:
         ModelError: If values are not projected affinely.
     """
-    attention, prefix = reading.attention, reading.prefix_tokens
+    attention, prefix = reading.attention, reading.layout.prefix
     assert attention is not None
     scale = np.float32(attention.scale)
     at = functools.partial(_projected, graph, reading)
@@ -95,7 +95,7 @@ def _masked_attention(
     if not np.ptp(key_0, axis=2).any():
         key_0 = key_0[:, :, :1]
     affine = _close(key_h, (key_0 + key_1) / 2, loose)
-    rows = mask_matrix(reading.grid, masking, prefix_tokens=prefix)
+    rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix)
     masks = np.concatenate([np.ones((prefix, rows.shape[1])), rows]).astype(np.float32)
     mask = branch.floats(masks)
     names = {part.name: part.name for part in _parts(attention)}
@@ -237,9 +237,9 @@ def _as_output(branch: Branch, joined: str, reading: Reading) -> str:
 def append_direct(branch: Branch, graph: Graph, reading: Reading, masking: Masking) -> str:
     """Logits (B, N, C) under all masks, by a loop that runs the nodes below F once a mask."""
     normed = reading.values[reading.normed]
-    masks = mask_matrix(reading.grid, masking, prefix_tokens=reading.prefix_tokens)
-    first = reading.token_axes[0]
-    tokens = [normed.shape[axis] for axis in reading.token_axes]
+    masks = mask_matrix(reading.layout.grid, masking, prefix_tokens=reading.layout.prefix)
+    first = reading.layout.axes[0]
+    tokens = [normed.shape[axis] for axis in reading.layout.axes]
     after = normed.ndim - first - len(tokens)
     every = masks.reshape(len(masks), *[1] * first, *tokens, *[1] * after).astype(normed.dtype)
     stacked = branch.const(every)

@@ -38,11 +38,11 @@ def append_outputs(
         else:
             inputs.append(chosen)
         index = branch.op("Reshape", chosen.name, branch.ints(0, -1, 1))
-        patches = reading.grid[0] * reading.grid[1]
+        patches = reading.layout.grid[0] * reading.layout.grid[1]
         index = branch.op("Expand", index, branch.ints(1, 1, patches))
         scores = branch.op("GatherElements", scores, index, axis=1)
-    dims = [batch, count, *reading.grid]
-    shape = branch.ints(0, -1, *reading.grid)
+    dims = [batch, count, *reading.layout.grid]
+    shape = branch.ints(0, -1, *reading.layout.grid)
     branch.op("Reshape", scores, shape, name="scores")
     outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
     if not raw:

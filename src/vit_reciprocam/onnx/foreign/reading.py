@@ -15,8 +15,9 @@ import onnx
 
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.foreign.attention import SelfAttention, read_attention
-from vit_reciprocam.onnx.foreign.finding import Found, find_attention, find_normed
+from vit_reciprocam.onnx.foreign.finding import Found, find_attention, find_normed, refuse_others
 from vit_reciprocam.onnx.foreign.graph import Graph
+from vit_reciprocam.onnx.foreign.layout import Layout, check_layout, find_layout
 from vit_reciprocam.onnx.foreign.tail import Tail, read_tail
 
 __all__ = ["Reading", "find_images", "read"]
@@ -33,9 +34,7 @@ class Reading:
         classes: C.
         is_softmax: Whether that output holds probabilities already.
         normed: F.
-        token_axes: F's token axis, or the two of its grid.
-        grid: (h, w).
-        prefix_tokens: P.
+        layout: Where its tokens are.
         attention: The last attention; None where it could not be taken apart.
         tail: None where the closed form does not hold.
         direct_because: Why it does not; empty where it does.
@@ -48,18 +47,21 @@ class Reading:
     classes: int
     is_softmax: bool
     normed: str
-    token_axes: tuple[int, ...]
-    grid: tuple[int, int]
-    prefix_tokens: int
+    layout: Layout
     attention: SelfAttention | None
     tail: Tail | None
     direct_because: str
     values: Mapping[str, np.ndarray]
 
     @property
+    def is_half(self) -> bool:
+        """Whether F is float16."""
+        return self.values[self.normed].dtype == np.float16
+
+    @property
     def tolerance(self) -> float:
-        """How far float32, or float16, may be off, relative to the largest."""
-        return 0.02 if self.values[self.normed].dtype == np.float16 else 1e-4
+        """How far results may be off, relative to the largest."""
+        return 0.01 if self.is_half else 1e-4
 
 
 def read(
@@ -88,6 +90,7 @@ def read(
     found = _last_attention(graph, pixels, logits, required=target_node is None)
     if target_node is None and found is not None:
         normed = find_normed(graph, found, pixels)
+        refuse_others(graph, found, normed, logits, pixels)
     else:
         normed = _named(graph, target_node or "", pixels)
     wanted = [normed, logits]
@@ -105,39 +108,56 @@ def read(
         raise ModelError(
             f"output {logits!r} is {values[logits].shape}, not (batch, classes): no classifier?"
         )
+    is_softmax = _is_softmax(graph, logits, values[logits], pixels)
     shapes = [values[name].shape for name in convolutions]
     if not np.issubdtype(values[normed].dtype, np.floating):
         raise ModelError(
             f"{graph.describe(normed)} gives integers, which a mask would not scale: insert into "
             "the file before it is quantised, or quantise in the QDQ format"
         )
-    token_axes, grid, prefix = _grid(values[normed].shape, batch, shapes, grid)
-    early = _before_attention(graph, pixels, {images.name: pictures}, values[normed])
-    _check_order(graph, images.name, pictures, early or normed, token_axes, grid, prefix)
+    layout = find_layout(values[normed].shape, batch, shapes, grid)
+    check_layout(graph, pixels, {images.name: pictures}, normed, values[normed], layout)
     attention, tail, because = None, None, ""
     try:
         if found is None or found.number not in below:
             raise ModelError("no attention was found below the value to mask")
         attention = read_attention(graph, found, values, batch, pixels)
-        tail = read_tail(graph, attention, logits, values, prefix, grid, token_axes, pixels)
+        tail = read_tail(graph, attention, logits, values, layout, pixels)
     except ModelError as error:
         because = str(error)
-    last = graph.nodes[graph.maker[logits]]
     return Reading(
         images=images.name,
         logits=logits,
         batch=_dims(images)[0],
         classes=values[logits].shape[1],
-        is_softmax=last.op_type == "Softmax",
+        is_softmax=is_softmax,
         normed=normed,
-        token_axes=token_axes,
-        grid=grid,
-        prefix_tokens=prefix,
+        layout=layout,
         attention=attention,
         tail=tail,
         direct_because=because,
         values={images.name: pictures, **values},
     )
+
+
+def _is_softmax(graph: Graph, name: str, logits: np.ndarray, pixels: set[str]) -> bool:
+    """Whether an output holds probabilities of classes that exclude each other.
+
+    Raises:
+        ModelError: If it holds no numbers, or independent probabilities.
+    """
+    if not np.isfinite(logits).all():
+        raise ModelError(f"output {name!r} holds NaN or infinity for random images")
+    through = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Relu"})
+    ends = list(graph.walk_up(name, through, pixels))
+    kinds = {graph.nodes[graph.maker[end]].op_type for end in ends if end in graph.maker}
+    if "Sigmoid" in kinds:
+        raise ModelError(
+            f"output {name!r} is a sigmoid's: classes that do not exclude each other have no "
+            "softmax score, which is what the method reads"
+        )
+    sums = logits.astype(np.float64).sum(axis=1)
+    return bool((logits >= 0).all() and np.abs(sums - 1).max() < 1e-2) and "Softmax" in kinds
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
@@ -233,94 +253,3 @@ def _first_run(
         return pictures[:1], graph.run({images.name: pictures[:1]}, wanted)
     except Exception as error:
         raise ModelError(f"the graph does not run: {error}") from error
-
-
-def _grid(
-    shape: tuple[int, ...],
-    batch: int,
-    maps: Sequence[tuple[int, ...]],
-    given: tuple[int, int] | None,
-) -> tuple[tuple[int, ...], tuple[int, int], int]:
-    """F's token axes, the patch grid and how many prefix tokens stand before it."""
-    if len(shape) == 4:  # (B, h, w, D)
-        found = (shape[1], shape[2])
-        if given not in (None, found):
-            raise ModelError(f"the tokens lie on a grid of {found}, not {given}")
-        return (1, 2), found, 0
-    if len(shape) != 3 or batch not in shape[:2]:
-        raise ModelError(
-            f"the tokens' layout {shape} is not known: expected (batch, tokens, width)"
-        )
-    axis = 0 if shape[1] == batch and shape[0] != batch else 1
-    tokens = shape[axis]
-    if given is None:
-        grids = [each[2:] for each in maps if len(each) == 4]
-        fitting = [each for each in grids if 0 <= tokens - each[0] * each[1] <= 32]
-        if not fitting:
-            raise ModelError(
-                f"the patch grid of {tokens} tokens was not found: grid= (--grid) gives its rows "
-                "and columns"
-            )
-        given = (int(fitting[-1][0]), int(fitting[-1][1]))
-    prefix = tokens - given[0] * given[1]
-    if prefix < 0:
-        raise ModelError(f"a grid of {given} has more patches than there are tokens, {tokens}")
-    return (axis,), given, prefix
-
-
-def _check_order(
-    graph: Graph,
-    images: str,
-    pictures: np.ndarray,
-    tokens: str,
-    axes: tuple[int, ...],
-    grid: tuple[int, int],
-    prefix: int,
-) -> None:
-    """Refuse tokens that do not lie row by row after the prefix: change patches, see which answer.
-
-    Args:
-        graph: The graph.
-        images: Its input.
-        pictures: What goes in.
-        tokens: The value that has the tokens.
-        axes: Its token axes.
-        grid: Supposed grid (h, w).
-        prefix: Supposed number of tokens before.
-
-    Raises:
-        ModelError: If they do not.
-    """
-    height, width = pictures.shape[2] / grid[0], pictures.shape[3] / grid[1]
-    draw = np.random.default_rng(1)
-    cells = [tuple(int(draw.integers(side)) for side in grid) for _ in range(6)]
-    cells += [(0, 0), (grid[0] - 1, grid[1] - 1)]
-    run = graph.part({images: pictures}, [tokens])
-    base = run({images: pictures})[tokens].astype(np.float64)
-    others = tuple(axis for axis in range(base.ndim) if axis not in axes)
-    right = 0
-    for y, x in cells:
-        changed = pictures.copy()
-        rows = slice(round(y * height), round((y + 1) * height))
-        changed[:, :, rows, round(x * width) : round((x + 1) * width)] *= -1
-        moved = np.abs(run({images: changed})[tokens] - base).sum(axis=others).reshape(-1)
-        right += int(moved[prefix:].argmax()) == y * grid[1] + x
-    if right < len(cells) / 2:
-        raise ModelError(
-            f"the tokens do not lie as {prefix} prefix tokens and a grid of {grid}, row by row: "
-            f"of {len(cells)} patches changed, {right} moved their own token most; grid= (--grid) "
-            "gives other rows and columns"
-        )
-
-
-def _before_attention(
-    graph: Graph, pixels: set[str], given: Mapping[str, np.ndarray], normed: np.ndarray
-) -> str | None:
-    """The first value of F's shape that no attention has mixed yet, if there is one."""
-    values = []
-    for node in graph.nodes:
-        if "Softmax" in node.op_type or "Attention" in node.op_type:
-            break
-        values += [name for name in node.output if name in pixels]
-    found = graph.run(given, values)
-    return next((name for name in values if found[name].shape == normed.shape), None)

@@ -10,12 +10,13 @@ import numpy as np
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.foreign.attention import SelfAttention
 from vit_reciprocam.onnx.foreign.graph import Graph, taken
+from vit_reciprocam.onnx.foreign.layout import Layout
 
-__all__ = ["Tail", "Taken", "read_tail"]
+__all__ = ["Readout", "Tail", "read_tail"]
 
 
 @dataclass(frozen=True)
-class Taken:
+class Readout:
     """A value of the head that is made from one token.
 
     Attributes:
@@ -40,7 +41,7 @@ class Tail:
     """
 
     tokens: Mapping[str, int]
-    readouts: Mapping[str, Taken]
+    readouts: Mapping[str, Readout]
 
 
 def read_tail(
@@ -48,9 +49,7 @@ def read_tail(
     attention: SelfAttention,
     logits: str,
     values: Mapping[str, np.ndarray],
-    prefix: int,
-    grid: tuple[int, int],
-    token_axes: tuple[int, ...],
+    layout: Layout,
     pixels: set[str],
 ) -> Tail:
     """Ask the graph which tokens the head reads, and where it takes them.
@@ -59,8 +58,8 @@ def read_tail(
         ModelError: With the reason why the closed form does not hold.
     """
     output = attention.output.name
-    count = prefix + grid[0] * grid[1]
-    if prefix == 0 or len(token_axes) != 1:
+    prefix, count = layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1]
+    if prefix == 0 or len(layout.axes) != 1:
         raise ModelError("the model has no prefix tokens")
     numbers = graph.between([output], [logits])
     inputs = [name for name in graph.entering(numbers) if name != output]
@@ -75,20 +74,25 @@ def read_tail(
     draw = np.random.default_rng(2)
 
     def moved_by(tokens: slice) -> set[str]:
-        changed = dict(given)
-        for name, axis in sides.items():
-            value = given[name].copy()
-            part = value[(slice(None),) * axis + (tokens,)]
-            part += draw.standard_normal(part.shape).astype(part.dtype)
-            changed[name] = value
-        after = run(changed)
-        return {name for name in made if not _same(plain[name], after[name])}
+        """What changes with tokens: by noise, weak and strong, and all one way or the other."""
+        moved: set[str] = set()
+        for size, shift in ((1, 0), (10, 0), (1, 5), (1, -5)):
+            changed = dict(given)
+            for name, axis in sides.items():
+                value = given[name].copy()
+                part = value[(slice(None),) * axis + (tokens,)]
+                noise = size * draw.standard_normal(part.shape) + shift
+                part += noise.astype(part.dtype)
+                changed[name] = value
+            after = run(changed)
+            moved |= {name for name in made if not _same(plain[name], after[name])}
+        return moved
 
     full = moved_by(slice(prefix, count)) | sides.keys()
     if logits in full:
         raise ModelError("the head reads all tokens, not prefix tokens alone")
     by_prefix = [moved_by(slice(token, token + 1)) for token in range(prefix)]
-    readouts: dict[str, Taken] = {}
+    readouts: dict[str, Readout] = {}
     for number in numbers:
         node = graph.nodes[number]
         whole = [name for name in taken(node) if name in full]
@@ -100,7 +104,7 @@ def read_tail(
                 raise ModelError(f"{graph.describe(name)} reads {len(tokens)} tokens at once")
             shape = plain[whole[0]].shape if whole[0] in plain else given[whole[0]].shape
             axis = _token_axis(shape, count)
-            readouts[name] = Taken(tokens[0], whole[0], axis, plain[name].shape)
+            readouts[name] = Readout(tokens[0], whole[0], axis, plain[name].shape)
     if not readouts:
         raise ModelError("no value of the head that is made from one token was found")
     return Tail({name: axis for name, axis in sides.items() if name != output}, readouts)

@@ -12,7 +12,7 @@ from onnx import external_data_helper
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.files import write_atomically
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["external_files", "load_model", "save_model"]
 
 
 def load_model(path: Path) -> onnx.ModelProto:
@@ -49,24 +49,33 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
         path: The file to write.
         folder: Of the file that it was made from.
     """
-    places = sorted({_location(tensor) for tensor in _external(model)})
+    places = external_files(model)
+    beside = path.parent.resolve() == folder.resolve()
     names = {
-        place: place if path.parent.resolve() == folder.resolve() else f"{path.name}.{number}.data"
+        place: place if beside else f"{path.name}.{number}.data"
         for number, place in enumerate(places)
     }
-    for place, name in names.items():
-        if name != place:
-            partial = path.parent / f"{name}.partial"
-            try:
-                shutil.copyfile(folder / place, partial)
-                partial.replace(path.parent / name)
-            finally:
-                partial.unlink(missing_ok=True)
+    partial = {} if beside else {place: f"{name}.partial" for place, name in names.items()}
+    try:
+        for place, name in partial.items():
+            shutil.copyfile(folder / place, path.parent / name)
+        if partial:  # at no moment a graph lies there with other weights
+            path.unlink(missing_ok=True)
+        for place, name in partial.items():
+            (path.parent / name).replace(path.parent / names[place])
+    finally:
+        for name in partial.values():
+            (path.parent / name).unlink(missing_ok=True)
     for tensor in _external(model):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = names[entry.value]
     write_atomically(path, model.SerializeToString())
+
+
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """Where weights lie, relative to the file."""
+    return sorted({_location(tensor) for tensor in _external(model)})
 
 
 def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
