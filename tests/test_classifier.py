@@ -280,6 +280,9 @@ def test_the_most_probable_beside_named_classes(small):
     assert chosen("top3") == chosen(" Top 3 ") == ranked[:3]
     assert chosen([ranked[4], "top2"]) == [ranked[4], *ranked[:2]]
     assert chosen(["top2", ranked[0]]) == [ranked[0], *ranked[1:3]], "top2 are two others"
+    assert chosen([ranked[4], ranked[4], "top1"]) == [ranked[4], ranked[0]]
+    with pytest.raises(InputError, match="pass targets='tabby'"):
+        vr.explain(picture, small, target="tabby")
     assert vr.explain([picture] * 2, small, targets=["top2", "tabby"]).targets.shape == (2, 3)
     for targets in ("top0", ["tabby", "top1001"]):
         with pytest.raises(InputError, match="top must be between 1 and"):

@@ -105,6 +105,19 @@ def test_pictures_of_one_name_get_folders_of_their_own(scenes, tmp_path):
     assert folders == [str(tmp_path / "out" / name) for name in ("0", "0-2")]
 
 
+def test_explain_builds_models_with_options(scenes, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("n01\tpear, fruit\nn02\tapple\n")
+    model = ("--model", "timm:test_vit", "--weights", "random", "--class-names", names)
+    options = ("--option", "img_size=96", "--option", "num_classes=2", "--target", "pear")
+    arguments = ("--json", "--out", tmp_path / "out")
+    result = run("explain", scenes / "0.png", *model, *options, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["images"][0]["targets"][0]["name"] == "pear, fruit"
+    with np.load(tmp_path / "out" / "0" / "maps.npz") as saved:
+        assert saved["maps"].shape[-2:] == (6, 6)
+
+
 def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):
     (scenes / "broken.png").write_text("no picture")
     result = explain_demo(scenes, tmp_path / "none.png", "--json", "--out", tmp_path / "out")

@@ -485,6 +485,11 @@ def test_an_encoder_without_a_head(written, tmp_path):
     refuses(tmp_path / "features.onnx", tmp_path, "no classifier")
 
 
+def test_features_without_a_head(tmp_path):
+    model = VisionTransformer(**{**exporters.TIMM, "num_classes": 0})
+    refuses(file_of(model, tmp_path), tmp_path, "features, not classes")
+
+
 def test_opset(written, tmp_path):
     model = onnx.load(written("vit", "torchscript 14"))
     model.opset_import[0].version = 9

@@ -447,6 +447,9 @@ def five_dimensions(model):
     [
         (foreign_operator, {}, r"of opset 18, cannot be loaded by \w+ ?\w* [\d.]+: .*upgrade"),
         (nothing, {"class_names": ["a", "b"]}, "2 class names by the metadata, 12 classes in the"),
+        (nothing, {"class_names": "abcdefghijkl"}, "class_names have to be text"),
+        (nothing, {"path": "winding"}, "path must be one of"),
+        (nothing, {"targets": "best"}, "cannot be read.*targets of a file"),
         (nothing, {"logits": "prediction"}, r"outputs \['prediction', 'scores'\] by the metadata"),
         (without_scores, {}, r"outputs \['logits', 'scores'\] by the metadata, \['logits', 'sal"),
         (nothing, {"images": "pixels"}, r"inputs \['pixels'\] by the metadata, \['images'\] in"),
@@ -570,7 +573,7 @@ def test_a_half_precision_file(tmp_path, images, expected, backend):
 def test_the_recipes_for_int8_and_float16(tmp_path, monkeypatch, shared_data, deit_tiny_weights):
     """Those of the docs as they stand there; on 100 photographs the docs give the figures."""
     classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
-    export_plain(classifier.model, tmp_path / "deit.onnx", size=(224, 224))
+    export_plain(classifier.model, tmp_path / "deit-plain.onnx", size=(224, 224))
     photographs = sorted((shared_data / "imagenet-samples").glob("*.jpg"))
     (tmp_path / "photos").mkdir()
     for photograph in photographs[::25]:
@@ -594,6 +597,6 @@ def test_the_recipes_for_int8_and_float16(tmp_path, monkeypatch, shared_data, de
             same = e.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
             assert len(same) == 8
             assert same.sum() >= agreeing
-    sizes = [Path(f"deit{name}.onnx").stat().st_size for name in ("", "-int8", "-half")]
+    sizes = [Path(f"deit{name}.onnx").stat().st_size for name in ("-plain", "-int8", "-half")]
     assert sizes[1] < 0.4 * sizes[0]
     assert sizes[2] < 0.6 * sizes[0]

@@ -110,8 +110,7 @@ def load(
         backend: Of an ONNX file "onnxruntime", the default, or "openvino".
         threads: Of an ONNX file, on the CPU; by default the runtime's choice.
         streams: Of an ONNX file in OpenVINO: parts of a batch that it computes at the same time.
-        preprocess: Of an ONNX file, instead of its own: a `Preprocess`, or text as
-            `parse_preprocess` reads it, such as "imagenet".
+        preprocess: Of an ONNX file, instead of its own: a `Preprocess`, or text such as "imagenet".
         options: For the library's own builder: `timm.create_model`, `from_pretrained`,
             `torchvision.models.get_model` or `open_clip.create_model`. With timm's
             `img_size=(384, 512)` the position embedding is resampled.
@@ -212,15 +211,16 @@ def explain(
         classifier: From `load`.
         top: Explain each picture's `top` most probable classes; by default 1.
         targets: Instead of `top`: a class by name or index, "top3" for the three most probable,
-            several of these, or "all"; for every picture.
-        settings: method="reciprocam" or another name of `METHODS`, and its settings: of
-            `ReciproCAM` kernel, class_token, layer, score, path …
+            several, or "all". Beside named classes, which come first, "top3" is of the others.
+        settings: method="reciprocam" or another name of `METHODS`, and its settings.
 
     Raises:
         ImageError: If a picture cannot be read.
         UnknownClassError: If there is no such class; the message offers the closest.
         InputError: If a setting does not fit.
     """
+    if isinstance(settings.get("target"), (str, int)):
+        raise InputError(f"classes are named by targets=: pass targets={settings['target']!r}")
     if not isinstance(classifier, Classifier):
         raise InputError(
             f"classifier must be what vit_reciprocam.load returns, such as load('demo'), got "
@@ -267,7 +267,8 @@ def parse_targets(classifier: Classifier, *, top: int | None = None, targets: An
     tops = [_TOP.fullmatch(target) if isinstance(target, str) else None for target in wanted]
     names = classifier.class_names or classifier.num_classes
     pairs = zip(wanted, tops, strict=True)
-    named = [find_class(target, names) for target, is_top in pairs if not is_top]
+    found = (find_class(target, names) for target, is_top in pairs if not is_top)
+    named = list(dict.fromkeys(found))
     counts = [int(is_top[1]) for is_top in tops if is_top]
     return _named_and_top(classifier, named, max(counts)) if counts else [named]
 

@@ -199,7 +199,11 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
 
     shown = {name: one for name, one in METRICS.items() if any(name in row for row in summaries)}
     for model in manifest["models"]:
-        table = Table(Column("method", overflow="fold"), title=escape(model), box=box.SIMPLE_HEAD)
+        table = Table(
+            Column("method", overflow="fold", min_width=12),
+            title=escape(model),
+            box=box.SIMPLE_HEAD,
+        )
         for about in shown.values():
             arrow = "↑" if about.higher else "↓"
             table.add_column(f"{about.heading} {arrow}", justify="right", no_wrap=True)

@@ -30,6 +30,7 @@ from vit_reciprocam.cli.parts import (
     progress,
     read_lines,
 )
+from vit_reciprocam.cli.several import Options, parse_options
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
 from vit_reciprocam.explanation import MOST_DRAWN, Explanation
 from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
@@ -47,19 +48,24 @@ def explain_command(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SPECS)}.")] = DEFAULT_MODEL,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Local .safetensors or .pth file instead of the published weights."),
+        typer.Option(
+            metavar="FILE",
+            help="Local .safetensors or .pth file instead of the published weights, or random.",
+        ),
     ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TARGET",
-            help="top1 (the default), top3 …, a class's index or name, or all; may be given again.",
+            help="top1 (the default), top3 …, a class's index or name, or all; may be given again: "
+            "beside named classes top3 is the three most probable of the others.",
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."),
     ] = None,
+    option: Options = None,
     method: Annotated[
         str,
         typer.Option(
@@ -126,13 +132,14 @@ def explain_command(
             )
         classifier = load(
             model,
-            weights=weights,
+            weights="random" if str(weights) == "random" else weights,
             prompts=prompt,
             device=device,
             backend=backend,
             threads=threads,
             preprocess=preprocess,
             class_names=None if class_names is None else read_lines(class_names),
+            **parse_options(option),
         )
         if settings["method"] == "reciprocam":
             usual = classifier.model.metadata.masking if is_onnx(model) else Masking()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -18,7 +20,8 @@ from vit_reciprocam.masks import KERNELS
 from vit_reciprocam.presets import PRESETS
 from vit_reciprocam.render import COLORMAPS
 
-out = Console()
+_PIPED = 160  # columns: a file or a pipe has no width, and Rich would take 80
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 err = Console(stderr=True)
 
 T = TypeVar("T")
@@ -107,12 +110,12 @@ def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | No
 
 
 def read_lines(file: Path) -> list[str]:
-    """Class names of a text file.
+    """Class names of a text file, a line each; a synset and a tab may stand before them.
 
     Raises:
         InputError: If it cannot be read.
     """
     try:
-        return file.read_text().splitlines()
+        return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class-names {file} cannot be read: {error}") from error

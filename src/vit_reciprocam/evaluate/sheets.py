@@ -280,8 +280,10 @@ def provenance(table: Table) -> str:
     data = settings["data"]
     weights = ", ".join(f"{one.model} (weights {one.weights[:_DIGITS]})" for one in table.models)
     versions = "; ".join(dict.fromkeys(_versions(run.settings) for run in table.runs))
+    measured = max((row.images for one in table.models for row in one.rows), default=0)
+    of = f"{measured} of " if measured < data["pictures"] else ""
     return (
-        f"Protocol {settings['protocol']['name']}; {data['pictures']} pictures of "
+        f"Protocol {settings['protocol']['name']}; {of}{data['pictures']} pictures of "
         f"{PurePath(data['name']).name} (digest {data['digest'][:_DIGITS]}); {weights}; {versions}"
     )
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
 
@@ -96,6 +96,13 @@ class Metadata:
             )
         known = {each.name: values[each.name] for each in dataclasses.fields(cls)}
         names, preprocess = values["class_names"], values["preprocess"]
+        check_choice("path", values["path"], ("closed-form", "direct"))
+        check_file_targets(values["targets"])
+        texts = [values["name"], values["images"], values["logits"]]
+        if names is not None:
+            texts += names if isinstance(names, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("name, images, logits and class_names have to be text")
         known |= {
             "masking": Masking(**values["masking"]),
             "class_names": None if names is None else tuple(names),

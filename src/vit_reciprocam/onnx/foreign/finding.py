@@ -10,7 +10,15 @@ import onnx
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.foreign.graph import Graph, taken
 
-__all__ = ["FUSED", "PRODUCTS", "Found", "find_attention", "find_normed", "refuse_others"]
+__all__ = [
+    "FUSED",
+    "PRODUCTS",
+    "Found",
+    "find_attention",
+    "find_normed",
+    "has_head",
+    "refuse_others",
+]
 
 _PASS = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 _GUARDS = frozenset({"IsNaN", "Where"})  # of rows that are masked whole
@@ -209,4 +217,20 @@ def _is_norm(graph: Graph, name: str, pixels: set[str]) -> bool:
         residual = node.op_type == "Add" and len(above) > 1
         if not residual and node.op_type not in _PROJECTIONS:
             waiting += above
+    return False
+
+
+def has_head(graph: Graph, logits: str, pixels: set[str]) -> bool:
+    """Whether a projection stands between the last LayerNorm and the logits."""
+    waiting, seen = [logits], set()
+    while waiting:
+        number = graph.maker.get(waiting.pop())
+        if number is None or number in seen:
+            continue
+        seen.add(number)
+        node = graph.nodes[number]
+        if node.op_type in _PROJECTIONS:
+            return True
+        if node.op_type not in _NORMS:
+            waiting += [name for name in taken(node) if name in pixels]
     return False

@@ -15,7 +15,13 @@ import onnx
 
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.foreign.attention import SelfAttention, read_attention
-from vit_reciprocam.onnx.foreign.finding import Found, find_attention, find_normed, refuse_others
+from vit_reciprocam.onnx.foreign.finding import (
+    Found,
+    find_attention,
+    find_normed,
+    has_head,
+    refuse_others,
+)
 from vit_reciprocam.onnx.foreign.graph import Graph
 from vit_reciprocam.onnx.foreign.layout import Layout, check_layout, find_layout
 from vit_reciprocam.onnx.foreign.tail import Tail, read_tail
@@ -107,6 +113,11 @@ def read(
     if values[logits].ndim != 2 or len(values[logits]) != batch:
         raise ModelError(
             f"output {logits!r} is {values[logits].shape}, not (batch, classes): no classifier?"
+        )
+    if not has_head(graph, logits, pixels):
+        raise ModelError(
+            f"output {logits!r} comes from a LayerNorm with no projection after it: it has "
+            "features, not classes"
         )
     is_softmax = _is_softmax(graph, logits, values[logits], pixels)
     shapes = [values[name].shape for name in convolutions]
