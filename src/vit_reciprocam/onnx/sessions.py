@@ -101,6 +101,8 @@ def _onnxruntime(path: Path, opset: int, device: str, threads: int | None) -> Se
     provider = _provider(device, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
+    # Between runs threads would go on spinning and slow down whatever runs then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
