@@ -89,12 +89,10 @@ def compare(
         ModelError: If it is more than 1e-4, or the file cannot be run.
     """
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    settings = {
-        "kernel": masking.kernel,
-        "class_token": masking.class_token,
-        "layer": masking.layer,
-    }
-    expected = ReciproCAM(model, **settings)(images, "all")  # type: ignore[arg-type]
+    explainer = ReciproCAM(
+        model, kernel=masking.kernel, class_token=masking.class_token, layer=masking.layer
+    )
+    expected = explainer(images, "all")
     classes = expected.logits.shape[1]
     feeds: dict[str, Any] = {"images": images.numpy()}
     if metadata.targets == "input":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,20 @@ from vit_reciprocam.onnx.foreign.finding import FUSED, PRODUCTS, Found
 from vit_reciprocam.onnx.foreign.graph import Graph
 
 __all__ = ["Part", "SelfAttention", "read_attention"]
+
+
+_HARMLESS = frozenset(
+    {
+        "kv_num_heads",
+        "mask_filter_value",
+        "num_heads",
+        "q_num_heads",
+        "qk_matmul_output_mode",
+        "qkv_hidden_sizes",
+        "scale",
+        "softmax_precision",
+    }
+)  # of fused attention
 
 
 @dataclass(frozen=True)
@@ -157,55 +172,70 @@ def _fused(
     """The parts of a fused attention node: ONNX's own, or of ONNX Runtime's optimizer."""
     flags = {each.name: helper.get_attribute_value(each) for each in node.attribute}
     given = [*node.input, *[""] * 8]
-    output = Part(node.output[0], ("b", "t", "hd"))
-    if node.domain not in ("com.microsoft", "", "ai.onnx") or node.op_type == "QAttention":
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
-    if node.domain == "com.microsoft" and node.op_type == "Attention":
-        _refuse_extras(graph, node, flags, ("mask_filter_value",), given[3:])
-        heads, sizes = flags["num_heads"], flags.get("qkv_hidden_sizes")
-        weight, bias = graph.constant(given[1]), graph.constant(given[2]) if given[2] else None
-        if weight is None:
-            raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
-        ends = np.cumsum(sizes or [weight.shape[1] // 3] * 3)[:2]
-        weights = np.split(weight, ends, axis=1)
-        biases = [None] * 3 if bias is None else np.split(bias, ends)
-        parts = [
-            Part(given[0], ("b", "t", "hd"), b, w) for w, b in zip(weights, biases, strict=True)
-        ]
-        width = weights[0].shape[1] // heads
-        inputs: tuple[str, ...] = (given[0],)
-        bias_of_scores = None
-    elif node.domain == "com.microsoft":
-        _refuse_extras(graph, node, flags, ("mask_filter_value",), [given[4], *given[6:]])
-        heads = flags["num_heads"]
-        bias = graph.constant(given[3]) if given[3] else None
-        biases = [None] * 3 if bias is None else np.split(bias, 3)
-        if any(values[name].ndim != 3 for name in given[:3]):
-            raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
-        parts = [Part(name, ("b", "t", "hd"), b) for name, b in zip(given[:3], biases, strict=True)]
-        width = values[given[0]].shape[-1] // heads
-        inputs = tuple(given[:3])
-        bias_of_scores = _fixed(graph, given[5], values)
-    else:
-        known = ("qk_matmul_output_mode", "softmax_precision")
-        _refuse_extras(graph, node, flags, known, given[4:])
+    output_axes: tuple[str, ...] = ("b", "t", "hd")
+    mask = ""
+    if node.domain in ("", "ai.onnx"):
+        _refuse_extras(graph, node, flags, given[4:])
+        parts, mask = _standard(graph, node, values), given[3]
+        output_axes = parts[0].axes
         shape = values[given[0]].shape
-        axes = ("b", "h", "t", "d") if len(shape) == 4 else ("b", "t", "hd")
         heads = shape[1] if len(shape) == 4 else flags["q_num_heads"]
-        width = shape[-1] if len(shape) == 4 else shape[-1] // heads
-        if values[given[1]].shape != shape:
-            raise ModelError(f"stopped at {graph.describe(node.output[0])}: shared keys")
-        parts = [Part(name, axes) for name in given[:3]]
-        output = Part(node.output[0], axes)
-        inputs = tuple(given[:3])
-        bias_of_scores = _fixed(graph, given[3], values)
-    if bias_of_scores is not None:
-        if any(given[n] in pixels for n in (3, 5)):
-            raise ModelError(f"stopped at {graph.describe(node.output[0])}: a mask that varies")
-        bias_of_scores = _as_bias(bias_of_scores)
-    scale = flags.get("scale") or 1 / math.sqrt(width)
+    elif node.domain == "com.microsoft" and node.op_type == "MultiHeadAttention":
+        _refuse_extras(graph, node, flags, [given[4], *given[6:]])
+        parts, heads, mask = _multi_head(graph, node, values), flags["num_heads"], given[5]
+    elif node.domain == "com.microsoft" and node.op_type == "Attention":
+        _refuse_extras(graph, node, flags, given[3:])
+        parts, heads = _projecting(graph, node, flags), flags["num_heads"]
+    else:
+        raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
     query, key, value = parts
-    return SelfAttention(query, key, value, output, heads, float(scale), bias_of_scores, inputs)
+    if mask in pixels:
+        raise ModelError(f"stopped at {graph.describe(node.output[0])}: a mask that varies")
+    bias = _fixed(graph, mask, values)
+    inner = values[query.name].shape[-1] if query.weight is None else query.weight.shape[1]
+    width = inner if query.axes[-1] == "d" else inner // heads
+    return SelfAttention(
+        query=query,
+        key=key,
+        value=value,
+        output=Part(node.output[0], output_axes),
+        heads=heads,
+        scale=float(flags.get("scale") or 1 / math.sqrt(width)),
+        bias=None if bias is None else _as_bias(bias),
+        inputs=tuple(dict.fromkeys(part.name for part in parts)),
+    )
+
+
+def _standard(graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> list[Part]:
+    """Of ONNX's Attention (opset 23): queries, keys and values by heads, or joined."""
+    shape = values[node.input[0]].shape
+    if values[node.input[1]].shape != shape:
+        raise ModelError(f"stopped at {graph.describe(node.output[0])}: shared keys")
+    axes = ("b", "h", "t", "d") if len(shape) == 4 else ("b", "t", "hd")
+    return [Part(name, axes) for name in node.input[:3]]
+
+
+def _multi_head(graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> list[Part]:
+    """Of ONNX Runtime's MultiHeadAttention: joined heads, and their biases in one."""
+    names = list(node.input[:3])
+    if any(values[name].ndim != 3 for name in names):
+        raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
+    bias = graph.constant(node.input[3]) if node.input[3:] and node.input[3] else None
+    biases = [None] * 3 if bias is None else np.split(bias, 3)
+    return [Part(name, ("b", "t", "hd"), b) for name, b in zip(names, biases, strict=True)]
+
+
+def _projecting(graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]) -> list[Part]:
+    """Of ONNX Runtime's Attention, which projects its input itself."""
+    weight = graph.constant(node.input[1])
+    if weight is None:
+        raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
+    ends = np.cumsum(flags.get("qkv_hidden_sizes") or [weight.shape[1] // 3] * 3)[:2]
+    bias = graph.constant(node.input[2]) if node.input[2:] and node.input[2] else None
+    biases = [None] * 3 if bias is None else np.split(bias, ends)
+    weights = np.split(weight, ends, axis=1)
+    pairs = zip(biases, weights, strict=True)
+    return [Part(node.input[0], ("b", "t", "hd"), b, w) for b, w in pairs]
 
 
 def _fixed(graph: Graph, name: str, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -225,15 +255,10 @@ def _as_bias(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _refuse_extras(
-    graph: Graph,
-    node: onnx.NodeProto,
-    flags: dict[str, object],
-    known: tuple[str, ...],
-    inputs: Sequence[str],
+    graph: Graph, node: onnx.NodeProto, flags: Mapping[str, object], inputs: Sequence[str]
 ) -> None:
     """Refuse options of a fused attention that change what it computes."""
-    known = (*known, "num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes", "scale")
-    extra = [name for name, value in flags.items() if name not in known and value]
+    extra = [name for name, value in flags.items() if name not in _HARMLESS and value]
     if extra or any(inputs):
         raise ModelError(
             f"stopped at {graph.describe(node.output[0])}, which has options that are not known "
