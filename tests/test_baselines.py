@@ -15,8 +15,9 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 from conftest import MODELS, tiny_images, tiny_model
 from reference_relevance import attention_of, naive_relevance, naive_rollout
-from vit_reciprocam import baselines
-from vit_reciprocam.baselines import (
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.methods import baselines
+from vit_reciprocam.methods.baselines import (
     center,
     image_edges,
     random,
@@ -25,8 +26,7 @@ from vit_reciprocam.baselines import (
     rollout,
     uniform,
 )
-from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.lrp import add_rule, copy_rule, linear_rule, matmul_rule
+from vit_reciprocam.methods.lrp import add_rule, copy_rule, linear_rule, matmul_rule
 
 BY_LAYER = [rollout, raw_attention, relevance]
 NULLS = [uniform, center, random, image_edges]

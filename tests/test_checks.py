@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vit_reciprocam import catalogue, checks
+from vit_reciprocam import catalogue
 from vit_reciprocam.adapters.transformers_families import FAMILIES
+from vit_reciprocam.catalogue import checks
 from vit_reciprocam.classifier import timm_names
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import ModelError

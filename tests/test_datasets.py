@@ -7,9 +7,9 @@ from PIL import Image
 from pyarrow import parquet
 from scipy.io import savemat
 
-from vit_reciprocam.datasets import read_dataset
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
-from vit_reciprocam.labels import Labels
+from vit_reciprocam.evaluate.datasets import read_dataset
+from vit_reciprocam.evaluate.labels import Labels
 from vit_reciprocam.scenes import CLASSES, draw_scene
 
 IMAGENET = Labels(1000)

@@ -9,12 +9,11 @@ from typer.testing import CliRunner
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from vit_reciprocam import baselines, peers
 from vit_reciprocam.classifier import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError
 from vit_reciprocam.maps import min_max
-from vit_reciprocam.methods import METHODS, MethodSpec
+from vit_reciprocam.methods import METHODS, MethodSpec, baselines, peers
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,7 +85,7 @@ def test_bad_settings_are_refused_before_computing():
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "vit_reciprocam.peers")
+    monkeypatch.delitem(sys.modules, "vit_reciprocam.methods.peers")
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(MissingDependencyError, match=r"occlusion.*vit-reciprocam\[compare\]"):
         METHODS["occlusion"](tiny_model(), tiny_images())

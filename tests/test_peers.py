@@ -7,9 +7,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models.swin_transformer import SwinTransformerBlockV2
 
 from conftest import tiny_images, tiny_model
-from vit_reciprocam import peers
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.methods import METHODS
+from vit_reciprocam.methods import METHODS, peers
 
 CAMS = [peers.grad_cam, peers.layer_cam, peers.eigen_cam, peers.score_cam]
 ALL = [*CAMS, peers.integrated_gradients, peers.occlusion]

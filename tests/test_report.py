@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import vit_reciprocam as vr
 from vit_reciprocam.cli import app
-from vit_reciprocam.datasets import Item
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate import formats, gallery, report, sheets
 from vit_reciprocam.evaluate.bootstrap import resample
+from vit_reciprocam.evaluate.datasets import Item
 from vit_reciprocam.evaluate.run import summaries
 from vit_reciprocam.evaluate.store import RunFolder
 from vit_reciprocam.evaluate.tables import DEFAULTS, METRICS, read_tables

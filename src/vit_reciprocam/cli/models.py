@@ -122,7 +122,8 @@ def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
 def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -> None:
     with errors_in_one_line(debug):
         try:
-            from vit_reciprocam import catalogue, checks
+            from vit_reciprocam import catalogue
+            from vit_reciprocam.catalogue import checks
         except ModuleNotFoundError as error:
             raise MissingDependencyError("models --check", "torch") from error
         found = list(catalogue.architectures(pattern))

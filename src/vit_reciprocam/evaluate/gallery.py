@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.compute
 from PIL import Image
 
-from vit_reciprocam.datasets import Item, picture_digest
 from vit_reciprocam.errors import ImageError
+from vit_reciprocam.evaluate.datasets import Item, picture_digest
 from vit_reciprocam.evaluate.tables import ModelRows, Table, measured, records_of
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.render import overlay

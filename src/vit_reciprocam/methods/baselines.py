@@ -24,7 +24,7 @@ from vit_reciprocam.adapters import check_images, check_mode, grid_and_targets, 
 from vit_reciprocam.adapters.layers import Encoder, encoder_of, without_rule
 from vit_reciprocam.adapters.parts import call_of
 from vit_reciprocam.errors import InputError, ModelError, check_choice
-from vit_reciprocam.lrp import relevance_matrices, trace_layers
+from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
 from vit_reciprocam.split import Split
 
 __all__ = [
@@ -133,7 +133,7 @@ def relevance(
     """Relevance (Chefer, Gur, Wolf 2021), "transformer attribution" in its authors' code.
 
     With R_l the relevance of layer l's attention weights A_l, found by layer-wise relevance
-    propagation from the target's logit (`vit_reciprocam.lrp`), and ∇A_l that logit's gradient,
+    propagation from the target's logit (`methods.lrp`), and ∇A_l that logit's gradient,
 
         Ā_l = mean over heads of (∇A_l ⊙ R_l)⁺,    map = row of (Ā_L + I) ... (Ā_1 + I).
 

@@ -23,21 +23,21 @@ __all__ = ["METHODS", "MethodSpec", "check_settings"]
 
 _MODULES = {
     "reciprocam": "reciprocam",
-    "rollout": "baselines",
-    "relevance": "baselines",
-    "raw_attention": "baselines",
-    "random": "baselines",
-    "center": "baselines",
-    "uniform": "baselines",
-    "image_edges": "baselines",
-    "grad_cam": "peers",
-    "layer_cam": "peers",
-    "eigen_cam": "peers",
-    "score_cam": "peers",
-    "integrated_gradients": "peers",
-    "occlusion": "peers",
+    "rollout": "methods.baselines",
+    "relevance": "methods.baselines",
+    "raw_attention": "methods.baselines",
+    "random": "methods.baselines",
+    "center": "methods.baselines",
+    "uniform": "methods.baselines",
+    "image_edges": "methods.baselines",
+    "grad_cam": "methods.peers",
+    "layer_cam": "methods.peers",
+    "eigen_cam": "methods.peers",
+    "score_cam": "methods.peers",
+    "integrated_gradients": "methods.peers",
+    "occlusion": "methods.peers",
 }
-_EXTRAS = {"reciprocam": "torch", "baselines": "torch", "peers": "compare"}
+_EXTRAS = {"reciprocam": "torch", "methods.baselines": "torch", "methods.peers": "compare"}
 
 Method = Callable[..., Any]
 
