@@ -15,6 +15,7 @@ SOURCE = Path(vit_reciprocam.__file__).parent
 ROWS = [
     {"errors"},
     {"files", "maps", "masks", "metrics", "perturbation", "scenes", "targets", "render"},
+    {"methods.null"},
     {"images", "evaluate.labels", "onnx.header"},
     {"presets", "onnx.sessions"},
     {"evaluate.layouts"},
@@ -66,6 +67,7 @@ ROWS = [
     {"onnx.export"},
     {"catalogue.checks", "methods.baselines", "methods.peers"},
     {"methods"},
+    {"torch_model"},
     {"classifier"},
     {"calls"},
     {"benchmark"},
@@ -125,6 +127,7 @@ NEEDS_TORCH = {
     "onnx.traced",
     "onnx.written",
     "torch_metrics",
+    "torch_model",
 }
 HEAVY = {
     "torch",

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from conftest import MODELS, tiny_images, tiny_model
@@ -27,6 +28,7 @@ from vit_reciprocam.methods.baselines import (
     uniform,
 )
 from vit_reciprocam.methods.lrp import add_rule, copy_rule, linear_rule, matmul_rule
+from vit_reciprocam.methods.null import NULLS as DRAWN
 
 BY_LAYER = [rollout, raw_attention, relevance]
 NULLS = [uniform, center, random, image_edges]
@@ -535,8 +537,9 @@ def test_center_is_a_gaussian_that_never_looks():
     middle, corner = maps[0, 0, 1, 1], maps[0, 0, 0, 3]  # at (0, -1/4) and (-2/3, 3/4)
     wanted = np.exp([-(1 / 16) / 1.28, -(4 / 9 + 9 / 16) / 1.28])
     np.testing.assert_allclose([middle, corner], wanted, rtol=1e-6)
-    with pytest.raises(InputError, match="sigma must be positive"):
-        center(model, images, sigma=0)
+    for wrong in (0, -1.0, np.nan, "wide"):
+        with pytest.raises(InputError, match="sigma must be positive"):
+            center(model, images, sigma=wrong)
 
 
 def test_random_depends_on_the_seed_and_the_picture_alone():
@@ -549,8 +552,9 @@ def test_random_depends_on_the_seed_and_the_picture_alone():
     masked = images.clone()
     masked[:, :, 0, 0] = 0
     assert not torch.allclose(maps, random(model, masked, [[0, 1]]))
-    with pytest.raises(InputError, match="cells must be at least 2"):
-        random(model, images, cells=1)
+    for wrong in (1, 2.5, "many"):
+        with pytest.raises(InputError, match="cells must be at least 2"):
+            random(model, images, cells=wrong)
 
 
 def test_random_is_smooth():
@@ -573,6 +577,40 @@ def test_image_edges_stand_where_the_picture_changes():
     torch.testing.assert_close(maps[1], torch.full((2, 4), 0.299 / 8))
 
 
+@pytest.mark.parametrize("grid", [(14, 14), (7, 9), (40, 90)])
+def test_image_edges_are_pooled_sobel_gradients(grid):
+    """Also on grids that do not divide the picture, and finer ones than it."""
+    images = torch.rand(2, 3, 30, 71, dtype=torch.float64)
+    red, green, blue = images.unbind(dim=1)
+    luminance = (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).double() / 8
+    kernels = torch.stack([sobel, sobel.T])[:, None]
+    gradient = conv2d(pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)
+    wanted = adaptive_avg_pool2d(gradient.square().sum(dim=1).sqrt(), grid).numpy()
+    for dtype, digits in (("float64", 1e-12), ("float32", 1e-6)):
+        maps = DRAWN["image_edges"](images.numpy().astype(dtype), grid)
+        assert maps.dtype == dtype
+        np.testing.assert_allclose(maps, wanted, rtol=0, atol=digits)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 1), (3, 11)])
+def test_random_is_noise_upsampled_from_corner_to_corner(grid):
+    images = torch.rand(3, 3, 8, 8).numpy()
+    noise = DRAWN["random"](images, (5, 5), cells=5)  # each cell on a patch
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    wanted = interpolate(
+        torch.from_numpy(noise)[:, None], grid, mode="bicubic", align_corners=True
+    )[:, 0]
+    np.testing.assert_allclose(DRAWN["random"](images, grid, cells=5), wanted, rtol=0, atol=1e-6)
+
+
+def test_random_is_uniform_noise_of_every_picture():
+    drawn = DRAWN["random"](torch.rand(400, 1, 2, 2).numpy(), (4, 4))
+    quarters, _ = np.histogram(drawn, bins=4, range=(0, 1))
+    assert np.all(abs(quarters / drawn.size - 0.25) < 0.03)  # 5 standard deviations
+
+
 def test_image_edges_of_one_channel():
     model = tiny_model(in_chans=1)
     images = torch.zeros(1, 1, 8, 12)
@@ -591,6 +629,15 @@ def test_nulls_run_the_model_on_one_image_only(method):
     assert set(seen) == {1}
     method(model, images, lambda logits: logits.argmax(axis=1))
     assert seen[-1] == 3
+
+
+@pytest.mark.parametrize("method", NULLS)
+def test_nulls_of_a_model_are_those_of_its_grid(method):
+    images = images64()
+    maps = method(model_of("plain"), images, TARGETS)
+    drawn = DRAWN[method.__name__](images.numpy(), GRID)
+    assert drawn.dtype == np.float64
+    assert np.array_equal(maps, np.stack([drawn, drawn], axis=1))
 
 
 @pytest.mark.parametrize("method", NULLS)

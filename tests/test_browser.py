@@ -265,7 +265,9 @@ def test_what_the_page_shows_is_what_python_draws(open_page, demo):
         expect(page.locator("#caption strong")).to_have_text(name)
 
 
-def explained_file(targets, preprocess, *, class_names=("ant", "bee", "cat", "dog")):
+def explained_file(
+    targets, preprocess, *, class_names=("ant", "bee", "cat", "dog"), probabilities=False
+):
     """A model whose maps are cheap: what each 4 by 4 window's mean colour says of the classes."""
     count = len(class_names or range(4))
     rng = np.random.default_rng(5)
@@ -275,7 +277,8 @@ def explained_file(targets, preprocess, *, class_names=("ant", "bee", "cat", "do
         helper.make_node("AveragePool", ["pixels"], ["p"], kernel_shape=[4, 4], strides=[4, 4]),
         helper.make_node("Conv", ["p", "weight"], ["rows"]),
         helper.make_node("GlobalAveragePool", ["rows"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["output"]),
+        helper.make_node("Flatten", ["pooled"], ["logits"]),
+        helper.make_node("Softmax" if probabilities else "Identity", ["logits"], ["output"]),
     ]
     height, width = (side // 4 for side in preprocess.size)
     k = count if targets == "all" else "k" if targets == "input" else 2
@@ -310,6 +313,7 @@ def explained_file(targets, preprocess, *, class_names=("ant", "bee", "cat", "do
         targets=targets,
         images="pixels",
         logits="output",
+        probabilities=probabilities,
         class_names=class_names,
         preprocess=preprocess,
     )
@@ -317,13 +321,16 @@ def explained_file(targets, preprocess, *, class_names=("ant", "bee", "cat", "do
     return model.SerializeToString()
 
 
-@pytest.mark.parametrize("targets", ["all", "top2", "input"])
-def test_a_file_of_ones_own_explains_by_its_metadata(open_page, targets):
+@pytest.mark.parametrize(
+    ("targets", "probabilities"),
+    [("all", False), ("top2", False), ("input", False), ("all", True)],
+)
+def test_a_file_of_ones_own_explains_by_its_metadata(open_page, targets, probabilities):
     preprocess = Preprocess((48, 64), crop_pct=0.9, mean=(0.4, 0.5, 0.6), interpolation="bilinear")
     page = open_page()
     picture = draw_scene(3, size=200).image
     drop_and_wait(page, "three.png", png(picture))
-    content = explained_file(targets, preprocess)
+    content = explained_file(targets, preprocess, probabilities=probabilities)
     drop(page, "tiny.onnx", content)
     expect(page.locator("#about")).to_contain_text("tiny.onnx")
     assert page.locator("#error").is_hidden()
@@ -333,7 +340,7 @@ def test_a_file_of_ones_own_explains_by_its_metadata(open_page, targets):
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     logits, scores = session.run(["output", "scores"], feeds)
     order = np.argsort(-logits[0])
-    probs = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    probs = logits[0] if probabilities else np.exp(logits[0]) / np.exp(logits[0]).sum()
     names = ["ant", "bee", "cat", "dog"]
     shown = rows(page)
     wanted = order[:2] if targets == "top2" else order
@@ -476,7 +483,7 @@ def test_files_that_cannot_be_used_are_refused_in_a_sentence(open_page):
         ),
         (
             "later.onnx",
-            explained_file("all", tiny).replace(b'"schema": 2', b'"schema": 9'),
+            explained_file("all", tiny).replace(b'"schema": 3', b'"schema": 9'),
             "later.onnx was written by another version of vit-reciprocam",
         ),
         (

@@ -311,6 +311,13 @@ def test_what_the_file_says(tmp_path, model):
     assert str(tmp_path).encode() not in content
 
 
+def test_class_names_do_not_flood_a_notebook():
+    names = tuple(f"class {number}" for number in range(1000))
+    shown = repr(Metadata("small", Masking(), "direct", class_names=names, versions={"a": "1"}))
+    assert "name='small'" in shown
+    assert len(shown) < 300
+
+
 def test_only_standard_operators_also_in_loops(tmp_path):
     export(ARCHITECTURES["timm vit, mean pool"](), tmp_path / "model.onnx", size=SIZE)
     file = onnx.load(tmp_path / "model.onnx")

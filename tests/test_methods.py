@@ -1,5 +1,6 @@
 """METHODS: one signature, maps in [0, 1], settings checked before anything runs."""
 
+import inspect
 import sys
 
 import numpy as np
@@ -12,8 +13,9 @@ from conftest import tiny_images, tiny_model
 from vit_reciprocam.classifier import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError
+from vit_reciprocam.evaluate import tables
 from vit_reciprocam.maps import min_max
-from vit_reciprocam.methods import METHODS, MethodSpec, baselines, peers
+from vit_reciprocam.methods import METHODS, MethodSpec, baselines, null, peers
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,6 +86,17 @@ def test_bad_settings_are_refused_before_computing():
         METHODS["reciprocam"](tiny_model(), images, kernal="dirac")
 
 
+def test_null_baselines_are_the_same_everywhere():
+    assert set(null.NULLS) == set(tables.NULLS)  # which reports tell from methods
+    for name, function in null.NULLS.items():
+        ours, theirs = (inspect.signature(f) for f in (function, getattr(baselines, name)))
+        settings = [
+            [(p.name, p.default) for p in one.parameters.values() if p.kind is p.KEYWORD_ONLY]
+            for one in (ours, theirs)
+        ]
+        assert settings[0] == settings[1]
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "vit_reciprocam.methods.peers")
     monkeypatch.setitem(sys.modules, "captum", None)
@@ -102,7 +115,7 @@ def test_explain_by_another_method(tmp_path):
     assert e.settings["head_fusion"] == "max"
     assert e.maps.shape == (1, 2, 10, 10)
     assert e.maps.max() == 1
-    with pytest.raises(InputError, match="method of an ONNX file must be"):
+    with pytest.raises(InputError, match=r"ONNX file must be .*'reciprocam', .*'center', .* got"):
         vr.explain(ASSETS / "demo.png", vr.load("demo"), method="rollout")
     command = ["explain", str(ASSETS / "demo.png"), "--model", "timm:test_vit"]
     command += ["--weights", str(tmp_path / "w.pth"), "--out", str(tmp_path / "out")]

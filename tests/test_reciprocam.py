@@ -182,6 +182,19 @@ def test_chunks_make_no_difference(path):
 # --- targets ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_one_cut_serves_other_settings(path):
+    model, images = tiny_model(), tiny_images()
+    cut = ReciproCAM(model).cut(images)
+    for changed in ({"kernel": "dirac"}, {"layer": "block"}, {"class_token": False}):
+        explainer = ReciproCAM(model, path=path, **changed)
+        whole, reused = explainer(images, "all"), explainer(images, "all", cut=cut)
+        np.testing.assert_array_equal(reused.scores, whole.scores)
+        np.testing.assert_array_equal(reused.logits, whole.logits)
+    with pytest.raises(InputError, match="cut is of 2 images, and there are 1"):
+        ReciproCAM(model)(images[:1], cut=cut)
+
+
 def test_prediction_is_the_models_own():
     model, images = tiny_model(), tiny_images()
     e = ReciproCAM(model)(images)

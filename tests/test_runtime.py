@@ -27,6 +27,8 @@ from vit_reciprocam.classifier import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
 from vit_reciprocam.images import read_image
+from vit_reciprocam.methods import METHODS
+from vit_reciprocam.methods.null import NULLS
 from vit_reciprocam.onnx.export import export_plain
 from vit_reciprocam.onnx.header import digest, read_header
 from vit_reciprocam.onnx.insert import insert
@@ -123,7 +125,7 @@ def test_every_form_gives_pytorchs_scores(files, images, expected, backend, form
 def test_known_logits_spare_a_run(files, images, expected):
     explainer = OnnxExplainer(files / "input.onnx")
     shifted = np.roll(expected.logits, 1, axis=1)
-    e = explainer(images, logits=shifted)
+    e = explainer(images, known={"logits": shifted})
     assert e.targets.tolist() == shifted.argmax(axis=1)[:, None].tolist(), "taken at their word"
     agree(e, expected)
 
@@ -165,6 +167,88 @@ def test_a_file_is_a_classifier_like_any_other(files, preprocess, expected, back
     )
 
 
+# --- null baselines ------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("name", NULLS)
+@pytest.mark.parametrize("form", ["all-2", "top3", "input"])
+def test_null_baselines_are_those_of_the_model(model, files, images, expected, backend, form, name):
+    settings = {"random": {"seed": 3, "cells": 5}, "center": {"sigma": 0.3}}.get(name, {})
+    classifier = vr.load(files / f"{form}.onnx", backend=backend)
+    explain = classifier.make_explainer(method=name, **settings)
+    least = np.argsort(expected.logits, axis=1)[:, :2]  # a top3 file has no maps of these
+    for targets, chosen in (
+        (None, expected.logits.argmax(axis=1)[:, None]),
+        (least, least),
+        (lambda logits: np.argsort(logits)[:, :2], least),
+    ):
+        e = explain(images, targets)
+        assert e.targets.tolist() == chosen.tolist()
+        wanted = METHODS[name](model, torch.from_numpy(images), chosen, **settings)
+        np.testing.assert_allclose(e.maps, wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(e.probs, expected.probs, rtol=0, atol=1e-4)
+        assert (e.maps.dtype, e.path) == (np.float32, "")
+        assert e.settings == {
+            "method": name,
+            "model": classifier.model.metadata.name,
+            **settings,
+            "backend": backend,
+        }
+
+
+def test_null_baselines_share_what_is_known(files, images, expected):
+    explain = OnnxExplainer(files / "input.onnx").make_explainer(method="center")
+    known = {"logits": np.roll(expected.logits, 1, axis=1)}
+    e = explain(images, None, known)
+    assert e.targets.tolist() == known["logits"].argmax(axis=1)[:, None].tolist()
+    known = {}
+    explain(images, None, known)
+    np.testing.assert_allclose(known["logits"], expected.logits, rtol=0, atol=1e-4)
+
+
+@both
+@pytest.mark.parametrize("form", ["all", "top3", "input"])
+def test_null_baselines_of_a_graph_that_leaves_its_grid_open(
+    files, tmp_path, images, backend, form
+):
+    graph = onnx.load(files / f"{form}.onnx")
+    (scores,) = [value for value in graph.graph.output if value.name == "scores"]
+    for side in scores.type.tensor_type.shape.dim[2:]:
+        side.dim_param = f"side{side.dim_value}"
+    onnx.save(graph, tmp_path / "open.onnx")
+    explain = OnnxExplainer(tmp_path / "open.onnx", backend=backend).make_explainer(method="center")
+    assert explain(images, 3).maps.shape == (5, 1, 14, 14)
+
+
+def test_what_null_baselines_refuse(images):
+    explainer = OnnxExplainer(ASSETS / "demo.onnx")
+    for settings, words in (
+        ({"method": "uniform", "kernel": "dirac"}, "uniform has no settings; got 'kernel'"),
+        ({"method": "center", "score": "logit"}, "of center must be one of 'sigma'; got 'score'"),
+        ({"method": "rollout"}, "'reciprocam', 'random', 'center', 'uniform', 'image_edges'; got"),
+    ):
+        with pytest.raises(InputError, match=words):
+            explainer.make_explainer(**settings)
+    with pytest.raises(InputError, match=r"images must be \(B, 3, 112, 112\)"):
+        explainer.make_explainer(method="center")(images[..., :96])
+    with pytest.raises(UnknownClassError, match="class 12 does not exist"):
+        explainer.make_explainer(method="center")(images, 12)
+
+
+def test_a_null_baseline_on_the_command_line(tmp_path):
+    draw_scene(0).image.save(tmp_path / "scene.png")
+    command = ["explain", str(tmp_path / "scene.png"), "--model", str(ASSETS / "demo.onnx")]
+    command += ["--method", "center:sigma=0.3", "--out", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["settings"] == {"method": "center", "sigma": 0.3}
+    with np.load(tmp_path / "out" / "scene" / "maps.npz") as saved:
+        (saliency,) = saved["maps"].reshape(-1, 14, 14)
+    assert saliency[6:8, 6:8].min() == 1
+    assert saliency.min() == saliency[0, 0] == 0
+
+
 # --- options -------------------------------------------------------------------------------------
 
 
@@ -172,6 +256,12 @@ def test_several_streams_share_a_batch(files, images, expected):
     for name in ("all", "all-2", "input"):
         explainer = OnnxExplainer(files / f"{name}.onnx", backend="openvino", streams=2)
         agree(explainer(images, "all"), expected)
+    session = explainer.session
+    feeds = [{"images": images[:1], "targets": np.zeros((1, 1), np.int64)} for _ in range(4)]
+    feeds[1] = {**feeds[1], "images": images[:1, :, :64]}
+    with pytest.raises(ModelError, match="failed in OpenVINO"):
+        session.run_all(["scores"], feeds)
+    agree(explainer(images, "all"), expected)  # what had begun is not in the way
     with pytest.raises(InputError, match="streams are OpenVINO's"):
         OnnxExplainer(files / "all.onnx", streams=2)
 
@@ -336,7 +426,9 @@ def test_a_graph_that_ends_in_a_softmax(tmp_path, images, expected, preprocess):
     model.graph.output[0].name = "probabilities"
     onnx.save(model, tmp_path / "plain.onnx")
     insert(tmp_path / "plain.onnx", tmp_path / "m.onnx", preprocess=preprocess)
-    e = OnnxExplainer(tmp_path / "m.onnx")(images)
+    explainer = OnnxExplainer(tmp_path / "m.onnx")
+    assert explainer.metadata.probabilities
+    e = explainer(images)
     np.testing.assert_allclose(e.probs, expected.probs, rtol=0, atol=1e-5)
     assert e.targets.tolist() == expected.probs.argmax(axis=1)[:, None].tolist()
 

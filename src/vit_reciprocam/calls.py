@@ -110,9 +110,7 @@ class OnnxFiles:
         ((name, port),) = session.inputs.items()
         (output,) = session.outputs
         pixels = images.astype(port.dtype)
-        step = port.shape[0] or len(pixels)
-        feeds = [{name: pixels[start : start + step]} for start in range(0, len(pixels), step)]
-        return lambda: np.concatenate([found for (found,) in session.run_all([output], feeds)])
+        return lambda: session.run([output], {name: pixels})[0]
 
 
 def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,10 +14,9 @@ import numpy as np
 from PIL import Image
 
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
-from vit_reciprocam.explanation import Explanation, softmax
+from vit_reciprocam.explanation import Explanation
 from vit_reciprocam.images import ImageSource, Preprocess, read_image
-from vit_reciprocam.methods import METHODS, check_settings
-from vit_reciprocam.targets import find_class, resolve_targets, top_classes
+from vit_reciprocam.targets import find_class, top_classes
 
 __all__ = [
     "ASSETS",
@@ -46,7 +44,8 @@ _TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 Explainer = Callable[..., Explanation]
 """Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them.
 
-`logits=`, (B, C), spares methods that need them besides a forward pass, where they are known.
+A third argument, `known`, is a dict that explainers of one model share for one batch: what one has
+computed, the others need not. Its "logits", (B, C), may also be put there.
 """
 
 
@@ -145,7 +144,9 @@ def load(
         raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
     if class_names is not None:
         names = tuple(class_names)
-    classifier = _torch_classifier(spec, _moved(model, device), prepared, names)
+    from vit_reciprocam.torch_model import TorchModel
+
+    classifier = _classifier(spec, TorchModel(spec, model, device=device), prepared, names)
     if names is not None and len(names) != classifier.num_classes:
         raise InputError(
             f"{len(names)} class names given for a model of {classifier.num_classes} classes"
@@ -303,16 +304,23 @@ def _onnx_classifier(name: str, **options: Any) -> Classifier:
             "Preprocess((224, 224), mean=…, std=…) or the name of one, such as 'imagenet', on the "
             "command line --preprocess imagenet. Its training says which"
         )
+    return _classifier(name, model, model.preprocess, model.class_names)
+
+
+def _classifier(
+    spec: str, model: Any, preprocess: Preprocess, class_names: tuple[str, ...] | None
+) -> Classifier:
+    """Of a `TorchModel` or an `OnnxExplainer`."""
     return Classifier(
-        name,
-        model,
-        model.preprocess,
-        model.num_classes,
-        model.class_names,
-        model.make_explainer,
-        model.predict,
-        model.digest,
-        model.device,
+        name=spec,
+        model=model.model if hasattr(model, "model") else model,
+        preprocess=preprocess,
+        num_classes=model.num_classes,
+        class_names=class_names,
+        make_explainer=model.make_explainer,
+        predict=model.predict,
+        digest=model.digest,
+        device=model.device,
     )
 
 
@@ -339,62 +347,3 @@ def _timm(what: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(what, "torch") from error
     return timm
-
-
-def _moved(model: Any, device: str) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"the model cannot go to device {device!r}: {reason}") from error
-
-
-def _torch_classifier(
-    spec: str, model: Any, preprocess: Preprocess, class_names: tuple[str, ...] | None
-) -> Classifier:
-    import torch
-
-    from vit_reciprocam.adapters.by_target import logits_of
-    from vit_reciprocam.reciprocam import ReciproCAM
-
-    def tensor(batch: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(batch).to(next(model.parameters()))
-
-    @torch.no_grad()
-    def predict(batch: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = logits_of(model(tensor(batch))).float().cpu().numpy()
-        return logits
-
-    def digest() -> str:
-        summary = hashlib.sha256()
-        for key, value in model.state_dict().items():
-            summary.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            flat = value.cpu().contiguous().flatten()
-            summary.update(flat.view(torch.uint8).numpy().tobytes())
-        return summary.hexdigest()
-
-    def make_explainer(*, method: str = "reciprocam", **settings: Any) -> Explainer:
-        check_settings(method, settings)
-        if method == "reciprocam":
-            explainer = ReciproCAM(model, **settings)
-            return lambda batch, targets, logits=None: explainer(tensor(batch), targets)
-
-        def run(batch: np.ndarray, targets: Any, logits: np.ndarray | None = None) -> Explanation:
-            logits = predict(batch) if logits is None else logits
-            chosen = resolve_targets(targets, logits)
-            return Explanation(
-                scores=METHODS[method](model, tensor(batch), chosen, **settings).cpu().numpy(),
-                logits=logits,
-                probs=softmax(logits),
-                targets=chosen,
-                path="",
-                settings={"method": method, "model": spec, **settings},
-            )
-
-        return run
-
-    device = str(next(model.parameters()).device)
-    classes = model.num_labels if hasattr(model, "num_labels") else model.num_classes
-    return Classifier(
-        spec, model, preprocess, classes, class_names, make_explainer, predict, digest, device
-    )

@@ -134,7 +134,9 @@ class ReciproCAM:
         self._modules = tuple(model.modules())
         self._check_mode()
 
-    def __call__(self, images: Float[Tensor, "B ch H W"], targets: Any = None) -> Explanation:
+    def __call__(
+        self, images: Float[Tensor, "B ch H W"], targets: Any = None, *, cut: Cut | None = None
+    ) -> Explanation:
         """Explain a batch of images.
 
         Args:
@@ -142,6 +144,7 @@ class ReciproCAM:
             targets: None = each image's top-1 | int for all | "all" | (B,) one an image | (B, K);
                 (1, K) broadcasts | a function of the unmasked logits, a NumPy array (B, C), that
                 gives one of these.
+            cut: From the method `cut`, of these images: G, most of the cost, is not run again.
 
         Returns:
             Maps, scores and the unmasked prediction, as NumPy arrays.
@@ -150,7 +153,7 @@ class ReciproCAM:
             InputError: If the images or targets do not fit the model.
             ModelError: If the model is in training mode with random layers, or gives NaN.
         """
-        scores, logits, chosen, path = self._run(images, targets)
+        scores, logits, chosen, path = self._run(images, targets, cut)
         return Explanation(
             scores=_numpy(scores),
             logits=logits,
@@ -176,16 +179,35 @@ class ReciproCAM:
         Returns:
             float32, or float64 for a float64 model.
         """
-        return self._run(images, targets)[0]
+        return self._run(images, targets, None)[0]
 
     @torch.no_grad()
-    def _run(self, images: Tensor, targets: Any) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
+    def cut(self, images: Float[Tensor, "B ch H W"]) -> Cut:
+        """G alone: to explain the same images with other kernels and settings at a small cost.
+
+        Another explainer of the same model may take it if it has the same `block`, `target` and
+        `split`, and `layer="pool"` like this one or not at all.
+
+        Raises:
+            InputError: If the images do not fit the model.
+            ModelError: As in `__call__`.
+        """
+        self._check_mode()
+        check_images(self.model, images)
+        return self._split().cut(images)
+
+    @torch.no_grad()
+    def _run(
+        self, images: Tensor, targets: Any, cut: Cut | None
+    ) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
         """Scores (B, K, h, w), logits (B, C), targets (B, K) and the path that ran."""
         split = self._split()
         path = self._choose_path(split)
         self._check_mode()
         check_images(self.model, images)
-        cut = split.cut(images)
+        cut = split.cut(images) if cut is None else cut
+        if len(cut.x) != len(images):
+            raise InputError(f"cut is of {len(cut.x)} images, and there are {len(images)}")
         if path == "closed-form" and cut.readout is None:
             raise ModelError("the split has no readout: say so in its direct_because")
         prepare = closed_form_rows if path == "closed-form" else direct_rows

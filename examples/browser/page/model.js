@@ -4,7 +4,7 @@ import * as ort from "./ort.wasm.bundle.min.mjs";
 import { checkPreprocess } from "./picture.js";
 
 const KEY = "vit_reciprocam"; // of the metadata property; its layout: onnx/metadata.py
-const SCHEMA = 2;
+const SCHEMA = 3;
 const [GRAPH, METADATA] = [7, 14]; // the numbers of those fields in ONNX's ModelProto
 
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
@@ -125,7 +125,7 @@ export async function explain({ session, metadata }, input) {
   const found = await session.run(feeds, fetches).catch((error) => {
     throw new Error(`The model cannot explain this picture here: ${error.message}`);
   });
-  const logits = found[metadata.logits];
+  const prediction = found[metadata.logits].data;
   const [, count, ...grid] = found.scores.dims;
   const patches = grid[0] * grid[1];
   const scores = new Map();
@@ -133,7 +133,8 @@ export async function explain({ session, metadata }, input) {
     const index = found.classes ? Number(found.classes.data[k]) : k;
     scores.set(index, found.scores.data.slice(k * patches, (k + 1) * patches));
   }
-  return { probabilities: softmax(logits.data), grid, scores };
+  const probabilities = metadata.probabilities ? prediction : softmax(prediction);
+  return { probabilities, grid, scores };
 }
 
 function softmax(logits) {

@@ -232,11 +232,11 @@ class _Measurement:
         if not good:
             return failed
         images = np.stack([one.pixels for one in good if one.pixels is not None])
-        logits = self.classifier.predict(images)
+        known: dict[Any, Any] = {}  # of these images, by all methods
         measured = [
             record
             for method in self.explainers
-            for record in self._measured(method, good, images, logits)
+            for record in self._measured(method, good, images, known)
         ]
         return failed + measured
 
@@ -251,20 +251,18 @@ class _Measurement:
         }
 
     def _measured(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, logits: np.ndarray
+        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, known: dict[Any, Any]
     ) -> list[dict[str, Any]]:
         """Of one method; where it fails on a batch, picture by picture."""
         try:
-            columns = self._columns(method, batch, images, logits)
+            columns = self._columns(method, batch, images, known)
         except ReciproCAMError as error:
             if len(batch) == 1:
                 return [self._about(batch[0], method) | {"error": str(error)}]
             return [
                 record
                 for row, one in enumerate(batch)
-                for record in self._measured(
-                    method, [one], images[row : row + 1], logits[row : row + 1]
-                )
+                for record in self._measured(method, [one], images[row : row + 1], {})
             ]
         records = []
         for row, one in enumerate(batch):
@@ -276,12 +274,12 @@ class _Measurement:
         return records
 
     def _columns(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, logits: np.ndarray
+        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, known: dict[Any, Any]
     ) -> dict[str, np.ndarray]:
         explain = self.explainers[method]
         labels = np.array([-1 if one.item.label is None else one.item.label for one in batch])
-        targets = self.protocol.targets(logits, labels)
-        maps = explain(images, targets[:, None], logits=logits).maps[:, 0]
+        first = explain(images, lambda found: self.protocol.targets(found, labels)[:, None], known)
+        maps, targets, logits = first.maps[:, 0], first.targets[:, 0], known["logits"]
         masked = explain(self.protocol.masked_images(images, maps), targets[:, None])
         p, o = _chosen(softmax(logits), targets), _chosen(masked.probs, targets)
         columns = self.protocol.score_images(images, maps, masked.maps[:, 0], p, o)

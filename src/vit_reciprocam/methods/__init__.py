@@ -4,20 +4,20 @@
 
 Maps are floats in [0, 1] on the model's device and patch grid, each scaled for itself: not
 upsampled. Their own values, before scaling, come from the functions behind: `ReciproCAM.scores`,
-`baselines` and `peers`. Nothing heavy is imported before a method is called.
+`baselines` and `peers`. Nothing heavy is imported before a method is called. These take a PyTorch
+model; null baselines need none, see `null`, and stand beside the maps of ONNX files too.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from vit_reciprocam.errors import InputError, MissingDependencyError, check_choice
-from vit_reciprocam.maps import min_max
+from vit_reciprocam.methods.null import check_keywords, scaled
 
 __all__ = ["METHODS", "MethodSpec", "check_settings"]
 
@@ -63,16 +63,12 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         MissingDependencyError: If the method's library is not installed.
     """
     check_choice("method", name, METHODS)
-    parameters = list(inspect.signature(_function(name)).parameters.values())
-    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+    function = _function(name)
+    if name == "reciprocam":
         from vit_reciprocam.reciprocam import ReciproCAM
 
-        parameters = list(inspect.signature(ReciproCAM).parameters.values())
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    for setting in settings:
-        if not known:
-            raise InputError(f"method {name} has no settings; got {setting!r}")
-        check_choice(f"a setting of {name}", setting, known)
+        function = ReciproCAM
+    check_keywords(name, function, settings)
 
 
 @dataclass(frozen=True)
@@ -142,10 +138,8 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _scaled(name: str, values: Any) -> Any:
-    """Each map scaled to [0, 1]; zeros where it is constant, but for the uniform map of ones."""
-    if name == "uniform":
-        return values
+    """As `null.scaled`, of a tensor."""
     import torch
 
-    maps, _ = min_max(values.detach().float().cpu().numpy())
+    maps = scaled(name, values.detach().float().cpu().numpy())
     return torch.from_numpy(maps).to(values.device)

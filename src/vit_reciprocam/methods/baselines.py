@@ -4,13 +4,11 @@ All have one signature, f(model, images, targets=None, **settings) -> (B, K, h, 
 values on the patch grid, in at least float32, on the model's device. `targets` are as of
 `ReciproCAM`; only relevance depends on them, and the others give the same map for every target.
 
-A null baseline is no explanation. It shows what a metric gives to a map that does not look at the
-model, or not even at the picture.
+The null baselines are those of `methods.null` on the model's grid.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +16,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
 
 from vit_reciprocam.adapters import check_images, check_mode, grid_and_targets, split_model
 from vit_reciprocam.adapters.layers import Encoder, encoder_of, without_rule
 from vit_reciprocam.adapters.parts import call_of
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
+from vit_reciprocam.methods.null import NULLS
 from vit_reciprocam.split import Split
 
 __all__ = [
@@ -263,37 +261,28 @@ def uniform(model: nn.Module, images: Images, targets: Any = None) -> Maps:
         images: Preprocessed; only how many, and their size.
         targets: Only how many.
     """
-    return _null(model, images, targets, torch.ones)
+    return _null("uniform", model, images, targets)
 
 
 def center(model: nn.Module, images: Images, targets: Any = None, *, sigma: float = 0.5) -> Maps:
-    """Null baseline: a Gaussian blob in the middle of every picture.
+    """Null baseline: a Gaussian blob in the middle of every picture, see `null.center`.
 
     Args:
         model: Only for its grid.
         images: Preprocessed; only how many, and their size.
         targets: Only how many.
         sigma: Standard deviation, in halves of the picture's height and width.
+
+    Raises:
+        InputError: If sigma is not positive.
     """
-    if not sigma > 0:
-        raise InputError(f"sigma must be positive; got {sigma}")
-
-    def blob(height: int, width: int) -> Tensor:
-        y, x = ((2 * torch.arange(n) + 1) / n - 1 for n in (height, width))
-        squares: Tensor = y[:, None] ** 2 + x**2
-        return torch.exp(-squares / (2 * sigma**2))
-
-    return _null(model, images, targets, blob)
+    return _null("center", model, images, targets, sigma=sigma)
 
 
 def random(
     model: nn.Module, images: Images, targets: Any = None, *, seed: int = 0, cells: int = 4
 ) -> Maps:
-    """Null baseline: smooth noise, drawn anew for each picture.
-
-    Uniform noise on `cells` x `cells`, upsampled bicubically. It is drawn from the seed and the
-    picture's bytes, so it is the same in every run and batch, and another for a picture with parts
-    masked: a map that stayed the same there would be called coherent by ADCC.
+    """Null baseline: smooth noise, drawn anew for each picture, see `null.random`.
 
     Args:
         model: Only for its grid.
@@ -301,69 +290,35 @@ def random(
         targets: Only how many.
         seed: Of the noise.
         cells: Of the noise before it is upsampled, along each side.
+
+    Raises:
+        InputError: If a setting does not fit.
     """
-    if cells < 2:
-        raise InputError(f"cells must be at least 2; got {cells}")
-
-    def noise(height: int, width: int) -> Tensor:
-        drawn = torch.cat([_noise(image, seed, cells) for image in images])
-        size = (height, width)
-        return interpolate(drawn[:, None], size, mode="bicubic", align_corners=True)[:, 0]
-
-    return _null(model, images, targets, noise)
-
-
-def _noise(image: Tensor, seed: int, cells: int) -> Tensor:
-    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    digest = hashlib.blake2b(f"{seed} ".encode() + pixels, digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.rand(1, cells, cells, generator=generator)
+    return _null("random", model, images, targets, seed=seed, cells=cells)
 
 
 def image_edges(model: nn.Module, images: Images, targets: Any = None) -> Maps:
-    """Null baseline: how much edge each patch holds, whatever the model.
-
-    The mean over the patch of the Sobel gradient's length, of the preprocessed picture's luminance
-    (ITU-R BT.601), or of the mean of its channels where they are not three.
+    """Null baseline: how much edge each patch holds, whatever the model, see `null.image_edges`.
 
     Args:
         model: Only for its grid.
         images: Preprocessed.
         targets: Only how many.
     """
-
-    def edges(height: int, width: int) -> Tensor:
-        return adaptive_avg_pool2d(_gradient_length(images.detach()), (height, width))[:, 0]
-
-    return _null(model, images, targets, edges)
+    return _null("image_edges", model, images, targets)
 
 
-def _gradient_length(images: Tensor) -> Tensor:
-    """(B, ch, H, W) -> (B, 1, H, W)."""
-    images, channels = _wide(images), images.shape[1]
-    weights = [0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels
-    luminance = (images * images.new_tensor(weights)[:, None, None]).sum(dim=1, keepdim=True)
-    across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
-    kernels = torch.stack([across, across.T])[:, None]
-    gradient = conv2d(pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)
-    length: Tensor = gradient.norm(dim=1, keepdim=True)
-    return length
-
-
-def _null(
-    model: nn.Module, images: Tensor, targets: Any, draw: Callable[[int, int], Tensor]
-) -> Tensor:
-    """Maps from a function of the grid that draws one for all images, (h, w), or (B, h, w).
+def _null(name: str, model: nn.Module, images: Tensor, targets: Any, **settings: Any) -> Tensor:
+    """Maps of a null baseline on the model's grid, the same for every target.
 
     One image runs through the model, to find its grid and classes; all, where `targets` is a
     function of the logits.
     """
     split = _checked(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
-    count = chosen.shape[1]
-    with torch.no_grad():
-        drawn = draw(*grid).to(device=images.device, dtype=_wide(images[:0]).dtype)
-        return drawn.expand(len(images), *grid)[:, None].repeat(1, count, 1, 1)
+    pictures = _wide(images.detach()).cpu().numpy()
+    drawn = torch.from_numpy(NULLS[name](pictures, grid, **settings)).to(images.device)
+    return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 
 def _checked(model: nn.Module, images: Tensor) -> Split:

@@ -23,21 +23,22 @@ from vit_reciprocam.masks import kernel_window
 
 __all__ = ["attend"]
 
-_ROOM, _MOST = 40.0, 110.0  # so that weights, and sums of weights times values, fit float32
+_ROOM = 8.0  # of c above what all masks share: their weights fit float16 too, once converted
+_LEAST, _MOST = -80.0, 75.0  # so that weights, and sums of weights times values, fit float32
 
 
 def attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Tensor:
     """The readout tokens' heads for row 0 and under every mask, (rows, b, r, k, d).
 
-    c is the largest score of what all masks share, so that the denominator never vanishes. Where
-    several scores of one window lie more than 110 above it, they count as equal.
+    c is near the largest score of what all masks share, so that the denominator never vanishes.
+    Where several scores of one window lie more than 80 above it, they count as equal.
     """
     s_prefix, s_outside = _positions_last(parts.s_prefix), _positions_last(parts.s_outside)
     alike = s_outside.expand(s_prefix.shape[0], -1, -1, -1)
     c = torch.cat([s_prefix, alike], dim=-1).amax(dim=-1, keepdim=True) + _ROOM  # (b, r, k, 1)
 
     def weights(s: Tensor) -> Tensor:
-        return (s - c).clamp(-2 * _ROOM, _MOST - _ROOM).exp()
+        return (s - c).clamp(_LEAST, _MOST).exp()
 
     u = parts.u.permute(0, 2, 3, 1)  # (b, k, d, t)
     row_0 = u @ _positions_last(parts.s).softmax(dim=-1).permute(0, 2, 3, 1)  # (b, k, d, r)

@@ -148,6 +148,7 @@ def insert(
         targets=targets,
         images=reading.images,
         logits=reading.logits,
+        probabilities=reading.is_softmax,
         class_names=None if class_names is None else tuple(class_names),
         preprocess=preprocess,
         versions=library_versions(),

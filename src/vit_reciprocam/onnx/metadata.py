@@ -24,7 +24,7 @@ from vit_reciprocam.masks import Masking
 __all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
 
 METADATA_KEY = "vit_reciprocam"
-_SCHEMA = 2
+_SCHEMA = 3
 _TOP = re.compile(r"top([1-9]\d*)")
 
 
@@ -39,6 +39,7 @@ class Metadata:
         targets: Of which classes: "all", "top3" and the like, or "input".
         images: The input that takes the preprocessed pictures.
         logits: The output that holds the prediction.
+        probabilities: Whether that output has been through the softmax.
         class_names: One a class; None where not known.
         preprocess: What stands before the model; None where not known.
         versions: Of the libraries that wrote the file.
@@ -50,9 +51,10 @@ class Metadata:
     targets: str = "all"
     images: str = "images"
     logits: str = "logits"
-    class_names: tuple[str, ...] | None = None
+    probabilities: bool = False
+    class_names: tuple[str, ...] | None = field(default=None, repr=False)
     preprocess: Preprocess | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def to_properties(self) -> dict[str, str]:
         """As ONNX metadata properties."""
@@ -98,6 +100,8 @@ class Metadata:
         names, preprocess = values["class_names"], values["preprocess"]
         check_choice("path", values["path"], ("closed-form", "direct"))
         check_file_targets(values["targets"])
+        if not isinstance(values["probabilities"], bool):
+            raise TypeError("probabilities has to be true or false")
         texts = [values["name"], values["images"], values["logits"]]
         if names is not None:
             texts += names if isinstance(names, list) else [None]

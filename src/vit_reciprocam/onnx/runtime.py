@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.explanation import Explanation, softmax
 from vit_reciprocam.images import Preprocess
 from vit_reciprocam.masks import Masking
+from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
 from vit_reciprocam.onnx.header import digest, read_header
 from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
 from vit_reciprocam.onnx.sessions import open_session
@@ -64,7 +65,7 @@ class OnnxExplainer:
         """
         self.path = Path(path)
         self.metadata = Metadata.from_properties(read_header(path).properties, file=str(path))
-        self.threads, self._streams = threads, streams or 1
+        self.threads = threads
         self._options: dict[str, Any] = {"backend": backend, "device": device, "streams": streams}
         self.session = open_session(path, threads=threads, **self._options)
         self._most = check_file_targets(self.metadata.targets)
@@ -106,24 +107,31 @@ class OnnxExplainer:
         return digest(self.path)
 
     def make_explainer(
-        self,
-        *,
-        method: str = "reciprocam",
-        score: str = "probability",
-        path: str = "auto",
-        **masking: Any,
+        self, *, method: str = "reciprocam", **settings: Any
     ) -> Callable[..., Explanation]:
-        """As `Classifier.make_explainer`: the settings can only be those in the graph.
+        """As `Classifier.make_explainer`: ReciproCAM as it lies in the graph, or a null baseline.
+
+        Args:
+            method: "reciprocam", or a name of `methods.null.NULLS`.
+            settings: Of ReciproCAM only those in the graph; of a null baseline its own.
 
         Raises:
-            InputError: If one differs.
+            InputError: If the file has no such method or setting.
         """
-        check_choice("method of an ONNX file", method, ("reciprocam",))
+        check_choice("method of an ONNX file", method, ("reciprocam", *NULLS))
+        if method == "reciprocam":
+            self._check_reciprocam(**settings)
+            return self
+        check_keywords(method, NULLS[method], settings)
+        return functools.partial(self._explain_by_null, method, settings)
+
+    def _check_reciprocam(
+        self, *, score: str = "probability", path: str = "auto", **masking: Any
+    ) -> None:
         for name in masking:
             check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
         check_choice("path", path, ("auto", self.metadata.path))
         self.check_settings(Masking(**masking) if masking else self.metadata.masking, score)
-        return self
 
     def check_settings(self, masking: Masking, score: str) -> None:
         """Refuse settings other than those in the graph.
@@ -151,28 +159,30 @@ class OnnxExplainer:
         feeds = {self.metadata.images: self._checked_images(images)}
         if self.metadata.targets == "input":
             feeds["targets"] = np.zeros((len(images), 1), np.int64)
-        (logits,) = self._run([self.metadata.logits], feeds)
-        return _as_logits(logits)
+        (logits,) = self.session.run([self.metadata.logits], feeds)
+        return self._as_logits(logits)
 
     def __call__(
-        self, images: np.ndarray, targets: Any = None, logits: np.ndarray | None = None
+        self, images: np.ndarray, targets: Any = None, known: dict[Any, Any] | None = None
     ) -> Explanation:
         """Explain a batch: float32 (B, 3, H, W), preprocessed; targets as in `ReciproCAM`.
 
         Args:
             images: The batch.
             targets: Of a file that explains the top classes only, these.
-            logits: Of the images where they are known: it spares a file with an input for targets
-                the run that finds each image's top classes.
+            known: May hold the images' "logits", and does afterwards: it spares a file with an
+                input for targets the run that finds each image's top classes.
 
         Raises:
             InputError: If the images or targets do not fit the model or the file.
         """
         images = self._checked_images(images)
+        known = {} if known is None else known
         if self.metadata.targets == "input":
-            logits, scores, chosen = self._run_for(images, targets, logits)
+            logits, scores, chosen = self._run_for(images, targets, known.get("logits"))
         else:
             logits, scores, chosen = self._run_and_pick(images, targets)
+        known.setdefault("logits", logits)
         return Explanation(
             scores=scores.astype(np.float32, copy=False),
             logits=logits,
@@ -190,6 +200,42 @@ class OnnxExplainer:
             },
         )
 
+    def _explain_by_null(
+        self,
+        method: str,
+        settings: dict[str, Any],
+        images: np.ndarray,
+        targets: Any = None,
+        known: dict[Any, Any] | None = None,
+    ) -> Explanation:
+        """As `__call__`, with a null baseline's maps, the same for every target."""
+        known = {} if known is None else known
+        if "logits" not in known:
+            known["logits"] = self.predict(images)
+        logits = known["logits"]
+        chosen = resolve_targets(targets, logits)
+        maps = null_maps(method, images, self._grid(images), **settings)
+        return Explanation(
+            scores=np.repeat(maps[:, None], chosen.shape[1], axis=1),
+            logits=logits,
+            probs=softmax(logits),
+            targets=chosen,
+            path="",
+            settings={
+                "method": method,
+                "model": self.metadata.name,
+                **settings,
+                "backend": self.session.backend,
+            },
+        )
+
+    def _grid(self, images: np.ndarray) -> tuple[int, int]:
+        """Of the patches; where the graph leaves it open, from a run of the first image."""
+        rows, columns = self.session.outputs["scores"].shape[2:]
+        if rows is None or columns is None:
+            rows, columns = self(images[:1]).scores.shape[2:]
+        return rows, columns
+
     def _run_for(
         self, images: np.ndarray, targets: Any, logits: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -200,16 +246,16 @@ class OnnxExplainer:
             targets, np.empty((len(images), self.num_classes)) if logits is None else logits
         )
         feeds = {self.metadata.images: images, "targets": chosen}
-        logits, scores = self._run([self.metadata.logits, "scores"], feeds)
-        return _as_logits(logits), scores, chosen
+        logits, scores = self.session.run([self.metadata.logits, "scores"], feeds)
+        return self._as_logits(logits), scores, chosen
 
     def _run_and_pick(
         self, images: np.ndarray, targets: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of a file that has chosen its classes: logits, scores, targets."""
         names = [self.metadata.logits, "scores"] + ["classes"] * (self._most is not None)
-        logits, scores, *classes = self._run(names, {self.metadata.images: images})
-        logits = _as_logits(logits)
+        logits, scores, *classes = self.session.run(names, {self.metadata.images: images})
+        logits = self._as_logits(logits)
         chosen = resolve_targets(targets, logits)
         if not classes:
             if isinstance(targets, str):  # all of them, as they are
@@ -230,22 +276,12 @@ class OnnxExplainer:
             places = found.argmax(axis=2)
         return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
 
-    def _run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Run a batch, in pieces where the graph's batch is static or there are streams."""
-        count = len(feeds[self.metadata.images])
-        fixed = self.session.inputs[self.metadata.images].shape[0]
-        step = fixed or math.ceil(count / self._streams)
-        pieces = []
-        for start in range(0, count, step):
-            piece = {name: value[start : start + step] for name, value in feeds.items()}
-            if fixed and start + step > count:
-                rows = np.arange(step).clip(0, count - start - 1)  # the last image again
-                piece = {name: value[rows] for name, value in piece.items()}
-            pieces.append(piece)
-        results = self.session.run_all(names, pieces)
-        if len(results) == 1:
-            return [values[:count] for values in results[0]]
-        return [np.concatenate(parts)[:count] for parts in zip(*results, strict=True)]
+    def _as_logits(self, prediction: np.ndarray) -> np.ndarray:
+        """Float32; of probabilities the logarithm, which has them as its softmax."""
+        values = prediction.astype(np.float32, copy=False)
+        if not self.metadata.probabilities:
+            return values
+        return np.log(np.maximum(values, np.finfo(np.float32).tiny))
 
     # --- checks ---------------------------------------------------------------------------
 
@@ -322,12 +358,3 @@ class OnnxExplainer:
             f"{self.path}: metadata and graph contradict each other: {said} by the metadata, "
             f"{found} in the graph. Write the file anew"
         )
-
-
-def _as_logits(prediction: np.ndarray) -> np.ndarray:
-    """Float32; of a graph that ends in a softmax the logarithm, which has the same softmax."""
-    values = prediction.astype(np.float32, copy=False)
-    sums = values.sum(axis=1)
-    if values.shape[1] > 1 and values.min() >= 0 and np.allclose(sums, 1, rtol=0, atol=1e-3):
-        return np.log(np.maximum(values, np.finfo(np.float32).tiny))
-    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -45,6 +46,7 @@ class Session:
         outputs: By name.
         run_all: Names of outputs, and inputs by name for each of several runs -> a list of those
             outputs for each run. Runs may overlap where the session has several streams.
+        streams: How many runs may overlap.
     """
 
     backend: str
@@ -52,10 +54,24 @@ class Session:
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
     run_all: Callable[[Sequence[str], Sequence[Feed]], list[list[np.ndarray]]]
+    streams: int = 1
 
-    def run(self, names: Sequence[str], feed: Feed) -> list[np.ndarray]:
-        """These outputs of one run."""
-        return self.run_all(names, [feed])[0]
+    def run(self, names: Sequence[str], batch: Feed) -> list[np.ndarray]:
+        """These outputs of a batch, in pieces where the graph's is static or there are streams."""
+        count = len(next(iter(batch.values())))
+        fixed = self.inputs[next(iter(batch))].shape[0]
+        step = fixed or math.ceil(count / self.streams)
+        pieces = []
+        for start in range(0, count, step):
+            piece = {name: value[start : start + step] for name, value in batch.items()}
+            if fixed and start + step > count:
+                rows = np.arange(step).clip(0, count - start - 1)  # the last image again
+                piece = {name: value[rows] for name, value in piece.items()}
+            pieces.append(piece)
+        results = self.run_all(names, pieces)
+        if len(results) == 1:
+            return [values[:count] for values in results[0]]
+        return [np.concatenate(parts)[:count] for parts in zip(*results, strict=True)]
 
 
 def open_session(
@@ -228,6 +244,7 @@ def _openvino(
                 last = range(len(feeds) - count, len(feeds))
                 return results + [taken(requests[number % count]) for number in last]
         except RuntimeError as error:
+            requests.clear()  # some may still run
             raise ModelError(f"{path} failed in OpenVINO: {_reason(error)}") from error
 
     def ports(found: Any) -> dict[str, Port]:
@@ -240,7 +257,8 @@ def _openvino(
             for name in port.names & header.ends  # a port may have others besides
         }
 
-    return Session("openvino", device, ports(compiled.inputs), ports(compiled.outputs), run_all)
+    inputs, outputs = ports(compiled.inputs), ports(compiled.outputs)
+    return Session("openvino", device, inputs, outputs, run_all, streams or 1)
 
 
 def _compiled(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:

@@ -69,11 +69,11 @@ class Branch:
         outputs = [self.fresh("TopK"), indices]
         self.nodes.append(helper.make_node("TopK", [values, self.ints(count)], outputs, axis=-1))
 
-    def reduce(self, kind: str, value: str, axis: int) -> str:
-        """ReduceMax or ReduceMin that keeps the axis."""
+    def reduce(self, kind: str, value: str, *axes: int) -> str:
+        """ReduceMax or ReduceMin that keeps the axes."""
         if self.opset >= 18:
-            return self.op(kind, value, self.ints(axis), keepdims=1)
-        return self.op(kind, value, axes=[axis], keepdims=1)
+            return self.op(kind, value, self.ints(*axes), keepdims=1)
+        return self.op(kind, value, axes=list(axes), keepdims=1)
 
     def copy(
         self, graph: Graph, numbers: Sequence[int], given: Mapping[str, str]

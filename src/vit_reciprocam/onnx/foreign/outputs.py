@@ -25,7 +25,6 @@ def append_outputs(
     batch = reading.batch or "batch"
     inputs, outputs = [], []
     probabilities = logits if reading.is_softmax else branch.op("Softmax", logits, axis=-1)
-    scores = branch.op("Transpose", probabilities, perm=[0, 2, 1])
     count: int | str = reading.classes
     if targets != "all":
         count = top or "targets"
@@ -37,22 +36,22 @@ def append_outputs(
             outputs.append(chosen)
         else:
             inputs.append(chosen)
-        index = branch.op("Reshape", chosen.name, branch.ints(0, -1, 1))
+        index = branch.op("Reshape", chosen.name, branch.ints(0, 1, -1))
         patches = reading.layout.grid[0] * reading.layout.grid[1]
-        index = branch.op("Expand", index, branch.ints(1, 1, patches))
-        scores = branch.op("GatherElements", scores, index, axis=1)
+        index = branch.op("Expand", index, branch.ints(1, patches, 1))
+        probabilities = branch.op("GatherElements", probabilities, index, axis=2)
     dims = [batch, count, *reading.layout.grid]
-    shape = branch.ints(0, -1, *reading.layout.grid)
-    branch.op("Reshape", scores, shape, name="scores")
+    # In this order a runtime copies the scores of all classes once only, into the output.
+    opened = branch.op("Reshape", probabilities, branch.ints(0, *reading.layout.grid, -1))
+    scores = branch.op("Transpose", opened, perm=[0, 3, 1, 2], name="scores")
     outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
     if not raw:
-        low, high = branch.reduce("ReduceMin", scores, 2), branch.reduce("ReduceMax", scores, 2)
+        low, high = (branch.reduce(each, scores, 2, 3) for each in ("ReduceMin", "ReduceMax"))
         spread = branch.op("Sub", high, low)
         least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
         differs = branch.op("Greater", spread, least)
         stretch = branch.op("Reciprocal", spread)
         stretch = branch.op("Where", differs, stretch, branch.floats(0.0))
-        maps = branch.op("Mul", branch.op("Sub", scores, low), stretch)
-        branch.op("Reshape", maps, shape, name="saliency")
+        branch.op("Mul", branch.op("Sub", scores, low), stretch, name="saliency")
         outputs.insert(0, helper.make_tensor_value_info("saliency", onnx.TensorProto.FLOAT, dims))
     return inputs, outputs

@@ -1,0 +1,182 @@
+"""Null baselines: maps that explain nothing, of pictures and a patch grid alone. No torch.
+
+They show what a metric gives to a map that does not look at the model, or not even at the picture.
+All are f(images, grid, **settings) -> (B, h, w), from preprocessed images (B, ch, H, W) and the
+grid (h, w) of a model, in at least float32: their own values, before each is scaled to [0, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from vit_reciprocam.errors import InputError, check_choice
+from vit_reciprocam.maps import Size, min_max
+
+__all__ = [
+    "NULLS",
+    "center",
+    "check_keywords",
+    "image_edges",
+    "null_maps",
+    "random",
+    "scaled",
+    "uniform",
+]
+
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def random(images: np.ndarray, grid: Size, *, seed: int = 0, cells: int = 4) -> np.ndarray:
+    """Smooth noise, drawn anew for each picture.
+
+    Uniform noise on `cells` x `cells`, upsampled bicubically with its corner cells on the grid's
+    corner patches. It is drawn from the seed and the picture's bytes, so it is the same in every
+    run and batch, and another for a picture with parts masked: a map that stayed the same there
+    would be called coherent by ADCC.
+
+    Args:
+        images: (B, ch, H, W), only as a source of chance.
+        grid: (h, w).
+        seed: Of the noise.
+        cells: Of the noise before it is upsampled, along each side.
+
+    Raises:
+        InputError: If a setting does not fit.
+    """
+    if not isinstance(cells, int) or cells < 2:
+        raise InputError(f"cells must be at least 2, a whole number; got {cells}")
+    noise = np.stack([_noise(image, seed, cells) for image in _wide(images)])
+    rows, columns = (_stretching(side, cells) for side in grid)
+    return _like(images, rows @ noise @ columns.T)
+
+
+def center(images: np.ndarray, grid: Size, *, sigma: float = 0.5) -> np.ndarray:
+    """A Gaussian blob in the middle of every picture.
+
+    Args:
+        images: (B, ch, H, W), only how many.
+        grid: (h, w).
+        sigma: Standard deviation, in halves of the picture's height and width.
+
+    Raises:
+        InputError: If sigma is not positive.
+    """
+    if not isinstance(sigma, (int, float)) or not sigma > 0:
+        raise InputError(f"sigma must be positive; got {sigma}")
+    y, x = ((2 * np.arange(side) + 1) / side - 1 for side in grid)
+    blob = np.exp(-(y[:, None] ** 2 + x**2) / (2 * sigma**2))
+    return _like(images, np.repeat(blob[None], len(images), axis=0))
+
+
+def uniform(images: np.ndarray, grid: Size) -> np.ndarray:
+    """1 everywhere.
+
+    Args:
+        images: (B, ch, H, W), only how many.
+        grid: (h, w).
+    """
+    return _like(images, np.ones((len(images), *grid)))
+
+
+def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
+    """How much edge each patch holds, whatever the model.
+
+    The mean over the patch of the Sobel gradient's length, of the preprocessed picture's luminance
+    (ITU-R BT.601), or of the mean of its channels where they are not three. Where the grid does not
+    divide the picture, patches share the pixels on their borders, as in adaptive average pooling.
+
+    Args:
+        images: (B, ch, H, W).
+        grid: (h, w).
+    """
+    images, channels = _wide(images), images.shape[1]
+    weights = _LUMINANCE if channels == 3 else [1 / channels] * channels
+    luminance = np.tensordot(np.asarray(weights, images.dtype), images, axes=(0, 1))
+    around = np.pad(luminance, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    across = _smooth(around[:, :, 2:] - around[:, :, :-2])
+    down = _smooth((around[:, 2:] - around[:, :-2]).swapaxes(1, 2)).swapaxes(1, 2)
+    rows, columns = (_pooling(side, n) for side, n in zip(grid, images.shape[2:], strict=True))
+    return _like(images, rows @ np.hypot(across, down) @ columns.T)
+
+
+NULLS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
+    {"random": random, "center": center, "uniform": uniform, "image_edges": image_edges}
+)
+"""Every null baseline by its name in `METHODS`."""
+
+
+def null_maps(name: str, images: np.ndarray, grid: Size, **settings: Any) -> np.ndarray:
+    """Maps (B, h, w) of a null baseline in [0, 1], as `METHODS` scales them.
+
+    Raises:
+        InputError: If a setting does not fit.
+    """
+    return scaled(name, NULLS[name](images, grid, **settings))
+
+
+def scaled(name: str, values: np.ndarray) -> np.ndarray:
+    """Any method's values (..., h, w) as maps, float32, each scaled to [0, 1].
+
+    A constant one becomes zeros, but for `uniform`, which is ones by definition.
+    """
+    values = values.astype(np.float32, copy=False)
+    return values if name == "uniform" else min_max(values)[0]
+
+
+def check_keywords(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a method's function has no keyword for.
+
+    Raises:
+        InputError: If there is one; the message has the choices.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    for setting in settings:
+        if not known:
+            raise InputError(f"method {name} has no settings; got {setting!r}")
+        check_choice(f"a setting of {name}", setting, known)
+
+
+def _noise(image: np.ndarray, seed: int, cells: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"{seed} ".encode() + image.tobytes(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).random((cells, cells))
+
+
+def _stretching(side: int, cells: int) -> np.ndarray:
+    """The bicubic weights (side, cells) with the first and last cell on the first and last place.
+
+    By Keys 1981 with a = -0.75; beyond the border lie the cells at it.
+    """
+    place = np.linspace(0, cells - 1, side)[:, None]
+    beyond = np.arange(-2, cells + 2)
+    d = abs(place - beyond)
+    near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+    weights = np.where(d <= 1, near, np.where(d < 2, far, 0))
+    return np.asarray(weights @ (beyond.clip(0, cells - 1)[:, None] == np.arange(cells)))
+
+
+def _smooth(differences: np.ndarray) -> np.ndarray:
+    """Sobel's other direction: 1, 2, 1 down the rows (B, H + 2, W), as a gradient a pixel."""
+    return np.asarray(differences[:, :-2] + 2 * differences[:, 1:-1] + differences[:, 2:]) / 8
+
+
+def _pooling(side: int, pixels: int) -> np.ndarray:
+    """The weights (side, pixels) that average all pixels which a patch touches."""
+    first, pixel = np.arange(side)[:, None] * pixels, np.arange(pixels) * side
+    touched = (pixel + side > first) & (pixel < first + pixels)
+    return np.asarray(touched / touched.sum(axis=1, keepdims=True))
+
+
+def _wide(images: np.ndarray) -> np.ndarray:
+    return _like(images, images)
+
+
+def _like(images: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values in the images' dtype, at least float32."""
+    return values.astype(np.result_type(images.dtype, np.float32), copy=False)
