@@ -112,15 +112,32 @@ def test_a_wrong_map_is_found(monkeypatch):
     assert result.exit_code == 1
 
 
-def test_masks_that_make_no_difference_prove_nothing(monkeypatch):
-    @torch.no_grad()
-    def zeroed(model):
-        for parameter in model.parameters():
-            parameter.zero_()
-        return model.eval()
+@torch.no_grad()
+def without_head(model):
+    model.head.weight.zero_()
+    return model.eval()
 
-    monkeypatch.setattr(checks, "_shaken", zeroed)
-    assert checks.check(one("timm:test_vit")).status == "DIFFERENT"
+
+def test_masks_that_make_no_difference_prove_nothing(monkeypatch):
+    monkeypatch.setattr(checks, "_shaken", without_head)
+    monkeypatch.setattr(checks, "mask_matrix", lambda *args, **kwargs: 1 - MASKS(*args, **kwargs))
+    found = checks.check(one("timm:test_vit"))  # wrong masks, and no logit tells
+    assert (found.status, found.error) == ("unproven", None)
+    assert "| closed-form: masks make no difference to its logits |" in checks.report([found])
+    result = CliRunner().invoke(app, ["models", "--check", "test_vit"])
+    assert "unproven" in result.output
+    assert result.exit_code == 1
+
+
+def test_a_head_of_zeros_is_shaken_awake():
+    plain = one("timm:test_vit")
+
+    def small():
+        model, images = plain.small()
+        return without_head(model), images
+
+    zeroed = catalogue.Architecture("timm:zeroed", plain.whole, small)
+    assert checks.check(zeroed).status == "equal"  # and not "unproven"
 
 
 def test_what_float32_cannot_tell_float64_can(monkeypatch):
@@ -160,11 +177,33 @@ def test_what_is_refused_before_it_is_built():
     assert "`timm:odd`" not in report
 
 
-def test_a_pattern_that_fits_nothing():
-    for options in (["--check"], []):
-        result = CliRunner().invoke(app, ["models", "torchvision:nothing*", *options])
+@pytest.mark.parametrize("options", [["--check"], []])
+def test_a_pattern_that_fits_nothing_says_where_it_was_looked_for(options, monkeypatch):
+    def error(pattern):
+        result = CliRunner().invoke(app, ["models", pattern, *options])
         assert result.exit_code == 2
-        assert "fits 'torchvision:nothing*'" in result.output
+        return result.stderr
+
+    assert error("torchvision:nothing*") == (
+        "error: no model fits 'torchvision:nothing*'. "
+        f"Searched: torchvision {version('torchvision')}\n"
+    )
+    for library in ("timm", "torchvision", "open_clip", "transformers"):
+        assert f" {library} " in error("nosuch*")
+    assert "'*vit_b*' fits" in error("vit_b")
+    assert "'torchvision:*vit_b*' fits 2, such as torchvision:vit_b_16" in error(
+        "torchvision:vit_b"
+    )
+    assert "before the colon stands one of timm, torchvision, open_clip, hf" in error("keras:vit*")
+    found = catalogue.importlib.util.find_spec
+    monkeypatch.setattr(
+        catalogue.importlib.util,
+        "find_spec",
+        lambda name: None if name == "open_clip" else found(name),
+    )
+    said = error("nosuch*")
+    assert "not installed: open_clip, pip install 'vit-reciprocam[open-clip]'" in said
+    assert "open_clip_torch" not in said.partition("not installed")[0]
 
 
 def test_the_list_has_every_library():

@@ -8,7 +8,7 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
-from vit_reciprocam.evaluate.datasets import read_dataset
+from vit_reciprocam.evaluate.datasets import check_dataset, read_dataset
 from vit_reciprocam.evaluate.labels import Labels
 from vit_reciprocam.scenes import CLASSES, draw_scene
 
@@ -238,18 +238,32 @@ def test_bad_listings(tmp_path, rows, error, words):
         read_dataset(str(tmp_path), PETS)
 
 
-def test_bad_places(tmp_path):
+@pytest.mark.parametrize("read", [lambda data: read_dataset(data, PETS), check_dataset])
+def test_bad_places(tmp_path, read):
     with pytest.raises(InputError, match=r"no such data set: .*nowhere"):
-        read_dataset(str(tmp_path / "nowhere"), PETS)
+        read(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="holds neither class folders nor labels"):
-        read_dataset(str(tmp_path), PETS)
+        read(str(tmp_path))
     with pytest.raises(InputError, match=r"expected a \.csv or \.parquet file"):
-        read_dataset(str(picture(tmp_path / "a.png")), PETS)
+        read(str(picture(tmp_path / "a.png")))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        read_dataset(str(tmp_path / "broken.parquet"), PETS)
+        read(str(tmp_path / "broken.parquet"))
     with pytest.raises(InputError, match="scenes:0 is empty"):
-        read_dataset("scenes:0", PETS)
+        read("scenes:0")
+    (tmp_path / "0").mkdir()
+    with pytest.raises(InputError, match="is empty"):
+        read(str(tmp_path))
+
+
+def test_a_check_takes_what_only_a_model_s_classes_can_refuse(tmp_path):
+    picture(tmp_path / "nonsense" / "a.png")
+    check_dataset(str(tmp_path))
+    check_dataset("scenes:2")
+    with pytest.raises(InputError, match="no such ground truth"):
+        check_dataset(str(tmp_path), ground_truth=tmp_path / "gone")
+    with pytest.raises(UnknownClassError):
+        read_dataset(str(tmp_path), PETS)
 
 
 def test_pictures_that_cannot_be_read_say_so_when_their_turn_comes(tmp_path):

@@ -148,6 +148,26 @@ def test_methods_side_by_side_share_p_and_have_their_own_maps(small, pictures, t
         assert len(row["map"]) == row["rows"] * 10 == 100
 
 
+def test_settings_of_one_method_share_what_comes_before_the_mask(small, pictures, tmp_path):
+    """Of M settings: G once on each picture and once on each of its M masked pictures."""
+    methods = ["reciprocam", "reciprocam:kernel=dirac", "reciprocam:layer=block"]
+    calls = []
+    hook = small.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        evaluate(str(pictures), [small], methods, out=tmp_path / "together", batch_size=3)
+    finally:
+        hook.remove()
+    tried = len(methods)  # each on one black picture before the data set is begun
+    assert len(calls) == tried + 1 + len(methods)
+    for method in methods:
+        evaluate(str(pictures), [small], [method], out=tmp_path / method, batch_size=3)
+        (alone,) = summaries(tmp_path / method)
+        together = {row["method"]: row for row in summaries(tmp_path / "together")}[method]
+        figures = [name for name in alone if name not in ("model", "method")]
+        for name in figures:
+            assert together[name] == pytest.approx(alone[name], rel=1e-5), (method, name)
+
+
 def test_boxes_count_where_the_label_is_explained(small, pictures, tmp_path):
     for protocol in ("byun2023", "poppi2021"):
         evaluate(str(pictures), [small], ["center"], out=tmp_path / protocol, protocol=protocol)
@@ -186,20 +206,30 @@ def test_small_objects_are_not_lost(small, pictures, tmp_path):
     assert ["outside the part" in one["note"] for one in manifest["not_located"]] == [True]
 
 
-def test_scenes_need_no_torch(demo, tmp_path):
+def test_scenes_need_no_torch_and_have_null_baselines_beside_them(demo, tmp_path):
+    methods = ["reciprocam", "random", "center", "uniform", "image_edges"]
     code = (
         "import sys, pathlib, vit_reciprocam as vr;"
         "from vit_reciprocam.evaluate.run import evaluate, summaries;"
         f"out = pathlib.Path({str(tmp_path)!r}) / 'run';"
-        "evaluate('scenes:6', [vr.load('demo')], ['reciprocam'], out=out);"
+        f"evaluate('scenes:6', [vr.load('demo')], {methods}, out=out);"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
-    (summary,) = summaries(tmp_path / "run")
-    assert summary["images"] == 6
-    assert summary["pointing_game"] >= 50
-    assert summary["mass_accuracy"] > 10
+    found = {row["method"]: row for row in summaries(tmp_path / "run")}
+    assert [found[method]["images"] for method in methods] == [6] * 5
+    assert found["center"]["coherency"] == pytest.approx(100)  # it never looks
+    assert found["uniform"]["complexity"] == pytest.approx(100)
+    assert found["uniform"]["drop"] == pytest.approx(0, abs=0.01)  # the picture as it is
+    assert 30 < found["random"]["coherency"] < 70  # unrelated maps: 50
+    assert found["image_edges"]["coherency"] > 80
+    _, table = read_run(tmp_path / "run")
+    columns = [columns_of(table, "demo", method) for method in methods]
+    for each in columns:
+        np.testing.assert_allclose(each["p"], columns[0]["p"], rtol=0, atol=1e-6)
+    assert found["reciprocam"]["pointing_game"] >= 50
+    assert found["reciprocam"]["mass_accuracy"] > 10
 
 
 def test_the_figures_of_deit_tiny_on_500_photographs(shared_data, deit_tiny_weights, tmp_path):
@@ -411,10 +441,10 @@ def test_one_picture_that_the_model_refuses_does_not_take_its_batch_along(demo, 
     def make_explainer(**settings):
         explain = demo.make_explainer(**settings)
 
-        def explain_some(batch, targets, logits=None):
+        def explain_some(batch, targets, known=None):
             if len(batch) > 1 or np.allclose(batch, poison):
                 raise InputError("the model does not like this one")
-            return explain(batch, targets)
+            return explain(batch, targets, known)
 
         return explain_some
 
@@ -493,7 +523,7 @@ def test_the_command_s_exit_codes(tmp_path):
     assert result.exit_code == 2
     assert "class 99 does not exist" in result.output
     result = CliRunner().invoke(
-        app, ["evaluate", "x", "--model", "demo", "--model", "timm:test_vit", "--weights", "w"]
+        app, ["evaluate", "scenes:2", *("--model", "demo", "--model", SPEC, "--weights", "w")]
     )
     assert result.exit_code == 2
     assert "1 --weights for 2 --model" in result.output

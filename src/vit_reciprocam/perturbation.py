@@ -135,8 +135,22 @@ def insertion(
     Raises:
         InputError: As `transition_images`; or if predict gives no probabilities of the targets.
     """
+    targets, shares, curve = np.asarray(targets), [], []
     way = transition_images(baseline, images, maps, steps=steps, unit=unit, mode=mode)
-    return _area(predict, targets, way)
+    for share, batch in way:
+        probs = np.asarray(predict(batch))
+        if targets.shape != batch.shape[:1] or probs.shape[:-1] != targets.shape:
+            raise InputError(
+                f"{len(batch)} images need one target and row of probabilities each; "
+                f"got targets {targets.shape} and probabilities {probs.shape}"
+            )
+        if targets.min() < 0 or targets.max() >= probs.shape[1]:
+            raise InputError(f"targets must be classes 0 to {probs.shape[1] - 1}; got {targets}")
+        shares.append(share)
+        curve.append(probs[np.arange(len(targets)), targets])
+    values = np.stack(curve, axis=-1)
+    check_range("probabilities", values)
+    return area_under_curve(np.array(shares), values)
 
 
 def deletion(
@@ -150,9 +164,11 @@ def deletion(
     unit: str = "patch",
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Area under it while the picture vanishes; lower is better. All else as in `insertion`."""
-    way = transition_images(images, baseline, maps, steps=steps, unit=unit, mode=mode)
-    return _area(predict, targets, way)
+    """Area under it while the picture vanishes; lower is better. All else as in `insertion`.
+
+    It is the insertion of the baseline into the picture.
+    """
+    return insertion(predict, baseline, images, maps, targets, steps=steps, unit=unit, mode=mode)
 
 
 def area_under_curve(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -169,25 +185,3 @@ def area_under_curve(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
         )
     heights = (values[..., 1:] + values[..., :-1]) / 2
     return np.asarray((heights * np.diff(shares)).sum(axis=-1))
-
-
-def _area(
-    predict: Callable[[np.ndarray], np.ndarray],
-    targets: np.ndarray,
-    way: Iterator[tuple[float, np.ndarray]],
-) -> np.ndarray:
-    targets, shares, curve = np.asarray(targets), [], []
-    for share, images in way:
-        probs = np.asarray(predict(images))
-        if targets.shape != images.shape[:1] or probs.shape[:-1] != targets.shape:
-            raise InputError(
-                f"{len(images)} images need one target and row of probabilities each; "
-                f"got targets {targets.shape} and probabilities {probs.shape}"
-            )
-        if targets.min() < 0 or targets.max() >= probs.shape[1]:
-            raise InputError(f"targets must be classes 0 to {probs.shape[1] - 1}; got {targets}")
-        shares.append(share)
-        curve.append(probs[np.arange(len(targets)), targets])
-    values = np.stack(curve, axis=-1)
-    check_range("probabilities", values)
-    return area_under_curve(np.array(shares), values)

@@ -86,10 +86,8 @@ class AverageIncrease(_MeanOverPictures):
         self._add(metrics.average_increase(_array(p), _array(o)))
 
 
-class Coherency(_MeanOverPictures):
-    """`metrics.coherency`, higher is better."""
-
-    higher_is_better = True
+class _OfMaps(_MeanOverPictures):
+    """What is measured on maps alone: at which size."""
 
     def __init__(self, *, size: Size | None = None, mode: str = "bilinear", **kwargs: Any) -> None:
         """Where to measure: at `size` (H, W), or with None on the maps' own cells.
@@ -101,6 +99,12 @@ class Coherency(_MeanOverPictures):
         """
         super().__init__(size, mode, **kwargs)
         self.size, self.mode = size, mode
+
+
+class Coherency(_OfMaps):
+    """`metrics.coherency`, higher is better."""
+
+    higher_is_better = True
 
     def update(self, maps: Values, masked_maps: Values) -> None:
         """Maps A and A', (B, h, w) in [0, 1]."""
@@ -108,21 +112,10 @@ class Coherency(_MeanOverPictures):
         self._add(metrics.coherency(a, b, size=self.size, mode=self.mode))
 
 
-class Complexity(_MeanOverPictures):
+class Complexity(_OfMaps):
     """`metrics.complexity`, lower is better."""
 
     higher_is_better = False
-
-    def __init__(self, *, size: Size | None = None, mode: str = "bilinear", **kwargs: Any) -> None:
-        """Where to measure: at `size` (H, W), or with None on the maps' own cells.
-
-        Args:
-            size: (H, W) or None.
-            mode: "bilinear" or "bicubic", how maps are brought to `size`.
-            kwargs: Of `torchmetrics.Metric`.
-        """
-        super().__init__(size, mode, **kwargs)
-        self.size, self.mode = size, mode
 
     def update(self, maps: Values) -> None:
         """Maps (B, h, w) in [0, 1]."""

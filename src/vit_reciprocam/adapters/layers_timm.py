@@ -7,7 +7,7 @@ from typing import Any
 from timm.layers import Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
 from vit_reciprocam.adapters.parts import has_hooks, kind_of, runs_as
@@ -30,24 +30,19 @@ def encoder(model: nn.Module) -> Encoder:
     if not distilled and (pooled or not m.num_prefix_tokens):
         raise refused(model, "its head reads all tokens, so no token's attention stands for it")
 
-    def logits(y: Tensor) -> Tensor:
-        scores: Tensor = m.forward_head(m.norm(y))
-        return scores
-
     single = (steps(m.fc_norm, m.head_drop, m.head),)
     return Encoder(
         entry=m.blocks[0],
         layers=tuple(_layer(model, number, block) for number, block in enumerate(m.blocks)),
         norm=steps(m.norm),
         heads=(steps(m.head), steps(m.head_dist)) if distilled else single,
-        logits=logits,
+        logits=lambda y: m.forward_head(m.norm(y)),
     )
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     if not runs_as(block, Block, ResPostBlock):
-        name = kind_of(block)
-        raise refused(model, f"its block {number} is a {name}, whose parts are not known")
+        raise refused(model, f"its block {number} is a {kind_of(block)}, whose parts are not known")
     parts, attn, mlp = block_parts(block), block.attn, block.mlp
     if parts.unknown or getattr(attn, "gate", None) is not None:
         why = parts.unknown or "the last block's attention is gated"

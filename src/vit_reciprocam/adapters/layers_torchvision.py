@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
@@ -25,24 +25,18 @@ def encoder(model: nn.Module) -> Encoder:
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise refused(model, "the parts of this architecture are not known")
-
-    def logits(y: Tensor) -> Tensor:
-        scores: Tensor = m.heads(m.encoder.ln(y)[:, 0])
-        return scores
-
     return Encoder(
         entry=m.encoder.layers[0],
         layers=tuple(_layer(model, number, block) for number, block in enumerate(m.encoder.layers)),
         norm=steps(m.encoder.ln),
         heads=(steps(m.heads),),
-        logits=logits,
+        logits=lambda y: m.heads(m.encoder.ln(y)[:, 0]),
     )
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     if not runs_as(block, EncoderBlock):
-        name = kind_of(block)
-        raise refused(model, f"its block {number} is a {name}, whose parts are not known")
+        raise refused(model, f"its block {number} is a {kind_of(block)}, whose parts are not known")
     attention = block.self_attention
     what = f"its block {number}"
     unknown = multihead_unknown(attention, f"{what}'s attention") or unknown_inside(

@@ -9,12 +9,13 @@ import fnmatch
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from vit_reciprocam.adapters import split_model
 from vit_reciprocam.catalogue.parts import Architecture, short_reason
-from vit_reciprocam.errors import ReciproCAMError
+from vit_reciprocam.errors import InputError, ReciproCAMError
 
-__all__ = ["Architecture", "architectures", "describe", "short_reason"]
+__all__ = ["Architecture", "architectures", "describe", "nothing_fits", "short_reason"]
 
 _LIBRARIES = {
     "timm": "timm",
@@ -22,18 +23,50 @@ _LIBRARIES = {
     "open_clip": "open_clip",
     "hf": "transformers",
 }
+_EXTRAS = {"open_clip": "open-clip", "transformers": "transformers"}
+_PACKAGES = {"open_clip": "open_clip_torch"}
 
 
 def architectures(pattern: str = "*") -> Iterator[Architecture]:
     """Those of the installed libraries that fit a pattern, such as "deit*" or "torchvision:*"."""
-    prefix, colon, _ = pattern.partition(":")
-    for short, library in _LIBRARIES.items():
-        wanted = not colon or fnmatch.fnmatchcase(short, prefix)
-        if wanted and importlib.util.find_spec(library) is not None:
+    for library in _searched(pattern):
+        if _is_installed(library):
             for one in importlib.import_module(f"{__name__}.{library}").architectures():
-                name = one.spec if colon else one.spec.partition(":")[2]
+                name = one.spec if ":" in pattern else one.spec.partition(":")[2]
                 if fnmatch.fnmatchcase(name, pattern):
                     yield one
+
+
+def nothing_fits(pattern: str) -> InputError:
+    """The error of a pattern that fits no model: where it was looked for, and what is like it."""
+    searched = _searched(pattern)
+    if not searched:
+        return InputError(
+            f"no model fits {pattern!r}: before the colon stands one of {', '.join(_LIBRARIES)}"
+        )
+    there = [f"{one} {version(_PACKAGES.get(one, one))}" for one in searched if _is_installed(one)]
+    words = [f"no model fits {pattern!r}. Searched: {', '.join(there) or 'no library'}"]
+    words += [
+        f"not installed: {one}, pip install 'vit-reciprocam[{_EXTRAS.get(one, 'torch')}]'"
+        for one in searched
+        if not _is_installed(one)
+    ]
+    prefix, colon, name = pattern.rpartition(":")
+    wider = f"{prefix}{colon}*{name.strip('*')}*"
+    if like := list(architectures(wider)):
+        words.append(f"{wider!r} fits {len(like)}, such as {like[0].spec}")
+    return InputError("; ".join(words))
+
+
+def _searched(pattern: str) -> list[str]:
+    """The libraries that a pattern means, all without a prefix."""
+    prefix, colon, _ = pattern.partition(":")
+    shorts = [short for short in _LIBRARIES if not colon or fnmatch.fnmatchcase(short, prefix)]
+    return [_LIBRARIES[short] for short in shorts]
+
+
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def describe(architecture: Architecture) -> tuple[str, str]:

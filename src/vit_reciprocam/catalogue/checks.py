@@ -36,7 +36,7 @@ forward pass for each mask, with a hook on the model's own module.
   last of the first row, the middle and the last.
 - **largest error**: the largest difference of logits ÷ the largest difference that it makes to a
   logit which mask is taken. Up to 1e-3 is "equal", in float32, or in float64 where masks make too
-  little difference for float32.
+  little difference for float32. Where masks make none, the comparison is "unproven", not passed.
 - **cost**: multiplications of the prediction and all maps ÷ those of the prediction alone, of the
   whole model.
 - **with a head**: the library makes this name without a head, so one was put on.
@@ -50,6 +50,8 @@ classify images; refused ones are in the last only if their module's own name sa
 """
 _ALL_MASKS = 16
 _TOLERANCE = 1e-3
+_LEAST_SPREAD = 1e-12
+"""Of logits between masks, as a share of the largest: below it float64 cannot decide."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ class Check:
         spec: As `load` takes it.
         kind: The class of the model and of its last block.
         path: "closed-form", "direct" or "-" if refused.
-        reason: Why not the closed form, or why refused.
+        reason: Why not the closed form, why refused, or why unproven.
         cost: Multiplications of all maps and the prediction ÷ those of the prediction alone.
         error: The largest difference from the logits of whole forward passes ÷ the largest
-            difference that it makes to a logit which mask is taken.
+            difference that it makes to a logit which mask is taken; None where it makes none.
         compared: With how many masks, of a whole model or one that was cut.
-        status: "equal", "refused", "DIFFERENT", or "failed" where it could not be built.
+        status: "equal", "refused", "DIFFERENT", "unproven" where masks make no difference to the
+            logits, so that any map would pass, or "failed" where it could not be built.
         listed: Whether a table should name it even if it is refused.
         headless: Whether a head was put on.
     """
@@ -117,20 +120,26 @@ def _checked(architecture: Architecture) -> Check:
         raise ModelError("the small model is of another kind than the whole one")
     model = _shaken(model)
     error, masks = _error(model, few)
-    if not error <= _TOLERANCE:  # masks that matter little drown in rounding
+    if error is None or not error <= _TOLERANCE:  # masks that matter little drown in rounding
         error, masks = _error(model.double(), few.double())
     same = _size(model) == _size(whole) and few.shape[1:] == images.shape[1:]
     return Check(
         spec=architecture.spec,
         kind=f"{kind}, {type(split.block).__name__}",
         path="direct" if split.direct_because else "closed-form",
-        reason=split.direct_because,
+        reason="masks make no difference to its logits" if error is None else split.direct_because,
         cost=cost,
         error=error,
         compared=f"{'whole' if same else 'cut'}, {masks} masks",
-        status="equal" if error <= _TOLERANCE else "DIFFERENT",
+        status=_verdict(error),
         headless=architecture.headless,
     )
+
+
+def _verdict(error: float | None) -> str:
+    if error is None:
+        return "unproven"
+    return "equal" if error <= _TOLERANCE else "DIFFERENT"
 
 
 def _outline(split: Split) -> tuple[object, ...]:
@@ -178,8 +187,11 @@ def _shaken(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _error(model: nn.Module, images: Tensor) -> tuple[float, int]:
-    """Against the definition, a whole forward pass for each mask; and for how many."""
+def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
+    """Against the definition, a whole forward pass for each mask; and for how many.
+
+    None where masks make no difference, so that it would prove nothing.
+    """
     split = split_model(model)
     cut = split.cut(images)
     rows = _rows(split, cut)
@@ -203,7 +215,8 @@ def _error(model: nn.Module, images: Tensor) -> tuple[float, int]:
     expected = torch.stack(naive)
     difference = (torch.stack(ours) - expected).abs().max()
     spread = (expected[1:].amax(dim=0) - expected[1:].amin(dim=0)).max()
-    return float(difference / spread), len(patches)
+    vacuous = spread <= _LEAST_SPREAD * expected.abs().max()
+    return None if vacuous else float(difference / spread), len(patches)
 
 
 def head() -> str:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from vit_reciprocam.benchmark import Row, Spread, benchmark, environment
@@ -26,9 +25,10 @@ from vit_reciprocam.cli.parts import (
     Debug,
     Device,
     UsePreprocess,
-    err,
+    bar,
     errors_in_one_line,
     out,
+    say,
 )
 from vit_reciprocam.cli.several import (
     Methods,
@@ -99,7 +99,7 @@ def benchmark_command(
     Exit code 0: all done; 1: something could not be measured, it is listed and the rest done; 2:
     nothing could be done.
     """
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug, lambda: "nothing is written"):
         if destination is not None:
             check_choice("the ending of --out", destination.suffix, (".md", ".csv", ".json"))
             check_folder(destination.parent)
@@ -142,8 +142,7 @@ def benchmark_command(
     for row in rows:
         if row.note:
             where = f"{row.model}, batch {row.batch}, {row.method}"
-            text = escape(f"{where}: {row.note}")
-            err.print(f"[red]failed:[/red] {text}", highlight=False, soft_wrap=True)
+            say("failed", f"{where}: {row.note}")
     if any(row.note for row in rows):
         raise typer.Exit(1 if any(row.ms for row in rows) else 2)
 
@@ -172,10 +171,9 @@ def _plain_files(
 
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar("Measuring") as shown:
+        task = shown.add_task("", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _print(rows: list[Row], report: dict[str, Any]) -> None:

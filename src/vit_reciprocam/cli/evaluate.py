@@ -12,32 +12,45 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich import box
+from rich.console import Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from vit_reciprocam.cli.parts import (
     AsJson,
+    Backend,
     Debug,
     Device,
     Threads,
     UsePreprocess,
+    bar,
     err,
     errors_in_one_line,
+    given_command,
     out,
+    say,
 )
 from vit_reciprocam.cli.several import (
+    BatchSize,
+    Limit,
     Methods,
     Models,
     Options,
     Prompts,
+    Resume,
     Weights,
     load_all,
     parse_options,
 )
-from vit_reciprocam.errors import MissingDependencyError
+from vit_reciprocam.errors import InputError, MissingDependencyError
+from vit_reciprocam.files import check_folder
+from vit_reciprocam.methods import MethodSpec
 
 FAILURES_SHOWN = 10
+PAPER = ("drop", "increase", "coherency", "complexity", "adcc")
 
 
 def evaluate_command(
@@ -63,9 +76,9 @@ def evaluate_command(
     insertion: Annotated[
         bool, typer.Option(help="Also insertion and deletion: some 30 forward passes a picture.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut short.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    resume: Resume = False,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read pictures.")] = 2,
     ground_truth: Annotated[
         Path | None, typer.Option(help="Of ILSVRC2012's pictures, where it is not found.")
@@ -74,9 +87,7 @@ def evaluate_command(
         Path | None, typer.Option(help="Folder of ILSVRC2012's box annotations (XML).")
     ] = None,
     device: Device = "cpu",
-    backend: Annotated[
-        str | None, typer.Option(help="Of ONNX files: onnxruntime (default) or openvino.")
-    ] = None,
+    backend: Backend = None,
     threads: Threads = None,
     streams: Annotated[
         int | None, typer.Option(min=1, help="Of OpenVINO: parts of a batch at the same time.")
@@ -92,10 +103,17 @@ def evaluate_command(
     with --resume. `vit-reciprocam report` makes tables and a page of it.
 
     Exit code 0: all done; 1: some pictures failed, they are listed and the others done; 2: nothing
-    could be done; 3: cut short, as by a full disk: --resume goes on.
+    could be done; 3: cut short, as by a full disk, 130: by Ctrl-C; --resume goes on.
     """
-    with errors_in_one_line(debug):
-        run, protocols = _imported()
+    begun = resume or not (destination / "run.json").exists()
+    with errors_in_one_line(debug, lambda: _kept(destination) if begun else "nothing is written"):
+        datasets, protocols, run = _imported()
+        chosen = protocols.get_protocol(protocol)
+        methods = method or ["reciprocam"]
+        for one in methods:
+            MethodSpec.parse(one)
+        check_folder(destination)
+        datasets.check_dataset(data, ground_truth=ground_truth, boxes=boxes)
         classifiers = load_all(
             model,
             weights,
@@ -105,14 +123,13 @@ def evaluate_command(
             onnx={"threads": threads, "streams": streams, "preprocess": preprocess},
             **parse_options(option),
         )
-        methods = method or ["reciprocam"]
-        with _live(protocols.get_protocol(protocol)) as update:
+        with _live(chosen, len(classifiers) > 1) as update:
             manifest = run.evaluate(
                 data,
                 classifiers,
                 methods,
                 out=destination,
-                protocol=protocol,
+                protocol=chosen,
                 insertion=insertion,
                 resume=resume,
                 limit=limit,
@@ -135,83 +152,89 @@ def evaluate_command(
     listed = [("failed", one["error"], one) for one in manifest["failures"]]
     listed += [("object not located", one["note"], one) for one in manifest["not_located"]]
     for what, why, about in listed[:FAILURES_SHOWN]:
-        text = escape(why if about["source"] in why else f"{about['source']}: {why}")
-        err.print(f"[red]{what}:[/red] {text}", highlight=False, soft_wrap=True)
+        say(what, why if about["source"] in why else f"{about['source']}: {why}")
     if len(listed) > FAILURES_SHOWN:
         err.print(f"… and {len(listed) - FAILURES_SHOWN} more: {destination / 'manifest.json'}")
     if listed:
         raise typer.Exit(1 if manifest["images"] else 2)
 
 
-def _imported() -> tuple[Any, Any]:
+def _imported() -> tuple[Any, Any, Any]:
     try:
         from vit_reciprocam import protocols
-        from vit_reciprocam.evaluate import run
+        from vit_reciprocam.evaluate import datasets, run
     except ModuleNotFoundError as error:
         raise MissingDependencyError("evaluate", "evaluate") from error
-    return run, protocols
+    return datasets, protocols, run
+
+
+def _kept(folder: Path) -> str:
+    """What is there of a run that was stopped, and the command that goes on with it."""
+    from vit_reciprocam.evaluate.store import RunFolder, read_run
+
+    try:
+        settings, _ = read_run(folder)
+    except InputError:
+        return "nothing was measured yet"
+    total = settings["data"]["pictures"] * len(settings["models"])
+    done = len(RunFolder(folder, settings).done())
+    models = f", of {len(settings['models'])} models" if len(settings["models"]) > 1 else ""
+    return (
+        f"{done} of {total} pictures{models} are kept in {folder}. Go on with:\n"
+        f"  {given_command('--resume')}"
+    )
 
 
 @contextlib.contextmanager
-def _live(protocol: Any) -> Iterator[Callable[[Any], None] | None]:
-    """A bar with pictures a second, time left, and each method's ADCC of the pictures so far."""
+def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None]:
+    """A bar with pictures a second, time left, and below it the ADCC of the pictures so far."""
     if not err.is_terminal:
         yield None
         return
-    columns = (
-        TextColumn("Evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("ADCC {task.fields[adcc]}"),
-    )
     seen: dict[str, dict[str, list[float]]] = {}
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("", total=None, speed="", adcc="…")
+    shown = bar("Evaluating", TextColumn("{task.fields[speed]}"))
+    task = shown.add_task("", total=None, speed="")
+    with Live(shown, console=err, transient=True) as live:
 
         def update(progress: Any) -> None:
             for record in progress.records:
                 if "error" not in record:
-                    model = record["model"].rpartition(":")[2]
-                    each = seen.setdefault(f"{model} {record['method']}", defaultdict(list))
+                    model = f"{record['model'].rpartition(':')[2]} " if several else ""
+                    each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
                     for name in ("p", "o", "coherency", "complexity"):
                         each[name].append(record[name])
-            shown = [
+            adcc = [
                 f"{name} {protocol.summary({k: np.array(v) for k, v in each.items()})['adcc']:.1f}"
                 for name, each in seen.items()
             ]
-            speed = bar.tasks[0].speed
-            bar.update(
+            speed = shown.tasks[0].speed
+            shown.update(
                 task,
                 total=progress.total,
                 completed=progress.done,
                 speed=f"{speed:.1f} images/s" if speed else "",
-                adcc=", ".join(shown),
             )
+            live.update(Group(shown, Text(f"ADCC: {', '.join(adcc)}" if adcc else "")))
 
         yield update
 
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
-    """A table for each model."""
+    """A table for each model; where it is too wide, one of the paper's figures and others."""
     from vit_reciprocam.evaluate.tables import METRICS
 
-    shown = {name: one for name, one in METRICS.items() if any(name in row for row in summaries)}
+    shown = [name for name in METRICS if any(name in row for row in summaries)]
     for model in manifest["models"]:
-        table = Table(
-            Column("method", overflow="fold", min_width=12),
-            title=escape(model),
-            box=box.SIMPLE_HEAD,
-        )
-        for about in shown.values():
-            arrow = "↑" if about.higher else "↓"
-            table.add_column(f"{about.heading} {arrow}", justify="right", no_wrap=True)
-        for row in summaries:
-            if row["model"] == model:
-                figures = [f"{row[name]:.2f}" if name in row else "" for name in shown]
-                table.add_row(escape(row["method"]), *figures)
-        out.print(table)
+        rows = [row for row in summaries if row["model"] == model]
+        tables = list(_tables(rows, shown))
+        if len(tables) > 1:
+            tables = [
+                *_tables(rows, [name for name in shown if name in PAPER]),
+                *_tables(rows, [name for name in shown if name not in PAPER]),
+            ]
+        out.print(f"[bold]{escape(model)}[/bold]", highlight=False, soft_wrap=True)
+        for table in tables:
+            out.print(table)
     protocol = manifest["protocol"]["name"]
     left_out = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
     out.print(
@@ -220,3 +243,33 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _tables(rows: list[dict[str, Any]], shown: list[str]) -> Iterator[Table]:
+    """Each with as many of the metrics as the terminal has room for."""
+    while shown:
+        count = len(shown)
+        while count > 1 and _least_width(_table(rows, shown[:count])) > out.width:
+            count -= 1
+        yield _table(rows, shown[:count])
+        shown = shown[count:]
+
+
+def _least_width(table: Table) -> int:
+    """Of its columns, each with a space before and after it, and what stands between them."""
+    return sum((column.min_width or 0) + 3 for column in table.columns) + 1
+
+
+def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
+    """A row for each method, a column for each metric."""
+    from vit_reciprocam.evaluate.tables import METRICS
+
+    table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)
+    for name in shown:
+        heading = f"{METRICS[name].heading} {'↑' if METRICS[name].higher else '↓'}"
+        width = max(len(heading), len("100.00"))
+        table.add_column(heading, justify="right", min_width=width)
+    for row in rows:
+        figures = [f"{row[name]:.2f}" if name in row else "" for name in shown]
+        table.add_row(escape(row["method"]), *figures)
+    return table

@@ -17,6 +17,7 @@ from vit_reciprocam.cli.parts import (
     DEFAULT_MODEL,
     DEFAULT_OUT,
     AsJson,
+    Backend,
     ClassNames,
     Debug,
     Device,
@@ -29,8 +30,9 @@ from vit_reciprocam.cli.parts import (
     out,
     progress,
     read_lines,
+    say,
 )
-from vit_reciprocam.cli.several import Options, parse_options
+from vit_reciprocam.cli.several import Options, Prompts, WeightsFile, parse_options
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
 from vit_reciprocam.explanation import MOST_DRAWN, Explanation
 from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
@@ -46,13 +48,7 @@ def explain_command(
         typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
     ],
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SPECS)}.")] = DEFAULT_MODEL,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Local .safetensors or .pth file instead of the published weights, or random.",
-        ),
-    ] = None,
+    weights: WeightsFile = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,10 +57,7 @@ def explain_command(
             "beside named classes top3 is the three most probable of the others.",
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."),
-    ] = None,
+    prompt: Prompts = None,
     option: Options = None,
     method: Annotated[
         str,
@@ -88,9 +81,7 @@ def explain_command(
     colormap: UseColormap = "viridis",
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the map on the picture.")] = 0.55,
     device: Device = "cpu",
-    backend: Annotated[
-        str | None, typer.Option(help="Of an ONNX file: onnxruntime (default) or openvino.")
-    ] = None,
+    backend: Backend = None,
     threads: Threads = None,
     preprocess: UsePreprocess = None,
     class_names: ClassNames = None,
@@ -118,6 +109,8 @@ def explain_command(
         masking = {key: value for key, value in masking.items() if value is not None}
         settings = _settings(method, masking)
         paths = find_images(images)
+        if not any(path.exists() for path in paths):
+            raise InputError(f"no such file: {', '.join(map(str, paths))}")
         check_folder(destination)
         summary = destination / "explanations.json"
         if summary.exists() and not is_ours(summary):
@@ -132,7 +125,7 @@ def explain_command(
             )
         classifier = load(
             model,
-            weights="random" if str(weights) == "random" else weights,
+            weights=weights,
             prompts=prompt,
             device=device,
             backend=backend,
@@ -147,25 +140,24 @@ def explain_command(
         classifier.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
-    failures: list[dict[str, str]] = []
-    records: list[dict[str, Any]] = []
-    for path, folder in progress(_folders(paths, destination), "Explaining"):
-        try:
-            explanation = explain(path, classifier, targets=targets, **settings)
-            explanation.save(folder, colormap=colormap, opacity=opacity)
-        except (ReciproCAMError, OSError) as error:
-            if debug:
-                err.print_exception()
-            failures.append({"source": str(path), "error": str(error)})
-            continue
-        records.append(record(explanation, folder))
-    report = report_of(model, settings, records, failures)
-    if records:
-        with errors_in_one_line(debug):
+        failures: list[dict[str, str]] = []
+        records: list[dict[str, Any]] = []
+        for path, folder in progress(_folders(paths, destination), "Explaining"):
+            try:
+                explanation = explain(path, classifier, targets=targets, **settings)
+                explanation.save(folder, colormap=colormap, opacity=opacity)
+            except (ReciproCAMError, OSError) as error:
+                if debug:
+                    err.print_exception()
+                failures.append({"source": str(path), "error": str(error)})
+                continue
+            records.append(record(explanation, folder))
+        report = report_of(model, settings, records, failures)
+        if records:
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
     print_report(report, as_json)
     for failure in failures:
-        err.print(f"[red]failed:[/red] {escape(failure['error'])}", highlight=False, soft_wrap=True)
+        say("failed", failure["error"])
     if failures:
         raise typer.Exit(1 if records else 2)
 

@@ -9,22 +9,23 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from vit_reciprocam.classifier import load
 from vit_reciprocam.cli.parts import (
     AsJson,
     ClassToken,
     Debug,
+    FileName,
     FileTargets,
     Raw,
     UseKernel,
     err,
     errors_in_one_line,
-    out,
     parse_size,
+    path_and_reason,
+    print_facts,
 )
-from vit_reciprocam.cli.several import Options, Prompts, parse_options
+from vit_reciprocam.cli.several import Options, Prompts, WeightsFile, parse_options
 from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.masks import LAYERS
 
@@ -38,18 +39,10 @@ def export_command(
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Local .safetensors or .pth file instead of the published weights, or random.",
-        ),
-    ] = None,
+    weights: WeightsFile = None,
     prompt: Prompts = None,
     option: Options = None,
-    name: Annotated[
-        str | None, typer.Option(help="What the file calls the model; default: SPEC.")
-    ] = None,
+    name: FileName = None,
     target: FileTargets = "all",
     kernel: UseKernel = "gaussian",
     class_token: ClassToken = True,
@@ -118,15 +111,15 @@ def export_command(
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
-    because = f", since {done.direct_because}" if done.direct_because else ""
-    table = Table(show_header=False)
-    table.add_row("file", escape(", ".join(map(str, done.files))))
-    table.add_row("size", f"{done.bytes / 1e6:.1f} MB")
-    table.add_row("path", escape(done.metadata.path + because))
-    table.add_row("inputs", ", ".join(done.inputs))
-    table.add_row("outputs", ", ".join(done.outputs))
-    table.add_row("opset", str(done.opset))
-    table.add_row(
-        "check", f"ONNX Runtime differs from PyTorch by {done.difference:.1e} of the largest value"
+    difference = f"{done.difference:.1e} of the largest value"
+    print_facts(
+        {
+            "file": ", ".join(map(str, done.files)),
+            "size": f"{done.bytes / 1e6:.1f} MB",
+            "path": path_and_reason(done.metadata.path, done.direct_because),
+            "inputs": ", ".join(done.inputs),
+            "outputs": ", ".join(done.outputs),
+            "opset": str(done.opset),
+            "check": f"ONNX Runtime differs from PyTorch by {difference}",
+        }
     )
-    out.print(table)

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from vit_reciprocam.cli.parts import (
     AsJson,
     ClassNames,
     ClassToken,
     Debug,
+    FileName,
     FileTargets,
     Raw,
     UseKernel,
     UsePreprocess,
     errors_in_one_line,
-    out,
     parse_size,
+    path_and_reason,
+    print_facts,
     read_lines,
 )
 from vit_reciprocam.errors import MissingDependencyError
@@ -49,9 +49,7 @@ def insert_command(
     ] = None,
     preprocess: UsePreprocess = None,
     class_names: ClassNames = None,
-    name: Annotated[
-        str | None, typer.Option(help="What the file calls the model; default: its name.")
-    ] = None,
+    name: FileName = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -83,17 +81,14 @@ def insert_command(
     if as_json:
         typer.echo(json.dumps({"file": str(destination), **dataclasses.asdict(done)}, indent=2))
         return
-    because = f", since {done.direct_because}" if done.direct_because else ""
-    table = Table(show_header=False)
-    table.add_row("file", escape(str(destination)))
-    table.add_row("path", escape(done.path + because))
-    table.add_row("masked", escape(done.normed))
-    table.add_row(
-        "tokens", f"{done.prefix_tokens} + {done.grid[0]}x{done.grid[1]}, {done.classes} classes"
+    height, width = done.grid
+    difference = f"{done.difference:.1e} of the largest"
+    print_facts(
+        {
+            "file": str(destination),
+            "path": path_and_reason(done.path, done.direct_because),
+            "masked": done.normed,
+            "tokens": f"{done.prefix_tokens} + {height}x{width}, {done.classes} classes",
+            "check": f"scores differ from the file's own nodes under masks by {difference}",
+        }
     )
-    table.add_row(
-        "check",
-        f"scores differ from the file's own nodes under masks by {done.difference:.1e} of the "
-        "largest",
-    )
-    out.print(table)

@@ -78,8 +78,7 @@ def _rows(pattern: str) -> list[dict[str, str]]:
     try:
         others = _others(pattern)
         looks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-            (f"timm:{name}", functools.partial(describe_timm, name))
-            for name in _of_timm(pattern, bool(others))
+            (f"timm:{name}", functools.partial(describe_timm, name)) for name in _of_timm(pattern)
         ]
     except MissingDependencyError as error:
         if not rows:
@@ -90,20 +89,20 @@ def _rows(pattern: str) -> list[dict[str, str]]:
         path, why = describe()
         rows.append({"model": spec, "path": path, "why": why})
     if not rows:
-        raise InputError(f"no model of the installed libraries fits {pattern!r}")
+        from vit_reciprocam import catalogue
+
+        raise catalogue.nothing_fits(pattern)
     return rows
 
 
-def _of_timm(pattern: str, optional: bool) -> list[str]:
+def _of_timm(pattern: str) -> list[str]:
     library, colon, name = pattern.partition(":")
     if colon and not fnmatch.fnmatch("timm", library):
         return []
     try:
         return timm_names(name if colon else pattern)
-    except InputError:
-        if optional:
-            return []
-        raise
+    except InputError:  # none fits
+        return []
 
 
 def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
@@ -120,7 +119,7 @@ def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
 
 
 def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -> None:
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug, lambda: "nothing is written"):
         try:
             from vit_reciprocam import catalogue
             from vit_reciprocam.catalogue import checks
@@ -128,11 +127,11 @@ def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -
             raise MissingDependencyError("models --check", "torch") from error
         found = list(catalogue.architectures(pattern))
         if not found:
-            raise InputError(f"no architecture of the installed libraries fits {pattern!r}")
+            raise catalogue.nothing_fits(pattern)
         results = [checks.check(one) for one in progress(found, "Checking")]
         if file is not None:
             write_atomically(file, (checks.head() + checks.report(results)).encode())
         everything = [dataclasses.asdict(one) for one in results]
         typer.echo(json.dumps(everything, indent=2) if as_json else checks.report(results))
-    if any(one.status in ("DIFFERENT", "failed") for one in results):
+    if any(one.status not in ("equal", "refused") for one in results):
         raise typer.Exit(1)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.masks import KERNELS
@@ -37,6 +46,10 @@ Device = Annotated[
         help="cpu, cuda, mps … of a PyTorch model; of an ONNX file an execution provider such as "
         "cuda, or with OpenVINO its device, such as GPU."
     ),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option("--backend", help="Of ONNX files: onnxruntime (default) or openvino."),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Of the CPU, for ONNX files; default: the runtime's.")
@@ -67,14 +80,23 @@ ClassNames = Annotated[
     Path | None,
     typer.Option(help="Text file with a class's name a line, instead of the model's own."),
 ]
+FileName = Annotated[
+    str | None, typer.Option("--name", help="What the file calls the model; default: its name.")
+]
 UseColormap = Annotated[str, typer.Option("--colormap", help=f"One of {', '.join(COLORMAPS)}.")]
 
 
 @contextlib.contextmanager
-def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, anything else, as a full disk, with 3."""
+def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) -> Iterator[None]:
+    """Bad input ends with one line and exit code 2, anything else, as a full disk, with 3.
+
+    Ctrl-C ends with 130 and, where `stopped` is given, what it tells of the work so far.
+    """
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        say("stopped", "" if stopped is None else stopped())
+        raise typer.Exit(130) from interrupt
     except Exception as error:
         if debug:
             err.print_exception()
@@ -83,16 +105,47 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
             "" if expected or isinstance(error, OSError) else " (unexpected: --debug shows where)"
         )
         text = str(error) or type(error).__name__
-        err.print(f"[red]error:[/red] {escape(text + where)}", highlight=False, soft_wrap=True)
+        say("error", text + where)
         raise typer.Exit(2 if expected else 3) from error
+
+
+def say(what: str, text: str) -> None:
+    """A line on stderr for what did not go well."""
+    mark = f"[red]{what}{':' if text else ''}[/red]"
+    err.print(f"{mark} {escape(text)}".rstrip(), highlight=False, soft_wrap=True)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """What came of a command, name by name."""
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, escape(fact))
+    out.print(table)
+
+
+def path_and_reason(path: str, because: str) -> str:
+    """Of an explained file."""
+    return f"{path}, since {because}" if because else path
+
+
+def given_command(*more: str) -> str:
+    """The command line of this process, to be typed again, with options that it lacks."""
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "vit_reciprocam"] if name == "__main__.py" else ["vit-reciprocam"]
+    given = sys.argv[1:]
+    return shlex.join([*program, *given, *(option for option in more if option not in given)])
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
     """The items, with a bar on stderr where there are several."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = len(items) < 2 or not err.is_terminal
-    with Progress(*columns, console=err, disable=hidden, transient=True) as bar:
-        yield from bar.track(items)
+    with bar(what, hidden=len(items) < 2) as shown:
+        yield from shown.track(items)
+
+
+def bar(what: str, *more: ProgressColumn, hidden: bool = False) -> Progress:
+    """Steps done, more of them, and the time left; only in a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), *more, TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal)
 
 
 def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:

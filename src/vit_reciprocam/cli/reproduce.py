@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from vit_reciprocam.classifier import explain
 from vit_reciprocam.cli.benchmark import benchmark_command
 from vit_reciprocam.cli.evaluate import evaluate_command
-from vit_reciprocam.cli.parts import Debug, Out, err, errors_in_one_line, out, progress
+from vit_reciprocam.cli.parts import Debug, Out, errors_in_one_line, out, progress, say
 from vit_reciprocam.cli.report import report_command
-from vit_reciprocam.cli.several import Models, Weights, load_all
+from vit_reciprocam.cli.several import BatchSize, Limit, Models, Resume, Weights, load_all
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.files import check_folder, write_folder
 from vit_reciprocam.images import find_images
 from vit_reciprocam.methods import MethodSpec
+from vit_reciprocam.methods.null import NULLS
 from vit_reciprocam.render import panels, png
 
 MODELS = [
@@ -28,7 +28,6 @@ MODELS = [
     "timm:deit_small_patch16_224",
     "timm:deit_base_patch16_224",
 ]
-NULLS = ["random", "center", "uniform", "image_edges"]
 COMPARED = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
 METHODS = {
     "table1": ["reciprocam", "reciprocam:kernel=dirac", "relevance", "rollout", *NULLS],
@@ -68,9 +67,9 @@ def reproduce_command(
         typer.Option(metavar="NAME", help="One more than the paper has; may be given again."),
     ] = None,
     destination: Out = Path("vit-reciprocam-reproduced"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was cut short.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    resume: Resume = False,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
     device: Annotated[str, typer.Option(help="Of the models: cpu, cuda, mps …")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -147,9 +146,11 @@ def _draw(
     check_folder(folder)
     files: dict[str, bytes] = {}
     failed = False
-    classifiers = load_all(names, weights, device=device)
     specs = [MethodSpec.parse(method) for method in methods]
-    tasks = [(one, path) for one in classifiers for path in find_images([data])[:limit]]
+    pictures = find_images([data])[:limit]
+    if not any(path.exists() for path in pictures):
+        raise InputError(f"no such folder of pictures: {data}")
+    tasks = [(one, path) for one in load_all(names, weights, device=device) for path in pictures]
     for classifier, path in progress(tasks, "Drawing"):
         try:
             explained = [
@@ -158,8 +159,7 @@ def _draw(
             ]
         except ImageError as error:
             failed = True
-            text = escape(str(error))
-            err.print(f"[red]failed:[/red] {text}", highlight=False, soft_wrap=True)
+            say("failed", str(error))
             continue
         drawn, captions = [], []
         for target in range(2):

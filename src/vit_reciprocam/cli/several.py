@@ -1,4 +1,4 @@
-"""Options of commands that take several models and methods, and loading these models."""
+"""Options of commands about models, methods and data sets, and loading several models."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ Weights = Annotated[
     list[Path] | None,
     typer.Option(help="Local weights, once a --model in the same order, or not at all."),
 ]
+WeightsFile = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Local .safetensors or .pth file instead of the published weights, or random.",
+    ),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,8 +39,6 @@ Methods = Annotated[
         f"{', '.join(METHODS)}.",
     ),
 ]
-
-
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,6 +54,9 @@ Prompts = Annotated[
         "--prompt", metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."
     ),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run cut short.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N pictures.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures in one call.")]
 
 
 def load_all(

@@ -6,9 +6,10 @@ Reading a data set finds names, labels and sizes; a picture is opened when its t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vit_reciprocam.evaluate.layouts import CORNERS, rows_of, rows_of_scenes
 from vit_reciprocam.images import read_image
 from vit_reciprocam.scenes import Scene, draw_scene
 
-__all__ = ["DataSet", "Item", "picture_digest", "read_dataset"]
+__all__ = ["DataSet", "Item", "check_dataset", "picture_digest", "read_dataset"]
 
 Box = tuple[float, float, float, float]
 
@@ -153,6 +154,42 @@ def read_dataset(
         InputError: If there is no such data set, it is empty, a label is no class of the model, or
             an annotation file is missing, damaged or not for this layout.
     """
+    items: dict[Item, None] = {}
+    duplicates = 0
+    for number, row in enumerate(_rows(data, ground_truth, boxes)):
+        item = _item(row, labels, f"{data}, row {number + 1}")
+        duplicates += item in items
+        items.setdefault(item)
+    numbered = tuple(
+        Item(index, item.source, item.label, item.boxes, item.mask, item.problem)
+        for index, item in enumerate(items)
+    )
+    return DataSet(data, numbered, duplicates)
+
+
+def check_dataset(
+    data: str, *, ground_truth: Path | None = None, boxes: Path | None = None
+) -> None:
+    """Refuse what is no data set by its first row, before a model is loaded for it.
+
+    Args:
+        data: As `read_dataset` takes it.
+        ground_truth: Likewise.
+        boxes: Likewise.
+
+    Raises:
+        InputError: As `read_dataset`, but for labels and what is wrong in later rows.
+    """
+    _rows(data, ground_truth, boxes)
+
+
+def picture_digest(picture: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels, the same whatever file format holds them."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def _rows(data: str, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
+    """Of any layout; one at least."""
     for name, place in (("ground truth", ground_truth), ("folder of boxes", boxes)):
         if place is not None and not place.exists():
             raise InputError(f"no such {name}: {place}")
@@ -166,24 +203,10 @@ def read_dataset(
                 "scenes:N"
             )
         rows = rows_of(path, ground_truth, boxes)
-    items: dict[Item, None] = {}
-    duplicates = 0
-    for number, row in enumerate(rows):
-        item = _item(row, labels, f"{data}, row {number + 1}")
-        duplicates += item in items
-        items.setdefault(item)
-    if not items:
+    first = next(rows, None)
+    if first is None:
         raise InputError(f"data set {data} is empty: there is no picture in it")
-    numbered = tuple(
-        Item(index, item.source, item.label, item.boxes, item.mask, item.problem)
-        for index, item in enumerate(items)
-    )
-    return DataSet(data, numbered, duplicates)
-
-
-def picture_digest(picture: Image.Image) -> str:
-    """SHA-256 of a picture's size and pixels, the same whatever file format holds them."""
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    return itertools.chain([first], rows)
 
 
 def _item(row: Mapping[str, Any], labels: Labels, where: str) -> Item:
