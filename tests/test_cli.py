@@ -339,7 +339,8 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path):
     code, said = stopped(given, lambda: list(folder.glob("part-*.parquet")))
     assert code == 130
     kept = len(list(folder.glob("part-*.parquet")))
-    command = f"python -m vit_reciprocam {shlex.join(map(str, given))} --resume"
+    again = shlex.join(["evaluate", "--resume", *map(str, given[1:])])
+    command = f"python -m vit_reciprocam {again}"
     assert said == (
         f"stopped: {kept} of 300 pictures are kept in {folder}. Go on with:\n  {command}\n"
     )

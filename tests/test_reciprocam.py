@@ -191,8 +191,11 @@ def test_one_cut_serves_other_settings(path):
         whole, reused = explainer(images, "all"), explainer(images, "all", cut=cut)
         np.testing.assert_array_equal(reused.scores, whole.scores)
         np.testing.assert_array_equal(reused.logits, whole.logits)
-    with pytest.raises(InputError, match="cut is of 2 images, and there are 1"):
+    with pytest.raises(InputError, match=r"cut must be of these 1 images.*it is of 2"):
         ReciproCAM(model)(images[:1], cut=cut)
+    for another in (ReciproCAM(tiny_model()), ReciproCAM(model, block=-2)):
+        with pytest.raises(InputError, match=r"it is of 2, cut elsewhere"):
+            another(images, cut=cut)
 
 
 def test_prediction_is_the_models_own():

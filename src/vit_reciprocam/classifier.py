@@ -45,7 +45,7 @@ Explainer = Callable[..., Explanation]
 """Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them.
 
 A third argument, `known`, is a dict that explainers of one model share for one batch: what one has
-computed, the others need not. Its "logits", (B, C), may also be put there.
+computed, the others need not. Those that call `predict` keep its "logits", (B, C), there.
 """
 
 

@@ -14,6 +14,7 @@ the price of one H.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -181,12 +182,19 @@ class ReciproCAM:
         """
         return self._run(images, targets, None)[0]
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where which model is cut."""
+        grid = None if self.grid is None else tuple(self.grid)
+        by_target = (self.target, grid, self.prefix_tokens, self.split)
+        return (self.model, self.masking.layer == "pool", self.block, *by_target)
+
     @torch.no_grad()
     def cut(self, images: Float[Tensor, "B ch H W"]) -> Cut:
         """G alone: to explain the same images with other kernels and settings at a small cost.
 
-        Another explainer of the same model may take it if it has the same `block`, `target` and
-        `split`, and `layer="pool"` like this one or not at all.
+        Another explainer of the same `place` may take it: of the same model, cut where this one
+        cuts it.
 
         Raises:
             InputError: If the images do not fit the model.
@@ -194,7 +202,7 @@ class ReciproCAM:
         """
         self._check_mode()
         check_images(self.model, images)
-        return self._split().cut(images)
+        return dataclasses.replace(self._split().cut(images), place=self.place)
 
     @torch.no_grad()
     def _run(
@@ -205,9 +213,14 @@ class ReciproCAM:
         path = self._choose_path(split)
         self._check_mode()
         check_images(self.model, images)
-        cut = split.cut(images) if cut is None else cut
-        if len(cut.x) != len(images):
-            raise InputError(f"cut is of {len(cut.x)} images, and there are {len(images)}")
+        if cut is None:
+            cut = split.cut(images)
+        elif cut.place != self.place or len(cut.x) != len(images):
+            raise InputError(
+                f"cut must be of these {len(images)} images, from the method `cut` of an explainer "
+                f"of the same model with the same block, target, grid and split; it is of "
+                f"{len(cut.x)}{'' if cut.place == self.place else ', cut elsewhere'}"
+            )
         if path == "closed-form" and cut.readout is None:
             raise ModelError("the split has no readout: say so in its direct_because")
         prepare = closed_form_rows if path == "closed-form" else direct_rows

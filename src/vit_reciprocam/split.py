@@ -187,6 +187,7 @@ class Cut:
             x repeated.
         readout: What the closed form needs; None where it does not hold.
         channels_first: Whether X is (B, D, h, w).
+        place: Of an explainer's cut, where which model was cut.
     """
 
     grid: tuple[int, int]
@@ -195,6 +196,7 @@ class Cut:
     rest: Callable[[Tensor, Tensor], Tensor]
     readout: Readout | MeanPool | None = None
     channels_first: bool = False
+    place: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -95,17 +95,12 @@ class TorchModel:
         return explain
 
     def _reciprocam(self, explainer: ReciproCAM) -> Callable[..., Explanation]:
-        pool = explainer.masking.layer == "pool"
-        place = ("cut", pool, explainer.block, explainer.target, explainer.split)
-
         def explain(images: np.ndarray, targets: Any, known: Known | None = None) -> Explanation:
             known = {} if known is None else known
             batch = self._tensor(images)
-            if place not in known:
-                known[place] = explainer.cut(batch)
-            explanation = explainer(batch, targets, cut=known[place])
-            known.setdefault("logits", explanation.logits)
-            return explanation
+            if explainer.place not in known:
+                known[explainer.place] = explainer.cut(batch)
+            return explainer(batch, targets, cut=known[explainer.place])
 
         return explain
 

@@ -133,7 +133,8 @@ def given_command(*more: str) -> str:
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vit_reciprocam"] if name == "__main__.py" else ["vit-reciprocam"]
     given = sys.argv[1:]
-    return shlex.join([*program, *given, *(option for option in more if option not in given)])
+    missing = [option for option in more if option not in given]
+    return shlex.join([*program, *given[:1], *missing, *given[1:]])
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:

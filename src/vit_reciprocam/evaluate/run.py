@@ -279,9 +279,9 @@ class _Measurement:
         explain = self.explainers[method]
         labels = np.array([-1 if one.item.label is None else one.item.label for one in batch])
         first = explain(images, lambda found: self.protocol.targets(found, labels)[:, None], known)
-        maps, targets, logits = first.maps[:, 0], first.targets[:, 0], known["logits"]
+        maps, targets = first.maps[:, 0], first.targets[:, 0]
         masked = explain(self.protocol.masked_images(images, maps), targets[:, None])
-        p, o = _chosen(softmax(logits), targets), _chosen(masked.probs, targets)
+        p, o = _chosen(first.probs, targets), _chosen(masked.probs, targets)
         columns = self.protocol.score_images(images, maps, masked.maps[:, 0], p, o)
         if self.insertion:
             columns |= self.protocol.score_order(
@@ -291,7 +291,7 @@ class _Measurement:
                 targets,
                 self.preprocess,
             )
-        return columns | {"map": maps, "target": targets, "predicted": logits.argmax(axis=1)}
+        return columns | {"map": maps, "target": targets, "predicted": first.logits.argmax(axis=1)}
 
 
 def _chosen(probs: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Tensor:
     """The readout tokens' heads for row 0 and under every mask, (rows, b, r, k, d).
 
     c is near the largest score of what all masks share, so that the denominator never vanishes.
-    Where several scores of one window lie more than 80 above it, they count as equal.
+    Where several scores of one window lie more than 83 above that score, they count as equal.
     """
     s_prefix, s_outside = _positions_last(parts.s_prefix), _positions_last(parts.s_outside)
     alike = s_outside.expand(s_prefix.shape[0], -1, -1, -1)

@@ -170,19 +170,17 @@ class OnnxExplainer:
         Args:
             images: The batch.
             targets: Of a file that explains the top classes only, these.
-            known: May hold the images' "logits", and does afterwards: it spares a file with an
-                input for targets the run that finds each image's top classes.
+            known: May hold the images' "logits": they spare a file with an input for targets the
+                run that finds each image's top classes.
 
         Raises:
             InputError: If the images or targets do not fit the model or the file.
         """
         images = self._checked_images(images)
-        known = {} if known is None else known
         if self.metadata.targets == "input":
-            logits, scores, chosen = self._run_for(images, targets, known.get("logits"))
+            logits, scores, chosen = self._run_for(images, targets, (known or {}).get("logits"))
         else:
             logits, scores, chosen = self._run_and_pick(images, targets)
-        known.setdefault("logits", logits)
         return Explanation(
             scores=scores.astype(np.float32, copy=False),
             logits=logits,

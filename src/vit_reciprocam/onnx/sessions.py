@@ -231,8 +231,8 @@ def _openvino(
             return [np.array(request.get_tensor(port).data) for port in ports]
 
         count = min(len(feeds), most)
-        try:
-            with lock:
+        with lock:
+            try:
                 while len(requests) < count:
                     requests.append(compiled.create_infer_request())
                 results = []
@@ -243,9 +243,11 @@ def _openvino(
                     request.start_async(dict(feed))
                 last = range(len(feeds) - count, len(feeds))
                 return results + [taken(requests[number % count]) for number in last]
-        except RuntimeError as error:
-            requests.clear()  # some may still run
-            raise ModelError(f"{path} failed in OpenVINO: {_reason(error)}") from error
+            except BaseException as error:
+                requests.clear()  # some may still run
+                if not isinstance(error, RuntimeError):
+                    raise
+                raise ModelError(f"{path} failed in OpenVINO: {_reason(error)}") from error
 
     def ports(found: Any) -> dict[str, Port]:
         return {
