@@ -329,7 +329,6 @@ def timm_names(pattern: str) -> list[str]:
 
     Raises:
         MissingDependencyError: If timm is not installed.
-        InputError: If none fits.
     """
     names: list[str] = _timm("listing timm's models").names(pattern)
     return names

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from vit_reciprocam.classifier import describe_timm, timm_names
 from vit_reciprocam.cli.parts import AsJson, Debug, err, errors_in_one_line, out, progress
-from vit_reciprocam.errors import InputError, MissingDependencyError
+from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.files import write_atomically
 
 NAMES_SHOWN = 3
@@ -99,10 +99,7 @@ def _of_timm(pattern: str) -> list[str]:
     library, colon, name = pattern.partition(":")
     if colon and not fnmatch.fnmatch("timm", library):
         return []
-    try:
-        return timm_names(name if colon else pattern)
-    except InputError:  # none fits
-        return []
+    return timm_names(name if colon else pattern)
 
 
 def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
