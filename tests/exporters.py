@@ -5,7 +5,6 @@ import io
 import logging
 import warnings
 
-import onnx
 import onnxruntime
 import timm
 import torch
@@ -18,6 +17,8 @@ from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+
+import onnx
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TIMM = {**SIZES, "num_classes": 7}

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from conftest import MODELS, tiny_images, tiny_model
 from reference import naive_logits, naive_mask
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters import by_target
-from vit_reciprocam.adapters.open_clip import zero_shot as zero_shot_open_clip
-from vit_reciprocam.adapters.timm import split as split_timm
-from vit_reciprocam.adapters.transformers import zero_shot as zero_shot_transformers
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, UnknownClassError
+from vit_reciprocam.libraries.common import by_target
+from vit_reciprocam.libraries.open_clip.split import zero_shot as zero_shot_open_clip
+from vit_reciprocam.libraries.timm.split import split as split_timm
+from vit_reciprocam.libraries.transformers.split import zero_shot as zero_shot_transformers
 
 PATHS = ["closed-form", "direct"]
 KERNELS = ["gaussian", "dirac"]

@@ -1,4 +1,4 @@
-"""Make the bundled assets from trained weights: `python training/export_demo.py`.
+"""Make the bundled assets from trained weights: `python tools/export_demo.py`.
 
 Writes `demo.onnx` (prediction and all maps), `demo-plain.onnx` (the prediction alone, to hold the
 cost against) and `demo.png` into the package.
@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from train_demo import ARCHITECTURE, SIZE
 
-from vit_reciprocam.classifier import ASSETS
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.onnx.export import export, export_plain
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.onnx.export.export import export, export_plain
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 PICTURE_SEED, PICTURE_SIZE = 213, 560
 PREPROCESS = Preprocess((SIZE, SIZE), crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -1,4 +1,4 @@
-"""Train the bundled demo model on drawn scenes: `python training/train_demo.py --out runs/demo`.
+"""Train the bundled demo model on drawn scenes: `python tools/train_demo.py --out runs/demo`.
 
 A plain timm VisionTransformer learns two things at once. Its class token says of each class
 whether it is in the scene, each for itself: with a softmax over the classes present, evidence
@@ -35,7 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, classes present, classes of the patches
 Losses = dict[str, Tensor]

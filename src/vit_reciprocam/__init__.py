@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from vit_reciprocam import errors
 
 if TYPE_CHECKING:
-    from vit_reciprocam.classifier import Classifier, explain, load
-    from vit_reciprocam.explanation import Explanation
-    from vit_reciprocam.images import Preprocess
+    from vit_reciprocam.classifier.classifier import Classifier, explain, load
     from vit_reciprocam.methods import METHODS
-    from vit_reciprocam.onnx.export import export
-    from vit_reciprocam.onnx.insert import insert
+    from vit_reciprocam.onnx.export.export import export
+    from vit_reciprocam.onnx.insert.insert import insert
+    from vit_reciprocam.pictures.preprocess import Preprocess
     from vit_reciprocam.reciprocam import ReciproCAM
+    from vit_reciprocam.results.explanation import Explanation
 
 __version__ = "0.1.0"
 
@@ -38,14 +38,14 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "methods",
-    "Classifier": "classifier",
-    "Explanation": "explanation",
-    "Preprocess": "images",
+    "Classifier": "classifier.classifier",
+    "Explanation": "results.explanation",
+    "Preprocess": "pictures.preprocess",
     "ReciproCAM": "reciprocam",
-    "explain": "classifier",
-    "export": "onnx.export",
-    "insert": "onnx.insert",
-    "load": "classifier",
+    "explain": "classifier.classifier",
+    "export": "onnx.export.export",
+    "insert": "onnx.insert.insert",
+    "load": "classifier.classifier",
 }
 
 _EXTRAS = {"export": "torch,onnx", "insert": "onnx"}

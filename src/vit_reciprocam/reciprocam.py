@@ -25,19 +25,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters import (
-    by_target,
+from vit_reciprocam.core.closed_form import closed_form_rows
+from vit_reciprocam.core.masks import Masking, mask_matrix
+from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split
+from vit_reciprocam.core.targets import resolve_targets
+from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
+from vit_reciprocam.libraries.common import by_target
+from vit_reciprocam.libraries.dispatch import (
     check_images,
     check_mode,
     refuse_quantised,
     split_model,
 )
-from vit_reciprocam.closed_form import closed_form_rows
-from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
-from vit_reciprocam.explanation import Explanation, softmax
-from vit_reciprocam.masks import Masking, mask_matrix
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split
-from vit_reciprocam.targets import resolve_targets
+from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["ReciproCAM", "direct_rows", "reciprocam", "under_masks"]
 
@@ -271,8 +271,8 @@ class ReciproCAM:
             made: Any = self.split(self.model)
             if not isinstance(made, Split):
                 raise InputError(
-                    "split must be a function that gives a vit_reciprocam.split.Split, but gave "
-                    f"{type(made).__name__}"
+                    "split must be a function that gives a vit_reciprocam.core.split.Split, but "
+                    f"gave {type(made).__name__}"
                 )
             return made
         return split_model(self.model, block=self.block, pool=self.masking.layer == "pool")

@@ -8,7 +8,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import onnx
 import open_clip
 import pytest
 import timm
@@ -16,11 +15,12 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+import onnx
 import vit_reciprocam as vr
-from vit_reciprocam import benchmark as module
-from vit_reciprocam import calls
-from vit_reciprocam.benchmark import benchmark
-from vit_reciprocam.classifier import ASSETS, Classifier
+from vit_reciprocam.benchmark import calls
+from vit_reciprocam.benchmark import measure as module
+from vit_reciprocam.benchmark.measure import benchmark
+from vit_reciprocam.classifier.classifier import ASSETS, Classifier
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 
@@ -206,8 +206,8 @@ def test_what_a_model_does_not_have(small):
 
 def test_the_demo_model_needs_no_torch():
     code = (
-        "import sys; from vit_reciprocam.classifier import load;"
-        "from vit_reciprocam.benchmark import benchmark;"
+        "import sys; from vit_reciprocam.classifier.classifier import load;"
+        "from vit_reciprocam.benchmark.measure import benchmark;"
         "rows = benchmark([load('demo')], rounds=1, warmup=1, threads=1);"
         "print([row.method for row in rows], 'torch' in sys.modules)"
     )

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vit_reciprocam
-from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.classifier.classifier import ASSETS
 from vit_reciprocam.cli import app
+from vit_reciprocam.cli.console import errors_in_one_line
 from vit_reciprocam.cli.evaluate import _print
-from vit_reciprocam.cli.parts import errors_in_one_line
-from vit_reciprocam.evaluate.tables import METRICS
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.evaluate.report.tables import METRICS
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 
 def run(*arguments):
@@ -284,7 +284,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(
         pytest.fail("a model was loaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vit_reciprocam.cli.several.load", loaded)
+    monkeypatch.setattr("vit_reciprocam.cli.options.load", loaded)
     monkeypatch.setattr("vit_reciprocam.cli.explain.load", loaded)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -353,8 +353,8 @@ def test_ctrl_c_before_anything_is_measured(monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vit_reciprocam.cli.several.load", interrupted)
-    monkeypatch.setattr("vit_reciprocam.catalogue.checks.check", interrupted)
+    monkeypatch.setattr("vit_reciprocam.cli.options.load", interrupted)
+    monkeypatch.setattr("vit_reciprocam.libraries.checks.check", interrupted)
     out = tmp_path / "out"
     for arguments, words in (
         (["evaluate", "scenes:2", "--out", out], "nothing was measured yet"),

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vit_reciprocam.cli import app, reproduce
 from vit_reciprocam.evaluate.store import read_run
-from vit_reciprocam.scenes import draw_scene
+from vit_reciprocam.pictures.scenes import draw_scene
 
 SPEC = "timm:test_vit"
 

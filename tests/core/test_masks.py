@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from reference import naive_mask
+from vit_reciprocam.core.masks import KERNELS, Masking, kernel_window, mask_matrix, window_sizes
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.masks import KERNELS, Masking, kernel_window, mask_matrix, window_sizes
 
 GRIDS = [(1, 1), (1, 4), (2, 2), (3, 5), (4, 3)]
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from vit_reciprocam.core.targets import find_class, resolve_targets, top_classes
 from vit_reciprocam.errors import UnknownClassError
-from vit_reciprocam.targets import find_class, resolve_targets, top_classes
 
 NAMES = ("tench, Tinca tinca", "crane", "tabby, tabby cat", "tiger cat", "crane")
 

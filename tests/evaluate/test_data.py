@@ -8,9 +8,9 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
-from vit_reciprocam.evaluate.datasets import check_dataset, read_dataset
-from vit_reciprocam.evaluate.labels import Labels
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.evaluate.data.datasets import check_dataset, read_dataset
+from vit_reciprocam.evaluate.data.labels import Labels
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 IMAGENET = Labels(1000)
 PETS = Labels(3, ("cat", "dog, domestic dog", "fish"))

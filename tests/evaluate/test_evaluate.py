@@ -23,7 +23,7 @@ from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate import store
 from vit_reciprocam.evaluate.run import evaluate, summaries
 from vit_reciprocam.evaluate.store import columns_of, read_run
-from vit_reciprocam.scenes import draw_scene
+from vit_reciprocam.pictures.scenes import draw_scene
 
 SPEC = "timm:test_vit"
 

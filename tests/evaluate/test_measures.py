@@ -7,9 +7,9 @@ from hypothesis.extra.numpy import arrays
 from torch.nn import functional as F
 from torchvision.transforms import GaussianBlur
 
-from vit_reciprocam import metrics
+from vit_reciprocam.core.maps import blur, box_masks, upsample
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.maps import blur, box_masks, upsample
+from vit_reciprocam.evaluate.metrics import measures as metrics
 
 SHAPES = [  # of a map, and of a picture
     ((2, 2), (5, 7)),

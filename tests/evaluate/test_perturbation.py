@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from vit_reciprocam.core.maps import blur
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.maps import blur
-from vit_reciprocam.perturbation import (
+from vit_reciprocam.evaluate.metrics.perturbation import (
     area_under_curve,
     baseline_images,
     deletion,

@@ -8,11 +8,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms as T
 
-from vit_reciprocam import metrics
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.perturbation import baseline_images, deletion, insertion
-from vit_reciprocam.protocols import PROTOCOLS, Protocol, get_protocol
+from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics.perturbation import baseline_images, deletion, insertion
+from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS, Protocol, get_protocol
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 BYUN, POPPI = PROTOCOLS["byun2023"], PROTOCOLS["poppi2021"]
 

@@ -20,15 +20,16 @@ from typer.testing import CliRunner
 import vit_reciprocam as vr
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate import formats, gallery, report, sheets
-from vit_reciprocam.evaluate.bootstrap import resample
-from vit_reciprocam.evaluate.datasets import Item
+from vit_reciprocam.evaluate.data.datasets import Item
+from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS
+from vit_reciprocam.evaluate.report import formats, gallery, sheets
+from vit_reciprocam.evaluate.report import write as report
+from vit_reciprocam.evaluate.report.bootstrap import resample
+from vit_reciprocam.evaluate.report.tables import DEFAULTS, METRICS, read_tables
 from vit_reciprocam.evaluate.run import summaries
 from vit_reciprocam.evaluate.store import RunFolder
-from vit_reciprocam.evaluate.tables import DEFAULTS, METRICS, read_tables
-from vit_reciprocam.images import Preprocess
 from vit_reciprocam.methods import MethodSpec
-from vit_reciprocam.protocols import PROTOCOLS
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 VARIANTS = ["reciprocam", "reciprocam:kernel=dirac", "reciprocam:class_token=false", "center"]
 
@@ -635,7 +636,7 @@ def test_the_command_on_a_real_run(tmp_path):
 
 def test_a_report_needs_no_torch(run, tmp_path):
     code = (
-        "import sys, pathlib; from vit_reciprocam.evaluate.report import write_report;"
+        "import sys, pathlib; from vit_reciprocam.evaluate.report.write import write_report;"
         f"write_report([{str(run)!r}], pathlib.Path({str(tmp_path)!r}) / 'out', resamples=5);"
         "print('torch' in sys.modules)"
     )

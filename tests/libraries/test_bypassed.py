@@ -18,9 +18,9 @@ from torchvision import models as torchvision_models
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters import split_model
-from vit_reciprocam.adapters.zero_shot import ZeroShot
 from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot
+from vit_reciprocam.libraries.dispatch import split_model
 
 SMALL = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 12, "num_heads": 3, "num_classes": 5}
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vit_reciprocam import catalogue
-from vit_reciprocam.adapters.transformers_families import FAMILIES
-from vit_reciprocam.catalogue import checks
-from vit_reciprocam.classifier import timm_names
+from vit_reciprocam.classifier.classifier import timm_names
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries import checks
+from vit_reciprocam.libraries import listing as catalogue
+from vit_reciprocam.libraries.transformers.families import FAMILIES
 
-TABLE = Path(__file__).parents[1] / "docs" / "models.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 SAMPLE = [
     "timm:test_vit",
     "timm:test_vit2",

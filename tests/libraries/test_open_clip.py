@@ -24,9 +24,6 @@ import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters import open_clip as adapter
-from vit_reciprocam.adapters import open_clip_hub as hub
-from vit_reciprocam.adapters.zero_shot import ZeroShot
 from vit_reciprocam.errors import (
     ClosedFormError,
     DownloadError,
@@ -34,6 +31,9 @@ from vit_reciprocam.errors import (
     ModelError,
     WeightsError,
 )
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot
+from vit_reciprocam.libraries.open_clip import load as hub
+from vit_reciprocam.libraries.open_clip import split as adapter
 
 GRID = (2, 3)
 MASKINGS = [

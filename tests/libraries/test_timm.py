@@ -25,8 +25,8 @@ from torch import nn
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
+from vit_reciprocam.core.masks import KERNELS
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError
-from vit_reciprocam.masks import KERNELS
 
 GRID = (3, 5)
 SIZES = {

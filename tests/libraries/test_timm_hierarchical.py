@@ -11,8 +11,8 @@ from torch import nn
 
 from reference import naive_mask
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters.timm_stages import split
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError
+from vit_reciprocam.libraries.timm.hierarchical import split
 
 TINY = {"num_classes": 5, "embed_dim": 8, "num_heads": (2, 2), "depths": (1, 2), "patch_size": 4}
 

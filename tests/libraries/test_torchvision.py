@@ -33,7 +33,6 @@ import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters.torchvision_hub import _preprocess, load_torchvision
 from vit_reciprocam.errors import (
     ClosedFormError,
     DownloadError,
@@ -41,6 +40,7 @@ from vit_reciprocam.errors import (
     ModelError,
     WeightsError,
 )
+from vit_reciprocam.libraries.torchvision.load import _preprocess, load_torchvision
 
 MASKINGS = [
     {"kernel": kernel, "class_token": class_token, "layer": layer}

@@ -14,12 +14,8 @@ from torch import nn
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
-from vit_reciprocam.adapters import split_model
-from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
-from vit_reciprocam.adapters.transformers_families import image_tower
-from vit_reciprocam.adapters.transformers_hub import load_transformers
-from vit_reciprocam.adapters.zero_shot import ZeroShot
-from vit_reciprocam.closed_form import closed_form_rows
+from vit_reciprocam.core.closed_form import closed_form_rows
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import (
     ClosedFormError,
     DownloadError,
@@ -27,10 +23,14 @@ from vit_reciprocam.errors import (
     ModelError,
     WeightsError,
 )
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.export import export
-from vit_reciprocam.onnx.runtime import OnnxExplainer
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.transformers.families import image_tower
+from vit_reciprocam.libraries.transformers.load import load_transformers
+from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
+from vit_reciprocam.onnx.export.export import export
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.reciprocam import ReciproCAM
 
 COMMON = {

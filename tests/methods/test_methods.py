@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.classifier.classifier import ASSETS
 from vit_reciprocam.cli import app
+from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.errors import InputError, MissingDependencyError
-from vit_reciprocam.evaluate import tables
-from vit_reciprocam.maps import min_max
+from vit_reciprocam.evaluate.report import tables
 from vit_reciprocam.methods import METHODS, MethodSpec, baselines, null, peers
 
 

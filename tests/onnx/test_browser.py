@@ -15,20 +15,20 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import vit_reciprocam as vr
-from vit_reciprocam.classifier import ASSETS
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.metadata import Metadata
-from vit_reciprocam.render import colorize, upsample
-from vit_reciprocam.scenes import draw_scene
+from onnx import TensorProto, helper, numpy_helper
+from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.onnx.contract import Metadata
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.render import colorize, upsample
+from vit_reciprocam.pictures.scenes import draw_scene
 
 expect.set_options(timeout=60_000)
-EXAMPLE = Path(__file__).parents[1] / "examples" / "browser"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 # What the page itself would load is loaded: `import` gives the modules that it runs.
 RUN = """async (name) => {
   const [{ open, explain }, { decode, pixelsOf, tensor, view }, { minMax }] =

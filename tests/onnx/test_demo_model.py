@@ -4,22 +4,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+import onnx
 from vit_reciprocam import ReciproCAM, explain, load
-from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.export import export
-from vit_reciprocam.onnx.runtime import OnnxExplainer
-from vit_reciprocam.onnx.sessions import open_session
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.onnx.export.export import export
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.onnx.run.sessions import open_session
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
-TRAINING = Path(__file__).parents[1] / "training"
+TRAINING = Path(__file__).parents[2] / "tools"
 FRESH = range(700_000, 701_000)  # seeds that neither training nor choosing ever drew
 
 

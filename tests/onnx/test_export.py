@@ -8,7 +8,6 @@ import sys
 import warnings
 
 import numpy as np
-import onnx
 import onnxruntime
 import open_clip
 import openvino
@@ -26,17 +25,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from typer.testing import CliRunner
 
+import onnx
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
-from vit_reciprocam.adapters.zero_shot import ZeroShot
 from vit_reciprocam.cli import app
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.export import export, export_plain
-from vit_reciprocam.onnx.metadata import Metadata
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot
+from vit_reciprocam.onnx.contract import Metadata
+from vit_reciprocam.onnx.export.export import export, export_plain
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 SIZE = (12, 20)
 TIMM = {
@@ -369,7 +369,7 @@ def test_an_interrupted_export_leaves_what_was_there(tmp_path, model, monkeypatc
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vit_reciprocam.onnx.export.compare", interrupted)
+    monkeypatch.setattr("vit_reciprocam.onnx.export.export.compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(model, path, size=SIZE, external_data=True)
     assert list(tmp_path.iterdir()) == [path]
@@ -378,7 +378,7 @@ def test_an_interrupted_export_leaves_what_was_there(tmp_path, model, monkeypatc
 
 def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, model, monkeypatch):
     real = vr.onnx.traced.attend
-    monkeypatch.setattr("vit_reciprocam.onnx.traced.attend", lambda *args: 1.01 * real(*args))
+    monkeypatch.setattr("vit_reciprocam.onnx.export.trace.attend", lambda *args: 1.01 * real(*args))
     with pytest.raises(ModelError, match="logits differ from PyTorch's by"):
         export(model, tmp_path / "model.onnx", size=SIZE)
     assert not list(tmp_path.iterdir())

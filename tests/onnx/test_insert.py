@@ -6,7 +6,6 @@ import json
 import re
 
 import numpy as np
-import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -16,11 +15,12 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from typer.testing import CliRunner
 
 import exporters
+import onnx
 import vit_reciprocam as vr
 from reference import naive_logits
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.onnx.insert import insert
+from vit_reciprocam.onnx.insert.insert import insert
 
 FIXED = {"batch": "fixed"}
 WRITERS = {

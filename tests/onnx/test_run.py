@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -22,22 +21,23 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
+import onnx
 import vit_reciprocam as vr
-from vit_reciprocam.classifier import ASSETS
+from vit_reciprocam.classifier.classifier import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
-from vit_reciprocam.images import read_image
 from vit_reciprocam.methods import METHODS
 from vit_reciprocam.methods.null import NULLS
-from vit_reciprocam.onnx.export import export_plain
-from vit_reciprocam.onnx.header import digest, read_header
-from vit_reciprocam.onnx.insert import insert
-from vit_reciprocam.onnx.runtime import OnnxExplainer
-from vit_reciprocam.onnx.sessions import open_session
-from vit_reciprocam.presets import parse_preprocess
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.onnx.export.export import export_plain
+from vit_reciprocam.onnx.insert.insert import insert
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.onnx.run.protobuf import digest, read_header
+from vit_reciprocam.onnx.run.sessions import open_session
+from vit_reciprocam.pictures.preprocess import read_image
+from vit_reciprocam.pictures.presets import parse_preprocess
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = (ROOT / "docs" / "onnx.md").read_text().split("\n## Run\n")[1].split("\n## ")[0]
 BACKENDS = ["onnxruntime", "openvino"]
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -269,7 +269,7 @@ def test_several_streams_share_a_batch(files, images, expected):
 THREADS = """
 import re, sys
 from pathlib import Path
-from vit_reciprocam.onnx.sessions import open_session
+from vit_reciprocam.onnx.run.sessions import open_session
 def running():
     return int(re.findall(r"Threads:\\s*(\\d+)", Path("/proc/self/status").read_text())[0])
 import onnxruntime

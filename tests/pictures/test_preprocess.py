@@ -11,7 +11,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from vit_reciprocam.errors import ImageError, InputError
-from vit_reciprocam.images import Preprocess, find_images, read_image
+from vit_reciprocam.pictures.preprocess import Preprocess, find_images, read_image
+from vit_reciprocam.results.files import holds_results
 
 
 def photo(width=60, height=40, seed=0):
@@ -187,7 +188,7 @@ def test_find_images_in_folders_and_globs(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "saved" / "manifest.json").write_text('{"generator": "vit-reciprocam"}')
     (tmp_path / "folder.png").mkdir()
-    names = [str(p.relative_to(tmp_path)) for p in find_images([tmp_path])]
+    names = [str(p.relative_to(tmp_path)) for p in find_images([tmp_path], skip=holds_results)]
     assert names == ["a.PNG", "b.jpg", "deep/c.webp"]
     assert find_images([f"{tmp_path}/*.jpg", tmp_path / "b.jpg"]) == [tmp_path / "b.jpg"]
     assert find_images([tmp_path / "none.jpg"]) == [tmp_path / "none.jpg"]

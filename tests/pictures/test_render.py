@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.render import COLORMAPS, colorize, overlay, panels, upsample
+from vit_reciprocam.pictures.render import COLORMAPS, colorize, overlay, panels, upsample
 
 
 @pytest.mark.parametrize("name", COLORMAPS)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -21,7 +21,7 @@ def test_masks_cover_the_drawing_of_every_class(name, monkeypatch):
     """Without background, scratches or noise, what is painted is what is masked."""
     from PIL import Image
 
-    from vit_reciprocam import scenes
+    from vit_reciprocam.pictures import scenes
 
     black = Image.new("RGB", (128, 128))
     rng = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.explanation import Explanation, softmax
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.maps import min_max
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.results.explanation import Explanation, softmax
 
 NAMES = ("tench, Tinca tinca", "goldfish", "a/b: c")
 

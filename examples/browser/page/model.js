@@ -3,7 +3,7 @@ import * as ort from "./ort.wasm.bundle.min.mjs";
 
 import { checkPreprocess } from "./picture.js";
 
-const KEY = "vit_reciprocam"; // of the metadata property; its layout: onnx/metadata.py
+const KEY = "vit_reciprocam"; // of the metadata property; its layout: onnx/contract.py
 const SCHEMA = 3;
 const [GRAPH, METADATA] = [7, 14]; // the numbers of those fields in ONNX's ModelProto
 

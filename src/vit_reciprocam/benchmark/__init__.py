@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Time and memory of explanations, as ratios to plain forward passes."""

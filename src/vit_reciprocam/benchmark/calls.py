@@ -22,8 +22,8 @@ import numpy as np
 
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
-from vit_reciprocam.onnx.runtime import OnnxExplainer
-from vit_reciprocam.onnx.sessions import Session, open_session
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.onnx.run.sessions import Session, open_session
 
 __all__ = [
     "ALL_MAPS",
@@ -32,6 +32,7 @@ __all__ = [
     "FORWARD",
     "NAIVE",
     "RECIPROCAM",
+    "Call",
     "OnnxFiles",
     "Peak",
     "device_name",
@@ -137,7 +138,7 @@ def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> C
 def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     import torch
 
-    from vit_reciprocam.adapters.by_target import logits_of
+    from vit_reciprocam.libraries.common.by_target import logits_of
     from vit_reciprocam.reciprocam import ReciproCAM
 
     images = torch.from_numpy(pixels).to(next(model.parameters()))
@@ -262,7 +263,7 @@ def peak_memory(
     """
     settings = {"label": label, "size": size, "batch": batch, "threads": threads}
     request = json.dumps({**where, **settings})
-    command = [sys.executable, "-m", "vit_reciprocam.calls", request]
+    command = [sys.executable, "-m", "vit_reciprocam.benchmark.calls", request]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         last = (finished.stderr.strip() or "it was killed").splitlines()[-1]

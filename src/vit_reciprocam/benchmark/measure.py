@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_reciprocam.calls import (
+from vit_reciprocam.benchmark.calls import (
     FIXED,
     FORWARD,
     NAIVE,
@@ -32,12 +32,12 @@ from vit_reciprocam.calls import (
     peak_memory,
     saved,
 )
-from vit_reciprocam.classifier import ASSETS, Classifier
+from vit_reciprocam.classifier.classifier import ASSETS, Classifier
 from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.files import library_versions
 from vit_reciprocam.methods import MethodSpec, check_settings
-from vit_reciprocam.onnx.plain import cut_plain
-from vit_reciprocam.onnx.runtime import OnnxExplainer
+from vit_reciprocam.onnx.insert.cut_out import cut_plain
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Row", "Spread", "benchmark", "environment"]
 

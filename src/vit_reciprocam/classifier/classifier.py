@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_reciprocam.core.targets import find_class, top_classes
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
-from vit_reciprocam.explanation import Explanation
-from vit_reciprocam.images import ImageSource, Preprocess, read_image
-from vit_reciprocam.targets import find_class, top_classes
+from vit_reciprocam.pictures.preprocess import ImageSource, Preprocess, read_image
+from vit_reciprocam.results.explanation import Explanation
 
 __all__ = [
     "ASSETS",
+    "SPECS",
     "Classifier",
+    "Explainer",
     "describe_timm",
     "explain",
     "is_onnx",
@@ -29,7 +31,7 @@ __all__ = [
     "timm_names",
 ]
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 SPECS = (
     "demo",
     "timm:NAME",
@@ -144,7 +146,7 @@ def load(
         raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
     if class_names is not None:
         names = tuple(class_names)
-    from vit_reciprocam.torch_model import TorchModel
+    from vit_reciprocam.classifier.torch_backend import TorchModel
 
     classifier = _classifier(spec, TorchModel(spec, model, device=device), prepared, names)
     if names is not None and len(names) != classifier.num_classes:
@@ -170,20 +172,20 @@ _EXTRAS = {
 def _load_from(kind: str, name: str, weights: Any, texts: Any, options: Any) -> Any:
     """Model, preprocessing and class names from the library of that kind."""
     if kind == "timm":
-        from vit_reciprocam.adapters.timm_hub import load_timm
+        from vit_reciprocam.libraries.timm.load import load_timm
 
         return load_timm(name, weights=weights, options=options)
     if kind == "torchvision":
-        from vit_reciprocam.adapters.torchvision_hub import load_torchvision
+        from vit_reciprocam.libraries.torchvision.load import load_torchvision
 
         return load_torchvision(name, weights=weights, options=options)
     if kind == "hf":
-        from vit_reciprocam.adapters.transformers_hub import load_transformers
+        from vit_reciprocam.libraries.transformers.load import load_transformers
 
         if weights not in (None, "random"):
             raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
         return load_transformers(name, **texts, random=weights is not None, options=options)
-    from vit_reciprocam.adapters.open_clip_hub import load_open_clip
+    from vit_reciprocam.libraries.open_clip.load import load_open_clip
 
     if not texts:
         raise InputError(
@@ -295,7 +297,7 @@ def _source_name(source: ImageSource, number: int) -> str:
 
 
 def _onnx_classifier(name: str, **options: Any) -> Classifier:
-    from vit_reciprocam.onnx.runtime import OnnxExplainer
+    from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 
     model = OnnxExplainer(ASSETS / "demo.onnx" if name == "demo" else name, **options)
     if model.preprocess is None:
@@ -342,7 +344,7 @@ def describe_timm(name: str) -> tuple[str, str]:
 
 def _timm(what: str) -> Any:
     try:
-        from vit_reciprocam.catalogue import timm
+        from vit_reciprocam.libraries.timm import listing as timm
     except ModuleNotFoundError as error:
         raise MissingDependencyError(what, "torch") from error
     return timm

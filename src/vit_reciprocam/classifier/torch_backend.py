@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.by_target import logits_of
+from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.explanation import Explanation, softmax
+from vit_reciprocam.libraries.common.by_target import logits_of
 from vit_reciprocam.methods import METHODS, check_settings
 from vit_reciprocam.reciprocam import ReciproCAM
-from vit_reciprocam.targets import resolve_targets
+from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["TorchModel"]
 

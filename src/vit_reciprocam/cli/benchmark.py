@@ -17,9 +17,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.benchmark import Row, Spread, benchmark, environment
-from vit_reciprocam.classifier import is_onnx
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.benchmark.measure import Row, Spread, benchmark, environment
+from vit_reciprocam.classifier.classifier import is_onnx
+from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
     AsJson,
     Debug,
@@ -30,7 +30,7 @@ from vit_reciprocam.cli.parts import (
     out,
     say,
 )
-from vit_reciprocam.cli.several import (
+from vit_reciprocam.cli.options import (
     Methods,
     Models,
     Options,
@@ -40,7 +40,11 @@ from vit_reciprocam.cli.several import (
     parse_options,
 )
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.files import GENERATOR, check_folder, write_atomically
+from vit_reciprocam.results.files import GENERATOR, check_folder, write_atomically
+
+__all__ = [
+    "benchmark_command",
+]
 
 HEADINGS = ("method", "path", "ms", "FPS", "÷ forward", "÷ reciprocam", "peak MiB (added)")
 MIB = 2**20

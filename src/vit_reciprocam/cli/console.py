@@ -24,10 +24,40 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from vit_reciprocam.core.masks import KERNELS
 from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.masks import KERNELS
-from vit_reciprocam.presets import PRESETS
-from vit_reciprocam.render import COLORMAPS
+from vit_reciprocam.pictures.presets import PRESETS
+from vit_reciprocam.pictures.render import COLORMAPS
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_OUT",
+    "AsJson",
+    "Backend",
+    "ClassNames",
+    "ClassToken",
+    "Debug",
+    "Device",
+    "FileName",
+    "FileTargets",
+    "Out",
+    "Raw",
+    "Threads",
+    "UseColormap",
+    "UseKernel",
+    "UsePreprocess",
+    "bar",
+    "err",
+    "errors_in_one_line",
+    "given_command",
+    "out",
+    "parse_size",
+    "path_and_reason",
+    "print_facts",
+    "progress",
+    "read_lines",
+    "say",
+]
 
 _PIPED = 160  # columns: a file or a pipe has no width, and Rich would take 80
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)

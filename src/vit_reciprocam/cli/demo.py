@@ -11,9 +11,8 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.classifier import ASSETS, Classifier, explain, load
-from vit_reciprocam.cli.explain import print_report, record, report_of
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.classifier.classifier import ASSETS, Classifier, explain, load
+from vit_reciprocam.cli.console import (
     DEFAULT_OUT,
     AsJson,
     Debug,
@@ -22,7 +21,12 @@ from vit_reciprocam.cli.parts import (
     errors_in_one_line,
     out,
 )
-from vit_reciprocam.images import read_image
+from vit_reciprocam.cli.explain import print_report, record, report_of
+from vit_reciprocam.pictures.preprocess import read_image
+
+__all__ = [
+    "demo_command",
+]
 
 SETTINGS = ("method", "kernel", "class_token", "layer")
 
@@ -66,7 +70,7 @@ def demo_command(
 
 def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
     """Median milliseconds of the prediction alone and of prediction and maps, measured in turn."""
-    from vit_reciprocam.onnx.sessions import open_session
+    from vit_reciprocam.onnx.run.sessions import open_session
 
     plain = open_session(ASSETS / "demo-plain.onnx")
     batch = classifier.preprocess(read_image(ASSETS / "demo.png"))[None]

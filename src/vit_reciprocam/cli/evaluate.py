@@ -19,7 +19,7 @@ from rich.progress import TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.cli.console import (
     AsJson,
     Backend,
     Debug,
@@ -33,7 +33,7 @@ from vit_reciprocam.cli.parts import (
     out,
     say,
 )
-from vit_reciprocam.cli.several import (
+from vit_reciprocam.cli.options import (
     BatchSize,
     Limit,
     Methods,
@@ -46,8 +46,12 @@ from vit_reciprocam.cli.several import (
     parse_options,
 )
 from vit_reciprocam.errors import InputError, MissingDependencyError
-from vit_reciprocam.files import check_folder
 from vit_reciprocam.methods import MethodSpec
+from vit_reciprocam.results.files import check_folder
+
+__all__ = [
+    "evaluate_command",
+]
 
 FAILURES_SHOWN = 10
 PAPER = ("drop", "increase", "coherency", "complexity", "adcc")
@@ -161,8 +165,9 @@ def evaluate_command(
 
 def _imported() -> tuple[Any, Any, Any]:
     try:
-        from vit_reciprocam import protocols
-        from vit_reciprocam.evaluate import datasets, run
+        from vit_reciprocam.evaluate import run
+        from vit_reciprocam.evaluate.data import datasets
+        from vit_reciprocam.evaluate.metrics import protocols
     except ModuleNotFoundError as error:
         raise MissingDependencyError("evaluate", "evaluate") from error
     return datasets, protocols, run
@@ -221,7 +226,7 @@ def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
     """A table for each model; where it is too wide, one of the paper's figures and others."""
-    from vit_reciprocam.evaluate.tables import METRICS
+    from vit_reciprocam.evaluate.report.tables import METRICS
 
     shown = [name for name in METRICS if any(name in row for row in summaries)]
     for model in manifest["models"]:
@@ -262,7 +267,7 @@ def _least_width(table: Table) -> int:
 
 def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
     """A row for each method, a column for each metric."""
-    from vit_reciprocam.evaluate.tables import METRICS
+    from vit_reciprocam.evaluate.report.tables import METRICS
 
     table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)
     for name in shown:

@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier import SPECS, explain, is_onnx, load, parse_targets
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.classifier.classifier import SPECS, explain, is_onnx, load, parse_targets
+from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
     DEFAULT_OUT,
     AsJson,
@@ -32,14 +32,27 @@ from vit_reciprocam.cli.parts import (
     read_lines,
     say,
 )
-from vit_reciprocam.cli.several import Options, Prompts, WeightsFile, parse_options
+from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_options
+from vit_reciprocam.core.masks import KERNELS, LAYERS, Masking
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
-from vit_reciprocam.explanation import MOST_DRAWN, Explanation
-from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
-from vit_reciprocam.images import find_images
-from vit_reciprocam.masks import KERNELS, LAYERS, Masking
 from vit_reciprocam.methods import METHODS, MethodSpec
-from vit_reciprocam.render import COLORMAPS
+from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.render import COLORMAPS
+from vit_reciprocam.results.explanation import MOST_DRAWN, Explanation
+from vit_reciprocam.results.files import (
+    GENERATOR,
+    check_folder,
+    holds_results,
+    is_ours,
+    write_atomically,
+)
+
+__all__ = [
+    "explain_command",
+    "print_report",
+    "record",
+    "report_of",
+]
 
 
 def explain_command(
@@ -108,7 +121,7 @@ def explain_command(
         masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
         masking = {key: value for key, value in masking.items() if value is not None}
         settings = _settings(method, masking)
-        paths = find_images(images)
+        paths = find_images(images, skip=holds_results)
         if not any(path.exists() for path in paths):
             raise InputError(f"no such file: {', '.join(map(str, paths))}")
         check_folder(destination)

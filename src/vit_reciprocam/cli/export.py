@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.classifier import load
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.classifier.classifier import load
+from vit_reciprocam.cli.console import (
     AsJson,
     ClassToken,
     Debug,
@@ -25,9 +25,13 @@ from vit_reciprocam.cli.parts import (
     path_and_reason,
     print_facts,
 )
-from vit_reciprocam.cli.several import Options, Prompts, WeightsFile, parse_options
+from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_options
+from vit_reciprocam.core.masks import LAYERS
 from vit_reciprocam.errors import MissingDependencyError
-from vit_reciprocam.masks import LAYERS
+
+__all__ = [
+    "export_command",
+]
 
 
 def export_command(
@@ -74,7 +78,7 @@ def export_command(
     """
     with errors_in_one_line(debug):
         try:
-            from vit_reciprocam.onnx.export import export
+            from vit_reciprocam.onnx.export.export import export
         except ModuleNotFoundError as error:
             raise MissingDependencyError("export", "torch,onnx") from error
         extra: dict[str, Any] = {} if prompt is None else {"prompts": prompt}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vit_reciprocam.cli.parts import (
+from vit_reciprocam.cli.console import (
     AsJson,
     ClassNames,
     ClassToken,
@@ -26,6 +26,10 @@ from vit_reciprocam.cli.parts import (
     read_lines,
 )
 from vit_reciprocam.errors import MissingDependencyError
+
+__all__ = [
+    "insert_command",
+]
 
 
 def insert_command(
@@ -61,7 +65,7 @@ def insert_command(
     """
     with errors_in_one_line(debug):
         try:
-            from vit_reciprocam.onnx.insert import insert
+            from vit_reciprocam.onnx.insert.insert import insert
         except ModuleNotFoundError as error:
             raise MissingDependencyError("insert", "onnx") from error
         done = insert(

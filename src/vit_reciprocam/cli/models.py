@@ -16,10 +16,14 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier import describe_timm, timm_names
-from vit_reciprocam.cli.parts import AsJson, Debug, err, errors_in_one_line, out, progress
+from vit_reciprocam.classifier.classifier import describe_timm, timm_names
+from vit_reciprocam.cli.console import AsJson, Debug, err, errors_in_one_line, out, progress
 from vit_reciprocam.errors import MissingDependencyError
-from vit_reciprocam.files import write_atomically
+from vit_reciprocam.results.files import write_atomically
+
+__all__ = [
+    "models_command",
+]
 
 NAMES_SHOWN = 3
 
@@ -89,7 +93,7 @@ def _rows(pattern: str) -> list[dict[str, str]]:
         path, why = describe()
         rows.append({"model": spec, "path": path, "why": why})
     if not rows:
-        from vit_reciprocam import catalogue
+        from vit_reciprocam.libraries import listing as catalogue
 
         raise catalogue.nothing_fits(pattern)
     return rows
@@ -105,7 +109,7 @@ def _of_timm(pattern: str) -> list[str]:
 def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
     """Those of the other libraries; for "*" only what goes by the name of a transformer."""
     try:
-        from vit_reciprocam import catalogue
+        from vit_reciprocam.libraries import listing as catalogue
     except ModuleNotFoundError as error:
         raise MissingDependencyError("listing models", "torch") from error
     return [
@@ -118,8 +122,8 @@ def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
 def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -> None:
     with errors_in_one_line(debug, lambda: "nothing is written"):
         try:
-            from vit_reciprocam import catalogue
-            from vit_reciprocam.catalogue import checks
+            from vit_reciprocam.libraries import checks
+            from vit_reciprocam.libraries import listing as catalogue
         except ModuleNotFoundError as error:
             raise MissingDependencyError("models --check", "torch") from error
         found = list(catalogue.architectures(pattern))

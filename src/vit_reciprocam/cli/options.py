@@ -9,10 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from vit_reciprocam.classifier import SPECS, Classifier, is_onnx, load
-from vit_reciprocam.cli.parts import DEFAULT_MODEL
+from vit_reciprocam.classifier.classifier import SPECS, Classifier, is_onnx, load
+from vit_reciprocam.cli.console import DEFAULT_MODEL
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS
+
+__all__ = [
+    "BatchSize",
+    "Limit",
+    "Methods",
+    "Models",
+    "Options",
+    "Prompts",
+    "Resume",
+    "Weights",
+    "WeightsFile",
+    "load_all",
+    "parse_options",
+]
 
 Models = Annotated[
     list[str] | None,

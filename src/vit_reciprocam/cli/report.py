@@ -9,8 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.cli.parts import AsJson, Debug, Out, err, errors_in_one_line, out
+from vit_reciprocam.cli.console import AsJson, Debug, Out, err, errors_in_one_line, out
 from vit_reciprocam.errors import MissingDependencyError
+
+__all__ = [
+    "report_command",
+]
 
 
 def report_command(
@@ -47,7 +51,7 @@ def report_command(
 
 def _imported() -> Any:
     try:
-        from vit_reciprocam.evaluate import report
+        from vit_reciprocam.evaluate.report import write as report
     except ModuleNotFoundError as error:
         raise MissingDependencyError("report", "evaluate") from error
     return report

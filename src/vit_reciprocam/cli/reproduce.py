@@ -10,18 +10,22 @@ from typing import Annotated
 
 import typer
 
-from vit_reciprocam.classifier import explain
+from vit_reciprocam.classifier.classifier import explain
 from vit_reciprocam.cli.benchmark import benchmark_command
+from vit_reciprocam.cli.console import Debug, Out, errors_in_one_line, out, progress, say
 from vit_reciprocam.cli.evaluate import evaluate_command
-from vit_reciprocam.cli.parts import Debug, Out, errors_in_one_line, out, progress, say
+from vit_reciprocam.cli.options import BatchSize, Limit, Models, Resume, Weights, load_all
 from vit_reciprocam.cli.report import report_command
-from vit_reciprocam.cli.several import BatchSize, Limit, Models, Resume, Weights, load_all
 from vit_reciprocam.errors import ImageError, InputError
-from vit_reciprocam.files import check_folder, write_folder
-from vit_reciprocam.images import find_images
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.methods.null import NULLS
-from vit_reciprocam.render import panels, png
+from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.render import panels, png
+from vit_reciprocam.results.files import check_folder, holds_results, write_folder
+
+__all__ = [
+    "reproduce_command",
+]
 
 MODELS = [
     "timm:deit_tiny_patch16_224",
@@ -147,7 +151,7 @@ def _draw(
     files: dict[str, bytes] = {}
     failed = False
     specs = [MethodSpec.parse(method) for method in methods]
-    pictures = find_images([data])[:limit]
+    pictures = find_images([data], skip=holds_results)[:limit]
     if not any(path.exists() for path in pictures):
         raise InputError(f"no such folder of pictures: {data}")
     tasks = [(one, path) for one in load_all(names, weights, device=device) for path in pictures]

@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from vit_reciprocam.masks import Masking, Place, kernel_window, window_sizes
-from vit_reciprocam.split import Attention, Cut, MeanPool, Readout
+from vit_reciprocam.core.masks import Masking, Place, kernel_window, window_sizes
+from vit_reciprocam.core.split import Attention, Cut, MeanPool, Readout
 
 __all__ = ["Parts", "closed_form_rows"]
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from vit_reciprocam import metrics
-from vit_reciprocam.classifier import Classifier, Explainer
+from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.errors import ImageError, InputError, ReciproCAMError
-from vit_reciprocam.evaluate.datasets import DataSet, Item, picture_digest, read_dataset
-from vit_reciprocam.evaluate.labels import Labels
+from vit_reciprocam.evaluate.data.datasets import DataSet, Item, picture_digest, read_dataset
+from vit_reciprocam.evaluate.data.labels import Labels
+from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
 from vit_reciprocam.evaluate.store import RunFolder, columns_of, read_run
-from vit_reciprocam.explanation import softmax
-from vit_reciprocam.files import library_versions
-from vit_reciprocam.images import Preprocess
 from vit_reciprocam.methods import MethodSpec
-from vit_reciprocam.protocols import Protocol, get_protocol
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.results.explanation import softmax
+from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Progress", "evaluate", "summaries"]
 

@@ -24,9 +24,15 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.files import GENERATOR, check_folder, is_ours, write_atomically
+from vit_reciprocam.results.files import GENERATOR, check_folder, is_ours, write_atomically
 
-__all__ = ["SCHEMA", "RunFolder", "columns_of", "read_run"]
+__all__ = [
+    "RUN",
+    "SCHEMA",
+    "RunFolder",
+    "columns_of",
+    "read_run",
+]
 
 RUN = "run.json"
 MANIFEST = "manifest.json"

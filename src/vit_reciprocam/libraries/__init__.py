@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Everything known of each model library: a folder per library."""

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import refuse_bypassed
-from vit_reciprocam.adapters.zero_shot import ZeroShot, with_scores
+from vit_reciprocam.core.split import Split
+from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Split
-from vit_reciprocam.targets import resolve_targets
+from vit_reciprocam.libraries.common.running import refuse_bypassed
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, with_scores
 
 __all__ = ["check_images", "check_mode", "grid_and_targets", "refuse_quantised", "split_model"]
 
@@ -51,7 +51,7 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
     refuse_quantised(model)
     for library in _LIBRARIES:
         if library in _libraries(model):
-            adapter = importlib.import_module(f"vit_reciprocam.adapters.{library}")
+            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.split")
             split: Split = adapter.split(model, block=block, pool=pool)
             return split
     if isinstance(model, ZeroShot):
@@ -128,7 +128,7 @@ def _split_tower(tower: nn.Module, *, block: int, pool: bool) -> Split:
     """Cut an image tower, which gives features and no class scores."""
     for library in ("open_clip", "transformers"):
         if any(library in _libraries(module) for module in tower.modules()):
-            adapter = importlib.import_module(f"vit_reciprocam.adapters.{library}")
+            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.split")
             split: Split = adapter.split_tower(tower, block=block, pool=pool)
             return split
     raise ModelError(f"{type(tower).__qualname__} is not a supported image tower")

@@ -11,9 +11,9 @@ import importlib.util
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from vit_reciprocam.adapters import split_model
-from vit_reciprocam.catalogue.parts import Architecture, short_reason
 from vit_reciprocam.errors import InputError, ReciproCAMError
+from vit_reciprocam.libraries.common.building import Architecture, short_reason
+from vit_reciprocam.libraries.dispatch import split_model
 
 __all__ = ["Architecture", "architectures", "describe", "nothing_fits", "short_reason"]
 
@@ -31,7 +31,8 @@ def architectures(pattern: str = "*") -> Iterator[Architecture]:
     """Those of the installed libraries that fit a pattern, such as "deit*" or "torchvision:*"."""
     for library in _searched(pattern):
         if _is_installed(library):
-            for one in importlib.import_module(f"{__name__}.{library}").architectures():
+            listing = importlib.import_module(f"vit_reciprocam.libraries.{library}.listing")
+            for one in listing.architectures():
                 name = one.spec if ":" in pattern else one.spec.partition(":")[2]
                 if fnmatch.fnmatchcase(name, pattern):
                     yield one

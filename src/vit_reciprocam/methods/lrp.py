@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vit_reciprocam.adapters.layers import Encoder, Layer, Step
-from vit_reciprocam.split import Attention, Projection
+from vit_reciprocam.core.split import Attention, Projection
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, Step
 
 __all__ = [
     "Trace",

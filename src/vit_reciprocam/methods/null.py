@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_reciprocam.core.maps import Size, min_max
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.maps import Size, min_max
 
 __all__ = [
     "NULLS",

@@ -20,10 +20,15 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vit_reciprocam.adapters import check_images, check_mode, grid_and_targets, split_model
-from vit_reciprocam.adapters.by_target import logits_of
+from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Split
+from vit_reciprocam.libraries.common.by_target import logits_of
+from vit_reciprocam.libraries.dispatch import (
+    check_images,
+    check_mode,
+    grid_and_targets,
+    split_model,
+)
 
 __all__ = [
     "eigen_cam",

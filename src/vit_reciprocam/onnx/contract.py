@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError, check_choice
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
 

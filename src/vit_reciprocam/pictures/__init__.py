@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Pictures: reading and preparing them, drawing maps on them, and drawn scenes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_reciprocam.errors import ImageError, check_choice
-from vit_reciprocam.files import holds_results
 
 __all__ = ["ImageSource", "Preprocess", "find_images", "read_image"]
 
@@ -31,11 +30,18 @@ _INTERPOLATIONS = {
 }
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files from files, folders and globs; a file named twice counts once.
+def find_images(
+    paths: Iterable[str | Path], *, skip: Callable[[Path], bool] = lambda folder: False
+) -> list[Path]:
+    """Return the picture files that files, folders and globs name, each file once.
 
-    Folders are searched whole, in name order, but for folders that hold saved explanations. A path
-    that does not exist is kept, for `read_image` to refuse.
+    Folders are searched whole, in name order. A path that does not exist is kept, for `read_image`
+    to refuse.
+
+    Args:
+        paths: Files, folders and globs.
+        skip: Says of a folder inside a given one whether its pictures are left out, such as
+            `results.files.holds_results` of saved explanations.
 
     Raises:
         ImageError: If a folder or glob holds no picture.
@@ -45,7 +51,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         path = Path(given)
         if path.is_dir():
             files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES]
-            results = {folder for folder in {p.parent for p in files} if holds_results(folder)}
+            results = {folder for folder in {p.parent for p in files} if skip(folder)}
             files = [p for p in files if p.is_file() and p.parent not in results]
             if not files:
                 raise ImageError(f"no pictures in folder {path} ({', '.join(sorted(_SUFFIXES))})")

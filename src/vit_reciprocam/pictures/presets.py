@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.images import Preprocess
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["PRESETS", "parse_preprocess"]
 

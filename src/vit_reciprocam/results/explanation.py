@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_reciprocam import render
+from vit_reciprocam.core.maps import min_max
+from vit_reciprocam.core.targets import find_class
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.files import write_folder
-from vit_reciprocam.images import ImageSource, Preprocess, read_image
-from vit_reciprocam.maps import min_max
-from vit_reciprocam.targets import find_class
+from vit_reciprocam.pictures import render
+from vit_reciprocam.pictures.preprocess import ImageSource, Preprocess, read_image
+from vit_reciprocam.results.files import write_folder
 
 __all__ = ["MOST_DRAWN", "Explanation", "softmax"]
 

@@ -16,6 +16,7 @@ from vit_reciprocam.errors import InputError
 __all__ = [
     "GENERATOR",
     "check_folder",
+    "check_output",
     "holds_results",
     "is_ours",
     "library_versions",

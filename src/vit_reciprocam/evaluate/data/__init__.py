@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Data sets: layouts on disk, their labels, and drawn scenes."""

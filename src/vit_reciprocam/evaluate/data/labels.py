@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vit_reciprocam.core.targets import find_class
 from vit_reciprocam.errors import InputError, UnknownClassError
-from vit_reciprocam.targets import find_class
 
 __all__ = ["Labels"]
 

@@ -15,9 +15,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from vit_reciprocam.errors import ImageError, InputError, MissingDependencyError
-from vit_reciprocam.files import is_ours
-from vit_reciprocam.images import find_images
-from vit_reciprocam.scenes import CLASSES, draw_scene
+from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
+from vit_reciprocam.results.files import holds_results, is_ours
 
 __all__ = ["CORNERS", "rows_of", "rows_of_scenes"]
 
@@ -130,7 +130,7 @@ def _class_folders(path: Path) -> Iterator[dict[str, Any]]:
         )
     for folder in folders:
         with contextlib.suppress(ImageError):  # without pictures
-            for file in find_images([folder]):
+            for file in find_images([folder], skip=holds_results):
                 yield {"image": str(file), "label": folder.name}
 
 

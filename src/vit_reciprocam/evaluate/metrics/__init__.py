@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""The metrics and the protocols that name their settings."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vit_reciprocam.errors import InputError
-from vit_reciprocam.maps import (
+from vit_reciprocam.core.maps import (
     DECIMALS,
     Size,
     box_masks,
@@ -22,6 +21,7 @@ from vit_reciprocam.maps import (
     region_masks,
     upsample,
 )
+from vit_reciprocam.errors import InputError
 
 __all__ = [
     "adcc",

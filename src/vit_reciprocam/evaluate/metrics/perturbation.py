@@ -6,8 +6,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from vit_reciprocam.core.maps import (
+    DECIMALS,
+    blur,
+    check_pairs,
+    check_pictures,
+    check_range,
+    upsample,
+)
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.maps import DECIMALS, blur, check_pairs, check_pictures, check_range, upsample
 
 __all__ = [
     "BASELINES",

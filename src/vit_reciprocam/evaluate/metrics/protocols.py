@@ -16,11 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from vit_reciprocam import metrics
+from vit_reciprocam.core.maps import MODES, check_columns, check_pairs
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.maps import MODES, check_columns, check_pairs
-from vit_reciprocam.perturbation import BASELINES, UNITS, baseline_images, deletion, insertion
+from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics.perturbation import (
+    BASELINES,
+    UNITS,
+    baseline_images,
+    deletion,
+    insertion,
+)
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["AGGREGATES", "PROTOCOLS", "Protocol", "get_protocol"]
 

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Tables, intervals, plots and pages made of runs."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_reciprocam import metrics
-from vit_reciprocam.protocols import Protocol
+from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics.protocols import Protocol
 
 __all__ = ["COLUMNS", "Estimate", "Resampled", "resample"]
 

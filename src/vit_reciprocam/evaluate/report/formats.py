@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vit_reciprocam.evaluate.bootstrap import Estimate
-from vit_reciprocam.evaluate.sheets import (
+from vit_reciprocam.evaluate.report.bootstrap import Estimate
+from vit_reciprocam.evaluate.report.sheets import (
     Cell,
     Sheet,
     ablations,
@@ -17,7 +17,7 @@ from vit_reciprocam.evaluate.sheets import (
     heading,
     provenance,
 )
-from vit_reciprocam.evaluate.tables import METRICS, Table
+from vit_reciprocam.evaluate.report.tables import METRICS, Table
 
 __all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number", "table_heading"]
 

@@ -14,10 +14,10 @@ import pyarrow.compute
 from PIL import Image
 
 from vit_reciprocam.errors import ImageError
-from vit_reciprocam.evaluate.datasets import Item, picture_digest
-from vit_reciprocam.evaluate.tables import ModelRows, Table, measured, records_of
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.render import overlay
+from vit_reciprocam.evaluate.data.datasets import Item, picture_digest
+from vit_reciprocam.evaluate.report.tables import ModelRows, Table, measured, records_of
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.render import overlay
 
 __all__ = ["Overlay", "Section", "Shown", "agreement", "choose", "sections"]
 

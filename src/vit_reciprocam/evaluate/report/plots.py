@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from vit_reciprocam.evaluate.tables import METRICS, ModelRows, Row, Table, measured
+from vit_reciprocam.evaluate.report.tables import METRICS, ModelRows, Row, Table, measured
 
 __all__ = ["difference_plot", "distribution_plot"]
 

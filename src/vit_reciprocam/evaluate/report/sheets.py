@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from vit_reciprocam.evaluate.bootstrap import Estimate
-from vit_reciprocam.evaluate.tables import DEFAULTS, METRICS, NULLS, ModelRows, Row, Table
+from vit_reciprocam.evaluate.report.bootstrap import Estimate
+from vit_reciprocam.evaluate.report.tables import DEFAULTS, METRICS, NULLS, ModelRows, Row, Table
 
 __all__ = [
     "Ablation",

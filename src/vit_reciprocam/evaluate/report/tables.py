@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.compute
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.bootstrap import COLUMNS, Estimate, Resampled, resample
+from vit_reciprocam.evaluate.metrics.protocols import Protocol
+from vit_reciprocam.evaluate.report.bootstrap import COLUMNS, Estimate, Resampled, resample
 from vit_reciprocam.evaluate.store import read_run
-from vit_reciprocam.protocols import Protocol
 
 __all__ = [
     "DEFAULTS",

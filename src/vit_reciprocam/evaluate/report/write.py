@@ -14,11 +14,11 @@ import jinja2
 from markupsafe import Markup, escape
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate import formats, gallery, plots, sheets
+from vit_reciprocam.evaluate.report import formats, gallery, plots, sheets
+from vit_reciprocam.evaluate.report.tables import ModelRows, Table, read_tables
 from vit_reciprocam.evaluate.store import RUN
-from vit_reciprocam.evaluate.tables import ModelRows, Table, read_tables
-from vit_reciprocam.files import check_folder, write_folder
-from vit_reciprocam.render import COLORMAPS
+from vit_reciprocam.pictures.render import COLORMAPS
+from vit_reciprocam.results.files import check_folder, write_folder
 
 __all__ = ["PAGE", "make_report", "render_page", "write_report"]
 
@@ -173,7 +173,8 @@ def _described(table: Table) -> dict[str, Any]:
 
 @cache
 def _environment() -> jinja2.Environment:
-    source = files("vit_reciprocam.evaluate").joinpath("report.html.jinja").read_text("utf-8")
+    template = files("vit_reciprocam.evaluate.report") / "report.html.jinja"
+    source = template.read_text("utf-8")
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"report.html.jinja": source}),
         autoescape=True,

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""What the folders of several libraries share."""

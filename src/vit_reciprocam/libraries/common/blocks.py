@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import Call, same
-from vit_reciprocam.split import Attention, Cut, Readout, Split, Tap
+from vit_reciprocam.core.split import Attention, Cut, Readout, Split, Tap
+from vit_reciprocam.libraries.common.running import Call, same
 
 __all__ = ["run_again", "split_block"]
 

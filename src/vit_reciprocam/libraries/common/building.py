@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vit_reciprocam.adapters.zero_shot import ZeroShot
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot
 
 __all__ = [
     "CLASSES",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import same
+from vit_reciprocam.core.split import Cut, Split, Tap
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Cut, Split, Tap
+from vit_reciprocam.libraries.common.running import same
 
 __all__ = ["logits_of", "refuse_training", "split"]
 

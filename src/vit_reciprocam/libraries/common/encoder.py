@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import has_hooks, not_plain, runs_as
+from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.split import Attention, Projection
+from vit_reciprocam.libraries.common.running import has_hooks, not_plain, runs_as
 
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "refused", "steps", "without_rule"]
 
@@ -74,7 +74,7 @@ def encoder_of(model: nn.Module) -> Encoder:
     for cls in type(model).__mro__:
         library = cls.__module__.partition(".")[0]
         if library in _LIBRARIES:
-            adapter = importlib.import_module(f"vit_reciprocam.adapters.layers_{library}")
+            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.encoder")
             encoder: Encoder = adapter.encoder(model)
             return encoder
     raise refused(model, "its attention is not known layer by layer")

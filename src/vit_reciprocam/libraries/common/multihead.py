@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from vit_reciprocam.adapters.parts import has_hooks, kind_of, runs_as, same
-from vit_reciprocam.split import Attention, projections
+from vit_reciprocam.core.split import Attention, projections
+from vit_reciprocam.libraries.common.running import has_hooks, kind_of, runs_as, same
 
 __all__ = ["multihead_attention", "multihead_output", "multihead_unknown"]
 

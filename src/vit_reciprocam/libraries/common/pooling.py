@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import same
+from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Tap
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split, Tap
+from vit_reciprocam.libraries.common.running import same
 
 __all__ = ["no_pool", "split_pool"]
 

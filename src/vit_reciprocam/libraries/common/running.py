@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vit_reciprocam.errors import InputError, ModelError
 
 __all__ = [
+    "Call",
     "Reached",
     "blocks_from",
     "call_of",

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.split import Cut, MeanPool, Readout, Split
 
 __all__ = ["ZeroShot", "check_prompts", "filled", "with_scores"]
 

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""open_clip's models."""

@@ -10,7 +10,7 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower
 
-from vit_reciprocam.catalogue.parts import (
+from vit_reciprocam.libraries.common.building import (
     Architecture,
     Built,
     NoValues,
@@ -19,7 +19,7 @@ from vit_reciprocam.catalogue.parts import (
     pair,
     with_prompts,
 )
-from vit_reciprocam.catalogue.timm import small as small_timm
+from vit_reciprocam.libraries.timm.listing import small as small_timm
 
 __all__ = ["architectures"]
 

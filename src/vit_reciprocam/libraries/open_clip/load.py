@@ -15,11 +15,11 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower
 
-from vit_reciprocam.adapters.open_clip import split_tower, zero_shot
-from vit_reciprocam.adapters.weights import RANDOM
-from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
-from vit_reciprocam.images import Preprocess
+from vit_reciprocam.libraries.common.weights import RANDOM
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
+from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_open_clip"]
 

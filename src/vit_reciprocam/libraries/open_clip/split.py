@@ -19,13 +19,16 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.blocks import split_block
-from vit_reciprocam.adapters.multihead import (
+from vit_reciprocam.core.split import Attention, MeanPool, Readout, Split, Tap, projections
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.blocks import split_block
+from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
     multihead_unknown,
 )
-from vit_reciprocam.adapters.parts import (
+from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
+from vit_reciprocam.libraries.common.running import (
     Call,
     blocks_from,
     call_of,
@@ -36,10 +39,7 @@ from vit_reciprocam.adapters.parts import (
     runs_as,
     unknown_inside,
 )
-from vit_reciprocam.adapters.pooling import no_pool, split_pool
-from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
-from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, MeanPool, Readout, Split, Tap, projections
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, filled
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
@@ -54,7 +54,7 @@ def split(model: nn.Module, **_options: Any) -> NoReturn:
     """
     raise ModelError(
         f"open_clip's {type(model).__name__} has no classes until it is given prompts: pass the "
-        "CLIP model through vit_reciprocam.adapters.open_clip.zero_shot(model, tokenizer, "
+        "CLIP model through vit_reciprocam.libraries.open_clip.split.zero_shot(model, tokenizer, "
         "['a photo of a dog', 'a photo of a cat'])"
     )
 
@@ -82,7 +82,7 @@ def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
 def _split_timm(tower: Any, block: int, pool: bool) -> Split:
     """A timm model whose head goes on into the tower's own."""
     refuse_bypassed(tower, tower.trunk, "open_clip")
-    from vit_reciprocam.adapters.timm import split as split_trunk
+    from vit_reciprocam.libraries.timm.split import split as split_trunk
 
     trunk = copy.copy(tower.trunk)  # a module of its own, which shares all that is inside
     trunk._modules = {**trunk._modules, "head": nn.Sequential(tower.trunk.head, tower.head)}

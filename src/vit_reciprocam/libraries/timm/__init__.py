@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""timm's models."""

@@ -14,9 +14,15 @@ from timm.models import vision_transformer as vit
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import kind_of, not_plain, runs_as, same, unknown_inside
+from vit_reciprocam.core.split import Attention, Projection, Tap, projections
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.split import Attention, Projection, Tap, projections
+from vit_reciprocam.libraries.common.running import (
+    kind_of,
+    not_plain,
+    runs_as,
+    same,
+    unknown_inside,
+)
 
 __all__ = [
     "BlockParts",

@@ -9,9 +9,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
-from vit_reciprocam.adapters.parts import has_hooks, kind_of, runs_as
-from vit_reciprocam.adapters.timm_blocks import block_parts
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
+from vit_reciprocam.libraries.common.running import has_hooks, kind_of, runs_as
+from vit_reciprocam.libraries.timm.blocks import block_parts
 
 __all__ = ["encoder"]
 

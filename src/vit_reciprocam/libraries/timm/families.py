@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import same
+from vit_reciprocam.core.split import Tap
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.split import Tap
+from vit_reciprocam.libraries.common.running import same
 
 __all__ = ["FAMILIES", "REFUSED", "Last", "unsupported"]
 

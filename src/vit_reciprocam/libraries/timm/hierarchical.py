@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.parts import Reached, call_of, infer_grid, refuse_bypassed, repeated
-from vit_reciprocam.adapters.timm_families import FAMILIES, REFUSED, Last, unsupported
+from vit_reciprocam.core.split import Cut, Split
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.split import Cut, Split
+from vit_reciprocam.libraries.common.running import (
+    Reached,
+    call_of,
+    infer_grid,
+    refuse_bypassed,
+    repeated,
+)
+from vit_reciprocam.libraries.timm.families import FAMILIES, REFUSED, Last, unsupported
 
 __all__ = ["split"]
 

@@ -13,10 +13,8 @@ import timm
 import torch
 from torch import nn
 
-from vit_reciprocam.adapters import split_model
-from vit_reciprocam.adapters.timm_families import FAMILIES
-from vit_reciprocam.adapters.timm_hub import outline
-from vit_reciprocam.catalogue.parts import (
+from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.common.building import (
     CLASSES,
     Architecture,
     Built,
@@ -26,7 +24,9 @@ from vit_reciprocam.catalogue.parts import (
     pair,
     short_reason,
 )
-from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.timm.families import FAMILIES
+from vit_reciprocam.libraries.timm.load import outline
 
 __all__ = ["architectures", "describe", "names", "small"]
 

@@ -14,10 +14,10 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.timm import split
-from vit_reciprocam.adapters.weights import RANDOM, read_weights
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
-from vit_reciprocam.images import Preprocess
+from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
+from vit_reciprocam.libraries.timm.split import split
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_timm", "outline"]
 

@@ -17,8 +17,11 @@ from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from vit_reciprocam.adapters.blocks import run_again, split_block
-from vit_reciprocam.adapters.parts import (
+from vit_reciprocam.core.split import MeanPool, Readout, Split
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.blocks import run_again, split_block
+from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
+from vit_reciprocam.libraries.common.running import (
     Call,
     blocks_from,
     calls_of,
@@ -26,16 +29,13 @@ from vit_reciprocam.adapters.parts import (
     refuse_bypassed,
     unknown_inside,
 )
-from vit_reciprocam.adapters.pooling import no_pool, split_pool
-from vit_reciprocam.adapters.timm_blocks import (
+from vit_reciprocam.libraries.timm.blocks import (
     after_attention_pool,
     attention_pool,
     attention_pool_unknown,
     block_parts,
 )
-from vit_reciprocam.adapters.timm_stages import split as split_stages
-from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import MeanPool, Readout, Split
+from vit_reciprocam.libraries.timm.hierarchical import split as split_stages
 
 __all__ = ["split"]
 

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""torchvision's models."""

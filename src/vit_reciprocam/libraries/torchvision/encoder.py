@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
-from vit_reciprocam.adapters.multihead import multihead_attention, multihead_unknown
-from vit_reciprocam.adapters.parts import kind_of, runs_as, unknown_inside
-from vit_reciprocam.split import Projection, projections
+from vit_reciprocam.core.split import Projection, projections
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
+from vit_reciprocam.libraries.common.multihead import multihead_attention, multihead_unknown
+from vit_reciprocam.libraries.common.running import kind_of, runs_as, unknown_inside
 
 __all__ = ["encoder"]
 

@@ -10,7 +10,8 @@ import torch
 import torchvision
 from torchvision.models import get_model, get_model_builder, list_models
 
-from vit_reciprocam.catalogue.parts import (
+from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.common.building import (
     CLASSES,
     Architecture,
     Built,
@@ -19,7 +20,6 @@ from vit_reciprocam.catalogue.parts import (
     is_named,
     noise,
 )
-from vit_reciprocam.errors import ModelError
 
 __all__ = ["architectures"]
 

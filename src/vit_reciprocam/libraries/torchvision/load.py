@@ -15,10 +15,10 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
-from vit_reciprocam.adapters.torchvision import split
-from vit_reciprocam.adapters.weights import RANDOM, read_weights
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
-from vit_reciprocam.images import Preprocess
+from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
+from vit_reciprocam.libraries.torchvision.split import split
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_torchvision"]
 

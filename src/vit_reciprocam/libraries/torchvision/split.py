@@ -12,13 +12,16 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from vit_reciprocam.adapters.blocks import split_block
-from vit_reciprocam.adapters.multihead import (
+from vit_reciprocam.core.split import MeanPool, Split, Tap
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.blocks import split_block
+from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
     multihead_unknown,
 )
-from vit_reciprocam.adapters.parts import (
+from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
+from vit_reciprocam.libraries.common.running import (
     Call,
     blocks_from,
     call_of,
@@ -28,9 +31,6 @@ from vit_reciprocam.adapters.parts import (
     runs_as,
     unknown_inside,
 )
-from vit_reciprocam.adapters.pooling import no_pool, split_pool
-from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import MeanPool, Split, Tap
 
 __all__ = ["split"]
 

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""transformers' models."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from vit_reciprocam.adapters.layers import Encoder, Layer, refused, steps
-from vit_reciprocam.adapters.transformers import NORM_1, NORM_2, attention_of, unknown_parts
-from vit_reciprocam.adapters.transformers_families import FAMILIES, base_name, first
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
+from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, first
+from vit_reciprocam.libraries.transformers.split import NORM_1, NORM_2, attention_of, unknown_parts
 
 __all__ = ["encoder"]
 

@@ -377,7 +377,7 @@ def check_class(kind: type) -> None:
     elif issubclass(kind, ImageTower) or _FEATURES.fullmatch(name):
         why = (
             "gives image features, no class scores: make a classifier of text prompts with "
-            "vit_reciprocam.adapters.transformers.zero_shot(model, processor, prompts)"
+            "vit_reciprocam.libraries.transformers.split.zero_shot(model, processor, prompts)"
         )
     elif task.startswith("ImageClassification"):
         why = (

@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from vit_reciprocam.adapters.transformers_families import check_class, image_tower
-from vit_reciprocam.catalogue.parts import (
+from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.common.building import (
     CLASSES,
     Architecture,
     Built,
@@ -22,7 +22,7 @@ from vit_reciprocam.catalogue.parts import (
     pair,
     with_prompts,
 )
-from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.transformers.families import check_class, image_tower
 
 __all__ = ["architectures"]
 

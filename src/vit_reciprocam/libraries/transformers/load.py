@@ -15,11 +15,11 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vit_reciprocam.adapters.transformers import split, split_tower, zero_shot
-from vit_reciprocam.adapters.transformers_families import check_class
-from vit_reciprocam.adapters.zero_shot import check_prompts
 from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
-from vit_reciprocam.images import Preprocess
+from vit_reciprocam.libraries.common.zero_shot import check_prompts
+from vit_reciprocam.libraries.transformers.families import check_class
+from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
+from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_transformers"]
 

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from vit_reciprocam.adapters.blocks import run_again, split_block
-from vit_reciprocam.adapters.multihead import (
+from vit_reciprocam.core.split import Attention, MeanPool, Projection, Readout, Split, Tap
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.blocks import run_again, split_block
+from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
     multihead_unknown,
 )
-from vit_reciprocam.adapters.parts import (
+from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
+from vit_reciprocam.libraries.common.running import (
     Call,
     blocks_from,
     calls_of,
@@ -26,8 +29,8 @@ from vit_reciprocam.adapters.parts import (
     same,
     unknown_inside,
 )
-from vit_reciprocam.adapters.pooling import no_pool, split_pool
-from vit_reciprocam.adapters.transformers_families import (
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, filled
+from vit_reciprocam.libraries.transformers.families import (
     FAMILIES,
     Grid,
     Parts,
@@ -38,11 +41,16 @@ from vit_reciprocam.adapters.transformers_families import (
     image_tower,
     tower_parts,
 )
-from vit_reciprocam.adapters.zero_shot import ZeroShot, check_prompts, filled
-from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.split import Attention, MeanPool, Projection, Readout, Split, Tap
 
-__all__ = ["split", "split_tower", "zero_shot"]
+__all__ = [
+    "NORM_1",
+    "NORM_2",
+    "attention_of",
+    "split",
+    "split_tower",
+    "unknown_parts",
+    "zero_shot",
+]
 
 NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
 NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")

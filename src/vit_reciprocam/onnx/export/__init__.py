@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""A PyTorch classifier exported to ONNX together with its maps."""

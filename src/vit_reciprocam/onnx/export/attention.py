@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from vit_reciprocam.closed_form import Parts
-from vit_reciprocam.masks import kernel_window
+from vit_reciprocam.core.closed_form import Parts
+from vit_reciprocam.core.masks import kernel_window
 
 __all__ = ["attend"]
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
 
+import onnx
+from vit_reciprocam.core.maps import min_max
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.maps import min_max
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.metadata import Metadata
+from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.reciprocam import ReciproCAM
 
 __all__ = ["compare", "written"]

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from vit_reciprocam.adapters import check_mode, split_model
-from vit_reciprocam.adapters.by_target import logits_of
+import onnx
+from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.split import Cut, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.files import check_output, library_versions
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
-from vit_reciprocam.onnx.traced import (
+from vit_reciprocam.libraries.common.by_target import logits_of
+from vit_reciprocam.libraries.dispatch import check_mode, split_model
+from vit_reciprocam.onnx.contract import Metadata, check_file_targets
+from vit_reciprocam.onnx.export.check import compare, written
+from vit_reciprocam.onnx.export.trace import (
     Explained,
     clean,
     insert_loop,
@@ -31,8 +31,8 @@ from vit_reciprocam.onnx.traced import (
     store_as_half,
     trace,
 )
-from vit_reciprocam.onnx.written import compare, written
-from vit_reciprocam.split import Cut, Split
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.results.files import check_output, library_versions
 
 __all__ = ["Exported", "export", "export_plain"]
 
@@ -90,7 +90,7 @@ def export(
 
     It takes `images` and gives `logits`, `saliency` and `scores`.
     The method is that of `ReciproCAM`, with the same settings. Shapes and names stand in
-    `vit_reciprocam.onnx.metadata`. The batch is dynamic, operators are ONNX's standard ones, and
+    `vit_reciprocam.onnx.contract`. The batch is dynamic, operators are ONNX's standard ones, and
     the input is float32 on any device. Where the closed form does not hold, a loop runs the end of
     the model a few masks at a time.
 

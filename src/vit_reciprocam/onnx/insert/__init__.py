@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Maps inserted into an ONNX file that any exporter wrote."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 import onnx
 from onnx import helper
-
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.foreign.finding import FUSED, PRODUCTS, Found
-from vit_reciprocam.onnx.foreign.graph import Graph
+from vit_reciprocam.onnx.insert.find import FUSED, PRODUCTS, Found
+from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["Part", "SelfAttention", "read_attention"]
 

@@ -17,15 +17,15 @@ import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 import onnx
 from onnx import helper
-
+from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.masks import Masking, mask_matrix
-from vit_reciprocam.onnx.foreign.attention import Part, SelfAttention
-from vit_reciprocam.onnx.foreign.branch import PREFIX, Branch
-from vit_reciprocam.onnx.foreign.graph import Graph
-from vit_reciprocam.onnx.foreign.reading import Reading
+from vit_reciprocam.onnx.insert.attention import Part, SelfAttention
+from vit_reciprocam.onnx.insert.graph import Graph
+from vit_reciprocam.onnx.insert.nodes import PREFIX, Branch
+from vit_reciprocam.onnx.insert.read import Reading
 
 __all__ = ["append_closed_form", "append_direct"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
 
+import onnx
+from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.explanation import softmax
-from vit_reciprocam.masks import Masking, mask_matrix
-from vit_reciprocam.onnx.foreign.graph import Graph, open_unoptimized, run_session
-from vit_reciprocam.onnx.foreign.reading import Reading
+from vit_reciprocam.onnx.insert.graph import Graph, open_unoptimized, run_session
+from vit_reciprocam.onnx.insert.read import Reading
+from vit_reciprocam.results.explanation import softmax
 
 __all__ = ["prove"]
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from vit_reciprocam.errors import MissingDependencyError, ModelError
-from vit_reciprocam.onnx.header import read_header
-from vit_reciprocam.onnx.metadata import Metadata
+from vit_reciprocam.onnx.contract import Metadata
+from vit_reciprocam.onnx.run.protobuf import read_header
 
 __all__ = ["cut_plain"]
 
@@ -30,15 +30,16 @@ def cut_plain(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
     """
     about = Metadata.from_properties(read_header(path).properties, file=str(path))
     try:
-        import onnx
         import onnx.utils
+
+        import onnx
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"cutting {path} down to its prediction (or give the untouched model: --plain FILE)",
             "onnx",
         ) from error
     model = onnx.load(path, load_external_data=False)
-    from vit_reciprocam.onnx.foreign.graph import Graph
+    from vit_reciprocam.onnx.insert.graph import Graph
 
     graph = Graph(model, Path(path).parent)
     needed = graph.above([about.logits])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path, PurePosixPath
 
-import onnx
 from google.protobuf.message import DecodeError
-from onnx import external_data_helper
 
+import onnx
+from onnx import external_data_helper
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.files import write_atomically
+from vit_reciprocam.results.files import write_atomically
 
 __all__ = ["external_files", "load_model", "save_model"]
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import onnx
-
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.foreign.graph import Graph, taken
+from vit_reciprocam.onnx.insert.graph import Graph, taken
 
 __all__ = [
     "FUSED",

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
 
+import onnx
+from onnx import helper, numpy_helper
 from vit_reciprocam.errors import ModelError
 
 __all__ = ["Graph", "open_unoptimized", "run_session", "taken"]

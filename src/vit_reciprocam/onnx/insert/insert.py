@@ -14,21 +14,20 @@ from pathlib import Path
 
 import onnx
 from onnx import inliner
-
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.files import check_output, library_versions
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
-from vit_reciprocam.onnx.foreign.branch import PREFIX, Branch
-from vit_reciprocam.onnx.foreign.graph import Graph
-from vit_reciprocam.onnx.foreign.masked import append_closed_form, append_direct
-from vit_reciprocam.onnx.foreign.outputs import append_outputs
-from vit_reciprocam.onnx.foreign.proof import prove
-from vit_reciprocam.onnx.foreign.reading import Reading, find_images, read
-from vit_reciprocam.onnx.foreign.rounding import without_rounding
-from vit_reciprocam.onnx.foreign.weights import external_files, load_model, save_model
-from vit_reciprocam.onnx.metadata import METADATA_KEY, Metadata, check_file_targets
-from vit_reciprocam.presets import parse_preprocess
+from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_file_targets
+from vit_reciprocam.onnx.insert.builder import append_closed_form, append_direct
+from vit_reciprocam.onnx.insert.check import prove
+from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
+from vit_reciprocam.onnx.insert.graph import Graph
+from vit_reciprocam.onnx.insert.nodes import PREFIX, Branch
+from vit_reciprocam.onnx.insert.outputs import append_outputs
+from vit_reciprocam.onnx.insert.read import Reading, find_images, read
+from vit_reciprocam.onnx.insert.rounding import without_rounding
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.presets import parse_preprocess
+from vit_reciprocam.results.files import check_output, library_versions
 
 __all__ = ["Inserted", "insert"]
 
@@ -77,7 +76,7 @@ def insert(
     """Write an ONNX file once more, with maps beside its own outputs.
 
     The cut is the paper's: the output of the last attention's LayerNorm is masked, the skip path is
-    not. The new outputs stand in `vit_reciprocam.onnx.metadata`.
+    not. The new outputs stand in `vit_reciprocam.onnx.contract`.
 
     Args:
         source: A classifier's ONNX file, of any exporter.
@@ -93,7 +92,7 @@ def insert(
         target_node: The value to mask or the node that makes it, where it is not found.
         class_names: One a class, for the file's metadata.
         preprocess: What stands before the model, for the file's metadata; also as text, such as
-            "imagenet" (`vit_reciprocam.presets`), with the graph's own size.
+            "imagenet" (`vit_reciprocam.pictures.presets`), with the graph's own size.
         name: What the model is called; by default the file's name.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.foreign.graph import Graph
+from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["Layout", "check_layout", "find_layout"]
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 import onnx
 from onnx import helper, numpy_helper
-
-from vit_reciprocam.onnx.foreign.graph import Graph
+from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["PREFIX", "Branch"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+
 import onnx
 from onnx import helper
-
-from vit_reciprocam.onnx.foreign.branch import Branch
-from vit_reciprocam.onnx.foreign.reading import Reading
-from vit_reciprocam.onnx.metadata import check_file_targets
+from vit_reciprocam.onnx.contract import check_file_targets
+from vit_reciprocam.onnx.insert.nodes import Branch
+from vit_reciprocam.onnx.insert.read import Reading
 
 __all__ = ["append_outputs"]
 

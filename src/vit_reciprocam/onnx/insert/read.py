@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 
+import onnx
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.foreign.attention import SelfAttention, read_attention
-from vit_reciprocam.onnx.foreign.finding import (
+from vit_reciprocam.onnx.insert.attention import SelfAttention, read_attention
+from vit_reciprocam.onnx.insert.find import (
     Found,
     find_attention,
     find_normed,
     has_head,
     refuse_others,
 )
-from vit_reciprocam.onnx.foreign.graph import Graph
-from vit_reciprocam.onnx.foreign.layout import Layout, check_layout, find_layout
-from vit_reciprocam.onnx.foreign.tail import Tail, read_tail
+from vit_reciprocam.onnx.insert.graph import Graph
+from vit_reciprocam.onnx.insert.layout import Layout, check_layout, find_layout
+from vit_reciprocam.onnx.insert.readout import Tail, read_tail
 
 __all__ = ["Reading", "find_images", "read"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.foreign.attention import SelfAttention
-from vit_reciprocam.onnx.foreign.graph import Graph, taken
-from vit_reciprocam.onnx.foreign.layout import Layout
+from vit_reciprocam.onnx.insert.attention import SelfAttention
+from vit_reciprocam.onnx.insert.graph import Graph, taken
+from vit_reciprocam.onnx.insert.layout import Layout
 
 __all__ = ["Readout", "Tail", "read_tail"]
 

@@ -9,10 +9,10 @@ float, with the graph's own int8 weights, from the value that is masked on. Wher
 from __future__ import annotations
 
 import numpy as np
+
 import onnx
 from onnx import helper
-
-from vit_reciprocam.onnx.foreign.graph import Graph
+from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["without_rounding"]
 

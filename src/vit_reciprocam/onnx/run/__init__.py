@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Explained ONNX files, run by ONNX Runtime or OpenVINO."""

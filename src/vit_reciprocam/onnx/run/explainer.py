@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
-from vit_reciprocam.explanation import Explanation, softmax
-from vit_reciprocam.images import Preprocess
-from vit_reciprocam.masks import Masking
 from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
-from vit_reciprocam.onnx.header import digest, read_header
-from vit_reciprocam.onnx.metadata import Metadata, check_file_targets
-from vit_reciprocam.onnx.sessions import open_session
-from vit_reciprocam.presets import parse_preprocess
-from vit_reciprocam.targets import resolve_targets
+from vit_reciprocam.onnx.contract import Metadata, check_file_targets
+from vit_reciprocam.onnx.run.protobuf import digest, read_header
+from vit_reciprocam.onnx.run.sessions import open_session
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.presets import parse_preprocess
+from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["OnnxExplainer"]
 

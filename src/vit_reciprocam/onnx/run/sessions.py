@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, check_choice
-from vit_reciprocam.onnx.header import Header, read_header
+from vit_reciprocam.onnx.run.protobuf import Header, read_header
 
 __all__ = ["BACKENDS", "Port", "Session", "open_session"]
 
