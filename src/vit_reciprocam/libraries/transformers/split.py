@@ -304,6 +304,7 @@ def _projections(attention: Any) -> list[Any]:
 
 
 def attention_of(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
+    """Return the attention of a block by its parts."""
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
     heads = first(module, "num_attention_heads", "num_heads")
