@@ -171,7 +171,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_the_demo_model_loads_no_torch():
     code = (
         "import sys, vit_reciprocam as vr; from vit_reciprocam import cli;"
-        "from vit_reciprocam.classifier.classifier import ASSETS;"
+        "from vit_reciprocam.classifier.load import ASSETS;"
         "vr.explain(ASSETS / 'demo.png', vr.load('demo')).maps;"
         "print(sorted({m.partition('.')[0] for m in sys.modules}))"
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from train_demo import ARCHITECTURE, SIZE
 
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.onnx.export.export import export, export_plain
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene

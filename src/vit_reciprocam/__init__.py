@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from vit_reciprocam import errors
 
 if TYPE_CHECKING:
-    from vit_reciprocam.classifier.classifier import Classifier, explain, load
+    from vit_reciprocam.classifier.classifier import Classifier
+    from vit_reciprocam.classifier.explain import explain
+    from vit_reciprocam.classifier.load import load
     from vit_reciprocam.methods import METHODS
     from vit_reciprocam.onnx.export.export import export
     from vit_reciprocam.onnx.insert.insert import insert
@@ -42,10 +44,10 @@ _HOMES = {
     "Explanation": "results.explanation",
     "Preprocess": "pictures.preprocess",
     "ReciproCAM": "reciprocam",
-    "explain": "classifier.classifier",
+    "explain": "classifier.explain",
     "export": "onnx.export.export",
     "insert": "onnx.insert.insert",
-    "load": "classifier.classifier",
+    "load": "classifier.load",
 }
 
 _EXTRAS = {"export": "torch,onnx", "insert": "onnx"}

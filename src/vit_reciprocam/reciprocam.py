@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.closed_form import closed_form_rows
-from vit_reciprocam.core.masks import Masking, mask_matrix
+from vit_reciprocam.core.direct import direct_rows
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
@@ -39,7 +40,7 @@ from vit_reciprocam.libraries.dispatch import (
 )
 from vit_reciprocam.results.explanation import Explanation, softmax
 
-__all__ = ["ReciproCAM", "direct_rows", "reciprocam", "under_masks"]
+__all__ = ["ReciproCAM", "reciprocam"]
 
 _NOT_FINITE = (
     "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
@@ -314,45 +315,6 @@ def _default_limit(device: torch.device, path: str) -> int:
     if device.type == "cpu":  # where the caches decide: measured on both paths
         return 2**25 if path == "closed-form" else 2**27
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
-
-
-def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
-    """The definition, H once a mask; the same rows as `closed_form_rows`."""
-    run = under_masks(cut, masking)
-
-    def rows(start: int, stop: int) -> Tensor:
-        patches = range(max(start, 1) - 1, stop - 1)
-        masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
-        if start == 0:
-            masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
-        return run(torch.from_numpy(masks).to(cut.x))
-
-    return rows
-
-
-def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
-    """H as a function of masks (M, T), which gives the logits (M, B, C)."""
-    x, at_norm = cut.x, masking.layer != "block"
-    tokens = cut.norm(x) if at_norm else x
-
-    def run(masks: Float[Tensor, "M T"]) -> Tensor:
-        masked = (tokens * _shaped(masks, cut)).flatten(0, 1)
-        if at_norm:
-            logits = cut.rest(masked, x.repeat(masks.shape[0], *(1,) * (x.ndim - 1)))
-        else:
-            logits = cut.rest(cut.norm(masked), masked)
-        rows: Tensor = logits.unflatten(0, (masks.shape[0], -1))
-        return rows
-
-    return run
-
-
-def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
-    """Masks to multiply tokens with, (M, 1, ...)."""
-    if cut.x.ndim == 3:
-        return masks[:, None, :, None]
-    masks = masks.unflatten(1, cut.grid)[:, None]
-    return masks[:, :, None] if cut.channels_first else masks[..., None]
 
 
 def _wide(values: Tensor) -> Tensor:

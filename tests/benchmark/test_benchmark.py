@@ -20,7 +20,8 @@ import vit_reciprocam as vr
 from vit_reciprocam.benchmark import calls
 from vit_reciprocam.benchmark import measure as module
 from vit_reciprocam.benchmark.measure import benchmark
-from vit_reciprocam.classifier.classifier import ASSETS, Classifier
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 
@@ -206,7 +207,7 @@ def test_what_a_model_does_not_have(small):
 
 def test_the_demo_model_needs_no_torch():
     code = (
-        "import sys; from vit_reciprocam.classifier.classifier import load;"
+        "import sys; from vit_reciprocam.classifier.load import load;"
         "from vit_reciprocam.benchmark.measure import benchmark;"
         "rows = benchmark([load('demo')], rounds=1, warmup=1, threads=1);"
         "print([row.method for row in rows], 'torch' in sys.modules)"

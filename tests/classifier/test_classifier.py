@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import vit_reciprocam as vr
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import (
     DownloadError,
     ImageError,

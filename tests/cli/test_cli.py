@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vit_reciprocam
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.cli.console import errors_in_one_line
 from vit_reciprocam.cli.evaluate import _print

@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vit_reciprocam.classifier.classifier import timm_names
 from vit_reciprocam.cli import app
+from vit_reciprocam.cli.models import _timm_names as timm_names
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries import checks
 from vit_reciprocam.libraries import listing as catalogue

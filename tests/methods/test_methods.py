@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.errors import InputError, MissingDependencyError

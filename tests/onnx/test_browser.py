@@ -20,7 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import vit_reciprocam as vr
 from onnx import TensorProto, helper, numpy_helper
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.pictures.preprocess import Preprocess

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import onnx
 from vit_reciprocam import ReciproCAM, explain, load
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.export.export import export

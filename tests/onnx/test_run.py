@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import onnx
 import vit_reciprocam as vr
-from vit_reciprocam.classifier.classifier import ASSETS
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
 from vit_reciprocam.methods import METHODS

@@ -32,7 +32,8 @@ from vit_reciprocam.benchmark.calls import (
     peak_memory,
     saved,
 )
-from vit_reciprocam.classifier.classifier import ASSETS, Classifier
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.methods import MethodSpec, check_settings
 from vit_reciprocam.onnx.insert.cut_out import cut_plain

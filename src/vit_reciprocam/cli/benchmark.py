@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vit_reciprocam.benchmark.measure import Row, Spread, benchmark, environment
-from vit_reciprocam.classifier.classifier import is_onnx
+from vit_reciprocam.classifier.load import is_onnx
 from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
     AsJson,

@@ -11,7 +11,9 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.classifier.classifier import ASSETS, Classifier, explain, load
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.explain import explain
+from vit_reciprocam.classifier.load import ASSETS, load
 from vit_reciprocam.cli.console import (
     DEFAULT_OUT,
     AsJson,

@@ -12,7 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier.classifier import SPECS, explain, is_onnx, load, parse_targets
+from vit_reciprocam.classifier.explain import explain, parse_targets
+from vit_reciprocam.classifier.load import SPECS, is_onnx, load
 from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
     DEFAULT_OUT,

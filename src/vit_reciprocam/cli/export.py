@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.classifier.classifier import load
+from vit_reciprocam.classifier.load import load
 from vit_reciprocam.cli.console import (
     AsJson,
     ClassToken,

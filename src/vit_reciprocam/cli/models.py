@@ -9,14 +9,13 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier.classifier import describe_timm, timm_names
 from vit_reciprocam.cli.console import AsJson, Debug, err, errors_in_one_line, out, progress
 from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.results.files import write_atomically
@@ -82,7 +81,7 @@ def _rows(pattern: str) -> list[dict[str, str]]:
     try:
         others = _others(pattern)
         looks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-            (f"timm:{name}", functools.partial(describe_timm, name)) for name in _of_timm(pattern)
+            (f"timm:{name}", functools.partial(_describe_timm, name)) for name in _of_timm(pattern)
         ]
     except MissingDependencyError as error:
         if not rows:
@@ -103,7 +102,7 @@ def _of_timm(pattern: str) -> list[str]:
     library, colon, name = pattern.partition(":")
     if colon and not fnmatch.fnmatch("timm", library):
         return []
-    return timm_names(name if colon else pattern)
+    return _timm_names(name if colon else pattern)
 
 
 def _others(pattern: str) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
@@ -136,3 +135,27 @@ def _check_models(pattern: str, file: Path | None, as_json: bool, debug: bool) -
         typer.echo(json.dumps(everything, indent=2) if as_json else checks.report(results))
     if any(one.status not in ("equal", "refused") for one in results):
         raise typer.Exit(1)
+
+
+def _timm_names(pattern: str) -> list[str]:
+    """Names of timm models that fit a pattern; for "*" those of its transformers.
+
+    Raises:
+        MissingDependencyError: If timm is not installed.
+    """
+    names: list[str] = _timm("listing timm's models").names(pattern)
+    return names
+
+
+def _describe_timm(name: str) -> tuple[str, str]:
+    """By which path a timm model is explained, "-" if by none, and why not by the closed form."""
+    path, why = _timm(name).describe(name)
+    return path, why
+
+
+def _timm(what: str) -> Any:
+    try:
+        from vit_reciprocam.libraries.timm import listing as timm
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(what, "torch") from error
+    return timm

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vit_reciprocam.classifier.classifier import SPECS, Classifier, is_onnx, load
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.load import SPECS, is_onnx, load
 from vit_reciprocam.cli.console import DEFAULT_MODEL
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vit_reciprocam.classifier.classifier import explain
+from vit_reciprocam.classifier.explain import explain
 from vit_reciprocam.cli.benchmark import benchmark_command
 from vit_reciprocam.cli.console import Debug, Out, errors_in_one_line, out, progress, say
 from vit_reciprocam.cli.evaluate import evaluate_command

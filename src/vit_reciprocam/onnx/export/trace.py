@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_reciprocam.core.closed_form import closed_form_rows
+from vit_reciprocam.core.direct import under_masks
 from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.onnx.export.attention import attend
-from vit_reciprocam.reciprocam import under_masks
 
 __all__ = ["Explained", "clean", "insert_loop", "masks_at_once", "store_as_half", "trace"]
 

@@ -1,0 +1,121 @@
+"""From pictures to their explanation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.core.targets import find_class, top_classes
+from vit_reciprocam.errors import InputError
+from vit_reciprocam.pictures.preprocess import ImageSource, read_image
+from vit_reciprocam.results.explanation import Explanation
+
+__all__ = ["explain", "parse_targets"]
+
+_TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
+
+
+def explain(
+    images: ImageSource | Sequence[ImageSource],
+    classifier: Classifier,
+    *,
+    top: int | None = None,
+    targets: str | int | Sequence[str | int] | None = None,
+    **settings: Any,
+) -> Explanation:
+    """Explain pictures: read, prepare, compute; the result keeps the pictures to draw on.
+
+    The model sees, and the result shows, what its preprocessing leaves of a picture: mostly the
+    centre crop.
+
+    Args:
+        images: Files, PIL images or uint8 arrays (H, W, 3); one or several, in one batch.
+        classifier: From `load`.
+        top: Explain each picture's `top` most probable classes; by default 1.
+        targets: Instead of `top`: a class by name or index, "top3" for the three most probable,
+            several, or "all". Beside named classes, which come first, "top3" is of the others.
+        settings: method="reciprocam" or another name of `METHODS`, and its settings.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        UnknownClassError: If there is no such class; the message offers the closest.
+        InputError: If a setting does not fit.
+    """
+    if isinstance(settings.get("target"), (str, int)):
+        raise InputError(f"classes are named by targets=: pass targets={settings['target']!r}")
+    if not isinstance(classifier, Classifier):
+        raise InputError(
+            f"classifier must be what vit_reciprocam.load returns, such as load('demo'), got "
+            f"{type(classifier).__name__}. A PyTorch model of your own goes to ReciproCAM(model)"
+        )
+    several = isinstance(images, (list, tuple))
+    sources: Sequence[ImageSource] = images if several else [images]  # type: ignore[assignment, list-item]
+    if not sources:
+        raise InputError("images is empty: pass at least one picture")
+    pictures = [read_image(source) for source in sources]
+    batch = np.stack([classifier.preprocess(picture) for picture in pictures])
+    explainer = classifier.make_explainer(**settings)
+    result = explainer(batch, parse_targets(classifier, top=top, targets=targets))
+    return dataclasses.replace(
+        result,
+        settings={**result.settings, "model": classifier.name},
+        class_names=classifier.class_names,
+        pictures=tuple(classifier.preprocess.region(picture) for picture in pictures),
+        sources=tuple(_source_name(source, number) for number, source in enumerate(sources)),
+        preprocess=classifier.preprocess,
+    )
+
+
+def parse_targets(classifier: Classifier, *, top: int | None = None, targets: Any = None) -> Any:
+    """What an explainer takes as targets, of what a user of `explain` writes.
+
+    Raises:
+        UnknownClassError: If there is no such class.
+        InputError: If `top` is out of range or stands beside `targets`.
+    """
+    if targets is None:
+        return _named_and_top(classifier, [], 1 if top is None else top)
+    if top is not None:
+        raise InputError("pass top or targets, not both")
+    if hasattr(targets, "tolist"):  # NumPy and torch
+        targets = targets.tolist()
+    wanted = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+    if not wanted:
+        raise InputError("targets is empty: pass a class, several, or 'all'")
+    if wanted == ["all"]:
+        return "all"
+    if "all" in wanted:
+        raise InputError("target 'all' stands alone: it has every other class already")
+    tops = [_TOP.fullmatch(target) if isinstance(target, str) else None for target in wanted]
+    names = classifier.class_names or classifier.num_classes
+    pairs = zip(wanted, tops, strict=True)
+    found = (find_class(target, names) for target, is_top in pairs if not is_top)
+    named = list(dict.fromkeys(found))
+    counts = [int(is_top[1]) for is_top in tops if is_top]
+    return _named_and_top(classifier, named, max(counts)) if counts else [named]
+
+
+def _named_and_top(classifier: Classifier, named: list[int], top: int) -> Any:
+    """A function of the logits: the named classes, and the `top` most probable of the others."""
+    if not 1 <= top <= classifier.num_classes:
+        raise InputError(
+            f"top must be between 1 and the number of classes, {classifier.num_classes}; got {top}"
+        )
+
+    def choose(logits: np.ndarray) -> np.ndarray:
+        ranked = top_classes(logits, classifier.num_classes)
+        return np.array([named + [c for c in row if c not in named][:top] for row in ranked])
+
+    return choose
+
+
+def _source_name(source: ImageSource, number: int) -> str:
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or f"image-{number}")
+    return f"image-{number}" if isinstance(source, np.ndarray) else str(source)

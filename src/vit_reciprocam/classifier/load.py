@@ -1,0 +1,171 @@
+"""From a name to a classifier: its model, preprocessing and class names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
+from vit_reciprocam.pictures.preprocess import Preprocess
+
+__all__ = ["ASSETS", "SPECS", "is_onnx", "load"]
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SPECS = (
+    "demo",
+    "timm:NAME",
+    "hf:ID",
+    "torchvision:NAME",
+    "open_clip:NAME/TAG",
+    "FILE.onnx",
+)
+
+
+def load(
+    spec: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    templates: Sequence[str] = ("{}",),
+    device: str = "cpu",
+    backend: str | None = None,
+    threads: int | None = None,
+    streams: int | None = None,
+    preprocess: Preprocess | str | None = None,
+    **options: Any,
+) -> Classifier:
+    """Load a classifier with its preprocessing and class names.
+
+    Args:
+        spec: "demo", the bundled model, which knows 12 drawn classes and needs no torch;
+            "timm:NAME"; "hf:ID" of the Hugging Face hub, or "hf:FOLDER"; "torchvision:NAME";
+            "open_clip:NAME/TAG"; or an ONNX file with an explanation, which needs no torch either.
+        weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
+            the model's published weights from the hub. "random" leaves them untrained, to measure
+            time and memory: nothing is fetched but the configuration of a model of the hub.
+        class_names: One a class; by default those of the ImageNet variant the model was trained on.
+        prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
+            compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
+        templates: With prompts: sentences such as "a photo of a {}", averaged for each prompt.
+        device: Where a PyTorch model goes; of an ONNX file the runtime's name of a device, such as
+            "CUDAExecutionProvider" or "cuda" of ONNX Runtime and "GPU" of OpenVINO.
+        backend: Of an ONNX file "onnxruntime", the default, or "openvino".
+        threads: Of an ONNX file, on the CPU; by default the runtime's choice.
+        streams: Of an ONNX file in OpenVINO: parts of a batch that it computes at the same time.
+        preprocess: Of an ONNX file, instead of its own: a `Preprocess`, or text such as "imagenet".
+        options: For the library's own builder: `timm.create_model`, `from_pretrained`,
+            `torchvision.models.get_model` or `open_clip.create_model`. With timm's
+            `img_size=(384, 512)` the position embedding is resampled.
+
+    Raises:
+        ModelError: If there is no such model, or it is not supported, with the reason.
+        WeightsError: If the weights do not fit the model; the message names keys.
+        DownloadError: If the published weights cannot be fetched.
+        MissingDependencyError: If the model's library is not installed.
+    """
+    spec = os.fspath(spec)
+    given = {"backend": backend, "threads": threads, "streams": streams, "preprocess": preprocess}
+    own = {name: value for name, value in given.items() if value is not None}
+    if is_onnx(spec):
+        if weights is not None or prompts is not None or options:
+            raise InputError(
+                f"{spec} has its own weights and classes: drop --weights and --prompt, in Python "
+                "all options but backend, device, threads, streams, preprocess and class_names"
+            )
+        return _onnx_classifier(spec, device=device, class_names=class_names, **own)
+    if own:
+        raise InputError(f"{', '.join(own)}: for ONNX files only, not for {spec!r}")
+    kind, _, name = spec.partition(":")
+    if kind not in _EXTRAS or not name:
+        raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
+    if prompts is not None and kind not in ("hf", "open_clip"):
+        raise InputError(f"{spec!r} has classes of its own: prompts are for open_clip: and hf:")
+    texts = {} if prompts is None else {"prompts": prompts, "templates": templates}
+    try:
+        model, prepared, names = _load_from(kind, name, weights, texts, options)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
+    if class_names is not None:
+        names = tuple(class_names)
+    from vit_reciprocam.classifier.torch_backend import TorchModel
+
+    classifier = _classifier(spec, TorchModel(spec, model, device=device), prepared, names)
+    if names is not None and len(names) != classifier.num_classes:
+        raise InputError(
+            f"{len(names)} class names given for a model of {classifier.num_classes} classes"
+        )
+    return classifier
+
+
+def is_onnx(spec: str) -> bool:
+    """Whether `load` takes it for an ONNX file; the demo model is one."""
+    return spec == "demo" or spec.lower().endswith(".onnx")
+
+
+_EXTRAS = {
+    "timm": "torch",
+    "torchvision": "torch",
+    "hf": "transformers",
+    "open_clip": "open-clip",
+}
+
+
+def _load_from(kind: str, name: str, weights: Any, texts: Any, options: Any) -> Any:
+    """Model, preprocessing and class names from the library of that kind."""
+    if kind == "timm":
+        from vit_reciprocam.libraries.timm.load import load_timm
+
+        return load_timm(name, weights=weights, options=options)
+    if kind == "torchvision":
+        from vit_reciprocam.libraries.torchvision.load import load_torchvision
+
+        return load_torchvision(name, weights=weights, options=options)
+    if kind == "hf":
+        from vit_reciprocam.libraries.transformers.load import load_transformers
+
+        if weights not in (None, "random"):
+            raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
+        return load_transformers(name, **texts, random=weights is not None, options=options)
+    from vit_reciprocam.libraries.open_clip.load import load_open_clip
+
+    if not texts:
+        raise InputError(
+            f"open_clip:{name} compares pictures with texts: give its classes with prompts=["
+            "'a photo of a dog', …], on the command line --prompt, once a class"
+        )
+    architecture, _, tag = (name, "", "") if ":" in name else name.partition("/")
+    return load_open_clip(architecture, tag or None, **texts, weights=weights, options=options)
+
+
+def _onnx_classifier(name: str, **options: Any) -> Classifier:
+    from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+
+    model = OnnxExplainer(ASSETS / "demo.onnx" if name == "demo" else name, **options)
+    if model.preprocess is None:
+        raise InputError(
+            f"{name} does not say how pictures are prepared for it: pass preprocess="
+            "Preprocess((224, 224), mean=…, std=…) or the name of one, such as 'imagenet', on the "
+            "command line --preprocess imagenet. Its training says which"
+        )
+    return _classifier(name, model, model.preprocess, model.class_names)
+
+
+def _classifier(
+    spec: str, model: Any, preprocess: Preprocess, class_names: tuple[str, ...] | None
+) -> Classifier:
+    """Of a `TorchModel` or an `OnnxExplainer`."""
+    return Classifier(
+        name=spec,
+        model=model.model if hasattr(model, "model") else model,
+        preprocess=preprocess,
+        num_classes=model.num_classes,
+        class_names=class_names,
+        make_explainer=model.make_explainer,
+        predict=model.predict,
+        digest=model.digest,
+        device=model.device,
+    )

@@ -1,0 +1,54 @@
+"""The definition: H run once per mask, for any H."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_reciprocam.core.masks import Masking, mask_matrix
+from vit_reciprocam.core.split import Cut
+
+__all__ = ["direct_rows", "under_masks"]
+
+
+def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
+    """The definition, H once a mask; the same rows as `closed_form_rows`."""
+    run = under_masks(cut, masking)
+
+    def rows(start: int, stop: int) -> Tensor:
+        patches = range(max(start, 1) - 1, stop - 1)
+        masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
+        if start == 0:
+            masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
+        return run(torch.from_numpy(masks).to(cut.x))
+
+    return rows
+
+
+def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
+    """H as a function of masks (M, T), which gives the logits (M, B, C)."""
+    x, at_norm = cut.x, masking.layer != "block"
+    tokens = cut.norm(x) if at_norm else x
+
+    def run(masks: Float[Tensor, "M T"]) -> Tensor:
+        masked = (tokens * _shaped(masks, cut)).flatten(0, 1)
+        if at_norm:
+            logits = cut.rest(masked, x.repeat(masks.shape[0], *(1,) * (x.ndim - 1)))
+        else:
+            logits = cut.rest(cut.norm(masked), masked)
+        rows: Tensor = logits.unflatten(0, (masks.shape[0], -1))
+        return rows
+
+    return run
+
+
+def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
+    """Masks to multiply tokens with, (M, 1, ...)."""
+    if cut.x.ndim == 3:
+        return masks[:, None, :, None]
+    masks = masks.unflatten(1, cut.grid)[:, None]
+    return masks[:, :, None] if cut.channels_first else masks[..., None]
