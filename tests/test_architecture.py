@@ -33,6 +33,7 @@ NEEDS_TORCH = {
     "core.split",
     "core.closed_form",
     "core.direct",
+    "core.stencil",
     "libraries.",
     "reciprocam",
     "methods.baselines",

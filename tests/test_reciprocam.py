@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from conftest import MODELS, tiny_images, tiny_model
 from reference import naive_logits, naive_mask
 from vit_reciprocam import ReciproCAM
+from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, UnknownClassError
-from vit_reciprocam.libraries.common import by_target
+from vit_reciprocam.libraries.cut_at import cut_at
 from vit_reciprocam.libraries.open_clip.split import zero_shot as zero_shot_open_clip
 from vit_reciprocam.libraries.timm.split import split as split_timm
 from vit_reciprocam.libraries.transformers.split import zero_shot as zero_shot_transformers
@@ -185,17 +186,19 @@ def test_chunks_make_no_difference(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_one_cut_serves_other_settings(path):
     model, images = tiny_model(), tiny_images()
-    cut = ReciproCAM(model).cut(images)
+    batch = Batch(images)
+    ReciproCAM(model)(batch)
+    (cut,) = batch.cuts.values()
     for changed in ({"kernel": "dirac"}, {"layer": "block"}, {"class_token": False}):
         explainer = ReciproCAM(model, path=path, **changed)
-        whole, reused = explainer(images, "all"), explainer(images, "all", cut=cut)
+        whole, reused = explainer(images, "all"), explainer(batch, "all")
         np.testing.assert_array_equal(reused.scores, whole.scores)
         np.testing.assert_array_equal(reused.logits, whole.logits)
-    with pytest.raises(InputError, match=r"cut must be of these 1 images.*it is of 2"):
-        ReciproCAM(model)(images[:1], cut=cut)
-    for another in (ReciproCAM(tiny_model()), ReciproCAM(model, block=-2)):
-        with pytest.raises(InputError, match=r"it is of 2, cut elsewhere"):
-            another(images, cut=cut)
+    assert list(batch.cuts.values()) == [cut], "G ran once"
+    for count, another in enumerate((ReciproCAM(tiny_model(seed=1)), ReciproCAM(model, block=-2))):
+        own, shared = another(images, "all"), another(batch, "all")
+        np.testing.assert_array_equal(shared.scores, own.scores)
+        assert len(batch.cuts) == count + 2, "cut elsewhere, it takes nothing from the others"
 
 
 def test_prediction_is_the_models_own():
@@ -647,7 +650,7 @@ def test_ones_own_code_in_training_mode_is_refused(how):
     model = DropsOnItsOwn(grid_output=False).eval()
     cut = {"target": model.norm, "grid": (2, 3)}
     if how == "split":
-        made = by_target.split(model, model.norm, grid=(2, 3), prefix_tokens=0)
+        made = cut_at(model.norm, grid=(2, 3))(model)
         cut = {"split": lambda _model: made}
     explainer = ReciproCAM(model, **cut)
     assert explainer(tiny_images()).path == "direct"
@@ -684,7 +687,7 @@ def test_a_split_of_ones_own(layer):
 
 def test_a_split_that_promises_a_closed_form_without_a_readout():
     model = Own(grid_output=False).eval()
-    made = by_target.split(model, model.norm, grid=(2, 3), prefix_tokens=0)
+    made = cut_at(model.norm, grid=(2, 3))(model)
     made = dataclasses.replace(made, direct_because="")
     with pytest.raises(ModelError, match="no readout: say so in its direct_because"):
         ReciproCAM(model, split=lambda _model: made)(tiny_images())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -54,7 +55,8 @@ class Stage:
         self.seconds, self.warmup = seconds, warmup
         monkeypatch.setattr(module, "make_call", self.make_call)
         model = torch.nn.Linear(1, 1)
-        self.classifier = Classifier("fake", model, vr.Preprocess((4, 4)), 2, None, *[None] * 3)
+        backend = SimpleNamespace(model=model, num_classes=2, device="cpu")
+        self.classifier = Classifier("fake", backend, vr.Preprocess((4, 4)), None)
 
     def make_call(self, model, label, *, size, batch):
         count = 0

@@ -436,28 +436,33 @@ def test_the_digest_of_weights_knows_every_tensor(tmp_path):
             model.head.bias += change
         torch.save(model.state_dict(), tmp_path / "w.pth")
         name = "timm:xcit_nano_12_p16_224"
-        digests.add(vr.load(name, weights=tmp_path / "w.pth", num_classes=3).digest())
-        digests.add(vr.load(name, weights=tmp_path / "w.pth", num_classes=3).digest())
+        digests.add(vr.load(name, weights=tmp_path / "w.pth", num_classes=3).backend.digest())
+        digests.add(vr.load(name, weights=tmp_path / "w.pth", num_classes=3).backend.digest())
     assert len(digests) == 2
 
 
 def test_one_picture_that_the_model_refuses_does_not_take_its_batch_along(demo, tmp_path):
-    def make_explainer(**settings):
-        explain = demo.make_explainer(**settings)
+    class Picky:
+        def __getattr__(self, name):
+            return getattr(demo.backend, name)
 
-        def explain_some(batch, targets, known=None):
-            if len(batch) > 1 or np.allclose(batch, poison):
-                raise InputError("the model does not like this one")
-            return explain(batch, targets, known)
+        def make_explainer(self, **settings):
+            explain = demo.backend.make_explainer(**settings)
 
-        return explain_some
+            def explain_some(images, targets):
+                pixels = getattr(images, "images", images)
+                if len(pixels) > 1 or np.allclose(pixels, poison):
+                    raise InputError("the model does not like this one")
+                return explain(images, targets)
+
+            return explain_some
 
     source = draw_scene(800_001).image
     preprocess = dataclasses.replace(
         demo.preprocess, resize="squash", crop_pct=0.875, interpolation="bilinear"
     )
     poison = preprocess(source)
-    picky = dataclasses.replace(demo, make_explainer=make_explainer)
+    picky = dataclasses.replace(demo, backend=Picky())
     manifest = evaluate("scenes:3", [picky], ["reciprocam"], out=tmp_path / "run")
     assert [one["source"] for one in manifest["failures"]] == ["scene 800001"]
     assert manifest["images"] == 2

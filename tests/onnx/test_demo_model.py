@@ -117,11 +117,11 @@ def test_settings_outside_the_graph_are_refused(demo):
     with pytest.raises(
         InputError, match=r"fixed when its file was written: kernel='gaussian'.*--model timm"
     ):
-        demo.make_explainer(kernel="dirac")
+        demo.backend.make_explainer(kernel="dirac")
     with pytest.raises(InputError, match="fixed when its file was written"):
-        demo.make_explainer(score="logit")
+        demo.backend.make_explainer(score="logit")
     with pytest.raises(InputError, match="path must be one of 'auto', 'closed-form'"):
-        demo.make_explainer(path="direct")
+        demo.backend.make_explainer(path="direct")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import onnx
 import vit_reciprocam as vr
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
+from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
 from vit_reciprocam.methods import METHODS
 from vit_reciprocam.methods.null import NULLS
@@ -125,7 +126,7 @@ def test_every_form_gives_pytorchs_scores(files, images, expected, backend, form
 def test_known_logits_spare_a_run(files, images, expected):
     explainer = OnnxExplainer(files / "input.onnx")
     shifted = np.roll(expected.logits, 1, axis=1)
-    e = explainer(images, known={"logits": shifted})
+    e = explainer(Batch(images, logits=shifted))
     assert e.targets.tolist() == shifted.argmax(axis=1)[:, None].tolist(), "taken at their word"
     agree(e, expected)
 
@@ -176,7 +177,7 @@ def test_a_file_is_a_classifier_like_any_other(files, preprocess, expected, back
 def test_null_baselines_are_those_of_the_model(model, files, images, expected, backend, form, name):
     settings = {"random": {"seed": 3, "cells": 5}, "center": {"sigma": 0.3}}.get(name, {})
     classifier = vr.load(files / f"{form}.onnx", backend=backend)
-    explain = classifier.make_explainer(method=name, **settings)
+    explain = classifier.backend.make_explainer(method=name, **settings)
     least = np.argsort(expected.logits, axis=1)[:, :2]  # a top3 file has no maps of these
     for targets, chosen in (
         (None, expected.logits.argmax(axis=1)[:, None]),
@@ -191,7 +192,7 @@ def test_null_baselines_are_those_of_the_model(model, files, images, expected, b
         assert (e.maps.dtype, e.path) == (np.float32, "")
         assert e.settings == {
             "method": name,
-            "model": classifier.model.metadata.name,
+            "model": classifier.backend.metadata.name,
             **settings,
             "backend": backend,
         }
@@ -199,12 +200,12 @@ def test_null_baselines_are_those_of_the_model(model, files, images, expected, b
 
 def test_null_baselines_share_what_is_known(files, images, expected):
     explain = OnnxExplainer(files / "input.onnx").make_explainer(method="center")
-    known = {"logits": np.roll(expected.logits, 1, axis=1)}
-    e = explain(images, None, known)
-    assert e.targets.tolist() == known["logits"].argmax(axis=1)[:, None].tolist()
-    known = {}
-    explain(images, None, known)
-    np.testing.assert_allclose(known["logits"], expected.logits, rtol=0, atol=1e-4)
+    batch = Batch(images, logits=np.roll(expected.logits, 1, axis=1))
+    e = explain(batch)
+    assert e.targets.tolist() == batch.logits.argmax(axis=1)[:, None].tolist()
+    batch = Batch(images)
+    explain(batch)
+    np.testing.assert_allclose(batch.logits, expected.logits, rtol=0, atol=1e-4)
 
 
 @both

@@ -138,7 +138,7 @@ def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> C
 def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     import torch
 
-    from vit_reciprocam.libraries.common.by_target import logits_of
+    from vit_reciprocam.core.split import logits_of
     from vit_reciprocam.reciprocam import ReciproCAM
 
     images = torch.from_numpy(pixels).to(next(model.parameters()))

@@ -234,7 +234,7 @@ def _check(
     if plain is not None and len(plain) != len(classifiers):
         raise InputError(f"{len(plain)} plain files for {len(classifiers)} models: one for each")
     for classifier, file in zip(classifiers, plain or [None] * len(classifiers), strict=True):
-        if file is not None and not isinstance(classifier.model, OnnxExplainer):
+        if file is not None and not isinstance(classifier.backend, OnnxExplainer):
             raise InputError(f"{classifier.name} is no ONNX file and needs no plain file")
 
 
@@ -242,9 +242,9 @@ def _model(
     classifier: Classifier, plain: str | os.PathLike[str] | None, threads: int | None, cut: Path
 ) -> Any:
     """As `make_call` takes it; without a plain file one is written to `cut`."""
-    model = classifier.model
+    model = classifier.backend
     if not isinstance(model, OnnxExplainer):
-        return model
+        return classifier.model
     options = model.options() if threads is None else model.options() | {"threads": threads}
     if plain is None and model.path == ASSETS / "demo.onnx":
         plain = ASSETS / "demo-plain.onnx"
@@ -258,7 +258,7 @@ def _model(
 @contextlib.contextmanager
 def _threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
     """Within, PyTorch computes in so many threads; gives their number."""
-    onnx = [one.model for one in classifiers if isinstance(one.model, OnnxExplainer)]
+    onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
     if len(onnx) == len(classifiers):
         yield wanted or onnx[0].threads or os.cpu_count() or 1
         return

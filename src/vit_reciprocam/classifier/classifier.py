@@ -1,25 +1,61 @@
-"""A classifier: a model with its preprocessing, class names and ways to be run."""
+"""A classifier: a model with its preprocessing, class names and a backend that runs it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.explanation import Explanation
 
-__all__ = ["Classifier", "Explainer"]
+__all__ = ["Backend", "Classifier", "Explainer"]
 
-Explainer = Callable[..., Explanation]
-"""Explains a preprocessed batch, float32 (B, 3, H, W), for targets as `ReciproCAM` takes them.
 
-A third argument, `known`, is a dict that explainers of one model share for one batch: what one has
-computed, the others need not. Those that call `predict` keep its "logits", (B, C), there.
-"""
+class Explainer(Protocol):
+    """Explains preprocessed images by one method with its settings."""
+
+    def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
+        """Explain images (B, 3, H, W) float32, or a `Batch` from the backend.
+
+        Targets are those of `ReciproCAM`.
+        """
+
+
+class Backend(Protocol):
+    """What runs a model: PyTorch, or a runtime of ONNX files. NumPy in, NumPy out."""
+
+    @property
+    def model(self) -> Any:
+        """The PyTorch module, or the open ONNX file."""
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+
+    @property
+    def device(self) -> str:
+        """Device that computes."""
+
+    def batch(self, images: np.ndarray) -> Batch:
+        """Return preprocessed images (B, 3, H, W) float32 for explainers to share."""
+
+    def predict(self, images: np.ndarray | Batch) -> np.ndarray:
+        """Return the logits (B, C) float32 of preprocessed images."""
+
+    def make_explainer(
+        self, *, method: str = "reciprocam", check: bool = True, **settings: Any
+    ) -> Explainer:
+        """Return a method of `METHODS` with its settings.
+
+        Without `check` it is the first call that refuses a model that cannot be explained.
+        """
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +64,27 @@ class Classifier:
 
     Attributes:
         name: The spec that it was loaded by.
-        model: The PyTorch module, or of an ONNX file its `OnnxExplainer`.
-        preprocess: From a picture to the model's input.
-        num_classes: C.
-        class_names: One a class, or None where not known.
-        make_explainer: `method`, a name of `METHODS`, and its settings -> a function that explains
-            a preprocessed batch.
-        predict: Logits (B, C) of a preprocessed batch.
-        digest: SHA-256 of the weights, once called.
-        device: Where it computes.
+        backend: What runs the model.
+        preprocess: Turns a picture into the model's input.
+        class_names: One per class, or None if they are not known.
     """
 
     name: str
-    model: Any = dataclasses.field(repr=False)
+    backend: Backend = dataclasses.field(repr=False)
     preprocess: Preprocess
-    num_classes: int
     class_names: tuple[str, ...] | None = dataclasses.field(repr=False)
-    make_explainer: Callable[..., Explainer] = dataclasses.field(repr=False)
-    predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
-    digest: Callable[[], str] = dataclasses.field(repr=False)
-    device: str = dataclasses.field(default="cpu", repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The PyTorch module, or the open ONNX file."""
+        return self.backend.model
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self.backend.num_classes
+
+    @property
+    def device(self) -> str:
+        """Device that computes."""
+        return self.backend.device

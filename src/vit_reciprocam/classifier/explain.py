@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.core.targets import find_class, top_classes
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures.preprocess import ImageSource, read_image
 from vit_reciprocam.results.explanation import Explanation
 
-__all__ = ["explain", "parse_targets"]
+__all__ = ["explain", "explain_with", "parse_targets"]
 
 _TOP = re.compile(r"\s*top\s*(\d+)\s*", re.IGNORECASE)
 
@@ -54,13 +54,28 @@ def explain(
             f"classifier must be what vit_reciprocam.load returns, such as load('demo'), got "
             f"{type(classifier).__name__}. A PyTorch model of your own goes to ReciproCAM(model)"
         )
-    several = isinstance(images, (list, tuple))
-    sources: Sequence[ImageSource] = images if several else [images]  # type: ignore[assignment, list-item]
+    explainer = classifier.backend.make_explainer(check=False, **settings)
+    return explain_with(explainer, images, classifier, top=top, targets=targets)
+
+
+def explain_with(
+    explainer: Explainer,
+    images: ImageSource | Sequence[ImageSource],
+    classifier: Classifier,
+    *,
+    top: int | None = None,
+    targets: str | int | Sequence[str | int] | None = None,
+) -> Explanation:
+    """Explain pictures as `explain` does, by a method that its backend has made ready.
+
+    Arguments and errors are those of `explain`; `explainer` comes from the classifier's backend.
+    """
+    many = isinstance(images, (list, tuple))
+    sources: Sequence[ImageSource] = images if many else [images]  # type: ignore[assignment, list-item]
     if not sources:
         raise InputError("images is empty: pass at least one picture")
     pictures = [read_image(source) for source in sources]
     batch = np.stack([classifier.preprocess(picture) for picture in pictures])
-    explainer = classifier.make_explainer(**settings)
     result = explainer(batch, parse_targets(classifier, top=top, targets=targets))
     return dataclasses.replace(
         result,

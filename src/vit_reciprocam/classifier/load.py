@@ -91,9 +91,9 @@ def load(
         raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
     if class_names is not None:
         names = tuple(class_names)
-    from vit_reciprocam.classifier.torch_backend import TorchModel
+    from vit_reciprocam.classifier.torch_backend import TorchBackend
 
-    classifier = _classifier(spec, TorchModel(spec, model, device=device), prepared, names)
+    classifier = Classifier(spec, TorchBackend(spec, model, device=device), prepared, names)
     if names is not None and len(names) != classifier.num_classes:
         raise InputError(
             f"{len(names)} class names given for a model of {classifier.num_classes} classes"
@@ -151,21 +151,4 @@ def _onnx_classifier(name: str, **options: Any) -> Classifier:
             "Preprocess((224, 224), mean=…, std=…) or the name of one, such as 'imagenet', on the "
             "command line --preprocess imagenet. Its training says which"
         )
-    return _classifier(name, model, model.preprocess, model.class_names)
-
-
-def _classifier(
-    spec: str, model: Any, preprocess: Preprocess, class_names: tuple[str, ...] | None
-) -> Classifier:
-    """Of a `TorchModel` or an `OnnxExplainer`."""
-    return Classifier(
-        name=spec,
-        model=model.model if hasattr(model, "model") else model,
-        preprocess=preprocess,
-        num_classes=model.num_classes,
-        class_names=class_names,
-        make_explainer=model.make_explainer,
-        predict=model.predict,
-        digest=model.digest,
-        device=model.device,
-    )
+    return Classifier(name, model, model.preprocess, model.class_names)

@@ -1,35 +1,34 @@
-"""A PyTorch classifier with the same face as an explained ONNX file: NumPy in, NumPy out."""
+"""A PyTorch classifier as a `Backend`: NumPy in, NumPy out, with every method."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vit_reciprocam.classifier.classifier import Explainer
+from vit_reciprocam.core.batch import Batch
+from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.libraries.common.by_target import logits_of
 from vit_reciprocam.methods import METHODS, check_settings
 from vit_reciprocam.reciprocam import ReciproCAM
 from vit_reciprocam.results.explanation import Explanation, softmax
 
-__all__ = ["TorchModel"]
-
-Known = dict[Any, Any]
+__all__ = ["TorchBackend"]
 
 
-class TorchModel:
-    """Predicts and explains preprocessed batches, float32 (B, 3, H, W), with any method.
+class TorchBackend:
+    """Predicts and explains preprocessed images with a PyTorch classifier.
 
     Attributes:
-        name: What it is called.
-        model: The module.
+        name: Name that explanations give the model.
+        model: The module, in evaluation mode.
         num_classes: C.
-        device: Where it computes.
+        device: Device that computes.
     """
 
     def __init__(self, name: str, model: nn.Module, *, device: str) -> None:
@@ -46,16 +45,23 @@ class TorchModel:
         self.name = name
         classes = "num_labels" if hasattr(model, "num_labels") else "num_classes"
         self.num_classes: int = getattr(self.model, classes)
-        self.device = str(next(model.parameters()).device)
+        self._like = next(model.parameters())
+        self.device = str(self._like.device)
+
+    def batch(self, images: np.ndarray) -> Batch:
+        """Return preprocessed images (B, 3, H, W) on the device, for several explainers."""
+        return Batch(torch.from_numpy(images).to(self._like))
 
     @torch.no_grad()
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Logits (B, C) float32 of a preprocessed batch."""
-        logits: np.ndarray = logits_of(self.model(self._tensor(images))).float().cpu().numpy()
-        return logits
+    def predict(self, images: np.ndarray | Batch) -> np.ndarray:
+        """Return the logits (B, C) float32 of preprocessed images."""
+        batch = images if isinstance(images, Batch) else self.batch(images)
+        if batch.logits is None:
+            batch.logits = logits_of(self.model(batch.images)).float().cpu().numpy()
+        return batch.logits
 
     def digest(self) -> str:
-        """SHA-256 of the weights."""
+        """Return the SHA-256 of the weights."""
         summary = hashlib.sha256()
         for key, value in self.model.state_dict().items():
             summary.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -64,27 +70,33 @@ class TorchModel:
         return summary.hexdigest()
 
     def make_explainer(
-        self, *, method: str = "reciprocam", **settings: Any
-    ) -> Callable[..., Explanation]:
-        """A method of `METHODS` with its settings, as an `Explainer`.
+        self, *, method: str = "reciprocam", check: bool = True, **settings: Any
+    ) -> Explainer:
+        """Return a method of `METHODS` with its settings, to be called with images and targets.
+
+        Args:
+            method: Name of the method.
+            check: False leaves it to the first call to refuse a model that cannot be explained.
+            settings: Settings of the method.
 
         Raises:
             InputError: If there is no such method or setting.
-            ModelError: If ReciproCAM does not support the model.
+            ModelError: If ReciproCAM does not support the model and `check` is true.
         """
         check_settings(method, settings)
         if method == "reciprocam":
-            return self._reciprocam(ReciproCAM(self.model, **settings))
+            reciprocam = ReciproCAM(self.model, check=check, **settings)
 
-        def explain(images: np.ndarray, targets: Any, known: Known | None = None) -> Explanation:
-            known = {} if known is None else known
-            if "logits" not in known:
-                known["logits"] = self.predict(images)
-            logits = known["logits"]
+        def explain(images: np.ndarray | Batch, targets: Any = None) -> Explanation:
+            batch = images if isinstance(images, Batch) else self.batch(images)
+            if method == "reciprocam":
+                return reciprocam(batch, targets)
+            logits = self.predict(batch)
             chosen = resolve_targets(targets, logits)
-            maps = METHODS[method](self.model, self._tensor(images), chosen, **settings)
+            maps = METHODS[method](self.model, batch.images, chosen, **settings)
             return Explanation(
                 scores=maps.cpu().numpy(),
+                scores_are_maps=True,
                 logits=logits,
                 probs=softmax(logits),
                 targets=chosen,
@@ -93,16 +105,3 @@ class TorchModel:
             )
 
         return explain
-
-    def _reciprocam(self, explainer: ReciproCAM) -> Callable[..., Explanation]:
-        def explain(images: np.ndarray, targets: Any, known: Known | None = None) -> Explanation:
-            known = {} if known is None else known
-            batch = self._tensor(images)
-            if explainer.place not in known:
-                known[explainer.place] = explainer.cut(batch)
-            return explainer(batch, targets, cut=known[explainer.place])
-
-        return explain
-
-    def _tensor(self, images: np.ndarray) -> Tensor:
-        return torch.from_numpy(images).to(next(self.model.parameters()))

@@ -23,14 +23,12 @@ from vit_reciprocam.cli.console import (
     errors_in_one_line,
     out,
 )
-from vit_reciprocam.cli.explain import print_report, record, report_of
+from vit_reciprocam.cli.explain import print_report, record, report_of, settings_of
 from vit_reciprocam.pictures.preprocess import read_image
 
 __all__ = [
     "demo_command",
 ]
-
-SETTINGS = ("method", "kernel", "class_token", "layer")
 
 
 def demo_command(
@@ -50,7 +48,7 @@ def demo_command(
         folder = explanation.save(destination, colormap=colormap)
         plain_ms, explained_ms = _time_demo(classifier)
     ratio = explained_ms / plain_ms
-    settings = {name: explanation.settings[name] for name in SETTINGS}
+    settings = settings_of(explanation)
     report = report_of("demo", settings, [record(explanation, folder)], [])
     if as_json:
         timing = {"plain_ms": plain_ms, "explained_ms": explained_ms, "ratio": ratio}
@@ -78,7 +76,7 @@ def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
     batch = classifier.preprocess(read_image(ASSETS / "demo.png"))[None]
     calls: list[Callable[[], Any]] = [
         lambda: plain.run(["logits"], {"images": batch}),
-        lambda: classifier.model.session.run(["logits", "saliency"], {"images": batch}),
+        lambda: classifier.model.run(["logits", "saliency"], {"images": batch}),
     ]
     times: list[list[float]] = [[], []]
     for _ in range(runs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.classifier.explain import explain, parse_targets
+from vit_reciprocam.classifier.explain import explain_with, parse_targets
 from vit_reciprocam.classifier.load import SPECS, is_onnx, load
 from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
@@ -48,12 +47,9 @@ from vit_reciprocam.results.files import (
     write_atomically,
 )
 
-__all__ = [
-    "explain_command",
-    "print_report",
-    "record",
-    "report_of",
-]
+__all__ = ["explain_command", "print_report", "record", "report_of", "settings_of"]
+
+SETTINGS = ("method", "kernel", "class_token", "layer")
 
 
 def explain_command(
@@ -148,17 +144,14 @@ def explain_command(
             class_names=None if class_names is None else read_lines(class_names),
             **parse_options(option),
         )
-        if settings["method"] == "reciprocam":
-            usual = classifier.model.metadata.masking if is_onnx(model) else Masking()
-            settings = {"method": "reciprocam", **dataclasses.asdict(usual), **settings}
-        classifier.make_explainer(**settings)
+        explainer = classifier.backend.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
         failures: list[dict[str, str]] = []
         records: list[dict[str, Any]] = []
         for path, folder in progress(_folders(paths, destination), "Explaining"):
             try:
-                explanation = explain(path, classifier, targets=targets, **settings)
+                explanation = explain_with(explainer, path, classifier, targets=targets)
                 explanation.save(folder, colormap=colormap, opacity=opacity)
             except (ReciproCAMError, OSError) as error:
                 if debug:
@@ -166,6 +159,7 @@ def explain_command(
                 failures.append({"source": str(path), "error": str(error)})
                 continue
             records.append(record(explanation, folder))
+            settings = settings_of(explanation) | settings
         report = report_of(model, settings, records, failures)
         if records:
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
@@ -210,6 +204,11 @@ def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
 def record(explanation: Explanation, folder: Path) -> dict[str, Any]:
     """What is printed and written of one picture."""
     return explanation.record() | {"path": explanation.path, "folder": str(folder)}
+
+
+def settings_of(explanation: Explanation) -> dict[str, Any]:
+    """Return the method that ran, and where and what it masked."""
+    return {name: explanation.settings[name] for name in SETTINGS if name in explanation.settings}
 
 
 def report_of(

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from vit_reciprocam.core.masks import Masking, Place, kernel_window, window_sizes
+from vit_reciprocam.core.masks import Masking, kernel_window, window_sizes
 from vit_reciprocam.core.split import Attention, Cut, MeanPool, Readout
+from vit_reciprocam.core.stencil import frame, log_sum_outside, shift
 
 __all__ = ["Parts", "closed_form_rows"]
 
@@ -40,16 +41,17 @@ def closed_form_rows(
     *,
     attend: Callable[[Parts, tuple[int, int], str], Tensor] | None = None,
 ) -> Callable[[int, int], Tensor]:
-    """Prepare all masks; a function from (start, stop) to the logits of those rows.
+    """Prepare all masks, and return a function from (start, stop) to the logits of those rows.
 
-    Row 0 is unmasked, row 1 + n under mask n; the function gives (stop - start, B, C).
+    Row 0 is the unmasked image, row 1 + n the image under mask n. The function returns logits
+    (stop - start, B, C).
 
     Args:
-        cut: A cut with a `readout`.
-        prefix_tokens: How many tokens stand before the patches.
+        cut: A cut that has a `readout`.
+        prefix_tokens: Number of tokens before the patches.
         masking: What to keep, and where to cut.
         attend: Parts, grid and kernel -> the readout tokens' heads for row 0 and every mask,
-            (rows, b, r, k, d). By default what is fast in PyTorch.
+            (rows, b, r, k, d). The default is what is fast in PyTorch.
     """
     readout = cut.readout
     assert readout is not None
@@ -71,10 +73,10 @@ def closed_form_rows(
 
 
 def _means(cut: Cut, prefix: int, masking: Masking) -> Float[Tensor, "rows b D"]:
-    """The mean of the tokens in row 0 and under every mask: another small stencil."""
+    """Return the mean of the tokens in row 0 and under every mask: another small stencil."""
     tokens, window = cut.norm(cut.x), kernel_window(masking.kernel)
-    framed = _framed(tokens[:, prefix:, None], cut.grid, window, 0.0)
-    rows = torch.stack([place.level * _moved(framed, place, cut.grid, window) for place in window])
+    framed = frame(tokens[:, prefix:, None], cut.grid, window, 0.0)
+    rows = torch.stack([place.level * shift(framed, place, cut.grid, window) for place in window])
     sums = rows.sum(dim=0).flatten(3).flatten(1, 2).transpose(0, 1)
     if masking.class_token:
         sums = sums + tokens[:, :prefix].sum(dim=1)
@@ -86,11 +88,11 @@ class _Tokens:
     """The tokens that the attention sees, at every level of a mask.
 
     Attributes:
-        full: (b, t, D), as they are: level 1.
+        full: (b, t, D), the tokens as they are: level 1.
         nothing: (1, 1, D), any token at level 0.
-        patches: Level -> (b, n, D).
+        patches: Level -> (b, n, D), the patches at that level.
         linear: Whether patches(level) is level * patches(1).
-        prefix: How many stand before the patches.
+        prefix: Number of tokens before the patches.
     """
 
     full: Tensor
@@ -118,12 +120,12 @@ class Parts:
     Attributes:
         v_0: (1, 1, k, d), the value of any token at level 0.
         u: (b, t, k, d), relative values of the tokens as they are.
-        u_levels: Level -> (b, n, k, d), relative values of the patches at it; at 1.0 alone where
-            `linear`.
+        u_levels: Level -> (b, n, k, d), relative values of the patches at that level; only at 1.0
+            if `linear`.
         linear: Whether those at a level are level times those at 1.
         s: (b, t, r, k), scores of the tokens as they are: row 0.
         s_prefix: (b, p, r, k), scores of the prefix under the masks.
-        s_levels: Level -> (b, n, r, k), scores of the patches at it.
+        s_levels: Level -> (b, n, r, k), scores of the patches at that level.
         s_outside: (b or 1, 1 or n, r, k), scores of the patches at level 0: one for all, unless
             their position matters.
         prefix: Whether the prefix is kept, at level 1.
@@ -199,7 +201,7 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
 
 
 def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "rows b r k d"]:
-    """The readout tokens' heads for row 0, which is ordinary attention, and under every mask."""
+    """Return the readout tokens' heads for row 0, which is ordinary attention, and every mask."""
     window = kernel_window(kernel)
     row_0 = parts.v_0 + torch.einsum("btrk,btkd->brkd", parts.s.softmax(dim=1), parts.u)
     prefix = parts.s_prefix.shape[1]
@@ -208,10 +210,10 @@ def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "
     if parts.prefix:
         for a, u in zip(a_every[:prefix], parts.u[:, :prefix].unbind(1), strict=True):
             rows = torch.addcmul(rows, a, u[:, None, None, None])
-    framed = {level: _framed(u, grid, window, 0.0) for level, u in parts.u_levels.items()}
+    framed = {level: frame(u, grid, window, 0.0) for level, u in parts.u_levels.items()}
     for a, place in zip(a_every[prefix:-1], window, strict=True):
-        of, factor = (1.0, place.level) if parts.linear else (place.level, 1.0)
-        u = _moved(framed[of], place, grid, window)
+        level, factor = (1.0, place.level) if parts.linear else (place.level, 1.0)
+        u = shift(framed[level], place, grid, window)
         rows = torch.addcmul(rows, a, u.unsqueeze(3), value=factor)
     return torch.cat([row_0.unsqueeze(0), rows.flatten(1, 2).transpose(0, 1)])
 
@@ -219,54 +221,25 @@ def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "
 def _masked_weights(
     parts: Parts, grid: tuple[int, int], kernel: str
 ) -> Float[Tensor, "entries b y x r k"]:
-    """Attention weights under each mask: of the prefix, the window's places, all outside as one."""
+    """Return weights under each mask: for the prefix, the window's places, all outside as one."""
     window = kernel_window(kernel)
-    s_levels = {
-        level: _framed(s, grid, window, float("-inf")) for level, s in parts.s_levels.items()
-    }
+    s_levels = {level: frame(s, grid, window, float("-inf")) for level, s in parts.s_levels.items()}
     if parts.s_outside.shape[1] == 1:
         count = torch.from_numpy(grid[0] * grid[1] - window_sizes(grid, kernel))
         s_outside = parts.s_outside[:, None] + count.to(parts.s_outside).log()[:, :, None, None]
     else:
-        s_outside = _log_sum_outside(parts.s_outside.unflatten(1, grid), window)
+        s_outside = log_sum_outside(parts.s_outside.unflatten(1, grid), window)
 
     every = [
         *parts.s_prefix[:, None, None].unbind(3),
-        *(_moved(s_levels[place.level], place, grid, window) for place in window),
+        *(shift(s_levels[place.level], place, grid, window) for place in window),
         s_outside,
     ]
     return torch.stack(torch.broadcast_tensors(*every)).softmax(dim=0)
 
 
-def _log_sum_outside(
-    s: Float[Tensor, "b y x r k"], window: tuple[Place, ...]
-) -> Float[Tensor, "b y x r k"]:
-    """For each patch log Σ exp(s) over the patches outside its window, a full square.
-
-    Sums from the four sides, so that nothing has to be subtracted.
-    """
-    margin = _margin(window)
-    grid = s.shape[1], s.shape[2]
-
-    def beyond(s: Tensor, dim: int) -> Tensor:
-        """Over the patches further than the margin away along one dimension."""
-        size, skipped = s.shape[dim], margin + 1
-        if size <= skipped:
-            return torch.full_like(s, float("-inf"))
-        ends = s.narrow(dim, 0, skipped) * 0 + float("-inf")
-        before = s.narrow(dim, 0, size - skipped).logcumsumexp(dim)
-        after = s.narrow(dim, skipped, size - skipped).flip(dim).logcumsumexp(dim).flip(dim)
-        return torch.logaddexp(torch.cat([ends, before], dim), torch.cat([after, ends], dim))
-
-    sides = _framed(beyond(s, 2).flatten(1, 2), grid, window, float("-inf"))
-    near = range(-margin, margin + 1)
-    near_rows = [_moved(sides, Place(down, 0, 1.0), grid, window) for down in near]
-    far_rows = beyond(s.logsumexp(2, keepdim=True), 1).expand_as(s)
-    return torch.stack([*near_rows, far_rows]).logsumexp(0)
-
-
 def _biased(s: Tensor, bias: Tensor | None) -> Tensor:
-    """Scores (b, t or 1, r, k) with what position adds to them."""
+    """Return scores (b, t or 1, r, k) with what position adds to them."""
     return s if bias is None else s + bias
 
 
@@ -288,16 +261,16 @@ def _scores(
     tokens: Float[Tensor, "b t D"],
     prefix: int,
 ) -> Float[Tensor, "b t r k"]:
-    """Attention scores without the bias, up to a constant of each query.
+    """Return attention scores without the bias, up to a constant of each query.
 
     Without a key norm or rotation q · (W f + bias) = (Wᵀ q) · f + constant: few queries make that
     far cheaper than all keys.
 
     Args:
         attention: The attention.
-        query: What asks.
-        tokens: Prefix tokens, then patches: all of them where they are rotated.
-        prefix: How many are prefix tokens.
+        query: The queries of the readout tokens.
+        tokens: Prefix tokens, then patches; all of the patches if their keys are rotated.
+        prefix: Number of prefix tokens among them.
     """
     if attention.key_norm is None and attention.rotate is None:
         weight = attention.key.weight.unflatten(0, (attention.heads, -1))
@@ -309,24 +282,3 @@ def _scores(
     if attention.rotate is not None and key.shape[1] > prefix:
         key = torch.cat([key[:, :prefix], attention.rotate(key[:, prefix:])], dim=1)
     return _widen(torch.einsum("brkd,btkd->btrk", query.to(key.dtype), key) * attention.scale)
-
-
-def _framed(
-    patches: Tensor, grid: tuple[int, int], window: tuple[Place, ...], value: float
-) -> Tensor:
-    """Patches (b, n, …) as a grid with a margin, so that a window may look over the border."""
-    margin = _margin(window)
-    return pad(patches.unflatten(1, grid), (0, 0, 0, 0, *(margin,) * 4), value=value)
-
-
-def _moved(
-    framed: Tensor, place: Place, grid: tuple[int, int], window: tuple[Place, ...]
-) -> Tensor:
-    """For each patch (b, y, x, …), its neighbour at a place of the window."""
-    margin = _margin(window)
-    rows = framed.narrow(1, margin + place.down, grid[0])
-    return rows.narrow(2, margin + place.right, grid[1])
-
-
-def _margin(window: tuple[Place, ...]) -> int:
-    return max(max(abs(place.down), abs(place.right)) for place in window)

@@ -16,7 +16,7 @@ __all__ = ["direct_rows", "under_masks"]
 
 
 def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
-    """The definition, H once a mask; the same rows as `closed_form_rows`."""
+    """Prepare H once per mask, the definition; arguments and rows as in `closed_form_rows`."""
     run = under_masks(cut, masking)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -30,7 +30,7 @@ def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int
 
 
 def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
-    """H as a function of masks (M, T), which gives the logits (M, B, C)."""
+    """Return H as a function of masks (M, T) that returns the logits (M, B, C)."""
     x, at_norm = cut.x, masking.layer != "block"
     tokens = cut.norm(x) if at_norm else x
 
@@ -47,7 +47,7 @@ def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
 
 
 def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
-    """Masks to multiply tokens with, (M, 1, ...)."""
+    """Return masks in the shape that multiplies tokens, (M, 1, ...)."""
     if cut.x.ndim == 3:
         return masks[:, None, :, None]
     masks = masks.unflatten(1, cut.grid)[:, None]

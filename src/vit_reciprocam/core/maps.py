@@ -10,6 +10,7 @@ from vit_reciprocam.errors import InputError, check_choice
 
 __all__ = [
     "DECIMALS",
+    "FLAT",
     "MODES",
     "Size",
     "blur",
@@ -36,6 +37,10 @@ _BLUR_WIDTH, _BLUR_SIGMA = 51, 20.0
 _ROUNDING = 1e-5  # how far outside [0, 1] a probability or map may lie
 
 
+FLAT = float(4 * np.finfo(np.float32).eps)
+"""A map is constant if its scores differ by no more than this share of the largest."""
+
+
 def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Maps from scores: each (h, w) scaled to [0, 1], and which of them are degenerate.
 
@@ -50,7 +55,7 @@ def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     low = scores.min(axis=(-2, -1), keepdims=True)
     high = scores.max(axis=(-2, -1), keepdims=True)
-    flat = high - low <= 4 * np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
+    flat = high - low <= FLAT * np.maximum(abs(low), abs(high))
     maps = (scores - low).astype(np.float32, copy=False)
     maps /= np.where(flat, np.inf, high - low)
     return maps, flat[..., 0, 0]

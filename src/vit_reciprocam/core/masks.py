@@ -1,4 +1,4 @@
-"""The masks of ViT-ReciproCAM: one for each patch, keeping a small window of the grid around it.
+"""The masks of ViT-ReciproCAM: one per patch, which keeps a small window of the grid around it.
 
 Byun & Lee 2023, section 3. A mask multiplies the tokens after the first LayerNorm of the last
 encoder block.
@@ -63,7 +63,7 @@ class Masking:
 
 @functools.cache
 def kernel_window(kernel: str) -> tuple[Place, ...]:
-    """The places of a kernel's weights that are not zero, row by row."""
+    """Return the places of a kernel's weights that are not zero, row by row."""
     weights = KERNELS[kernel]
     middle_row, middle_column = weights.shape[0] // 2, weights.shape[1] // 2
     return tuple(
@@ -74,7 +74,7 @@ def kernel_window(kernel: str) -> tuple[Place, ...]:
 
 @functools.lru_cache(maxsize=16)
 def window_sizes(grid: tuple[int, int], kernel: str) -> np.ndarray:
-    """How many patches each mask keeps, (h, w): less at the border, where the kernel is cropped."""
+    """Return the number of patches that each mask keeps, (h, w); at the border it is cropped."""
     height, width = grid
     kept = np.zeros(grid)
     for down, right, _ in kernel_window(kernel):
@@ -92,7 +92,7 @@ def mask_matrix(
     prefix_tokens: int = 1,
     patches: range | None = None,
 ) -> np.ndarray:
-    """The masks M of the paper, (N, T) float64 with N = h·w and T = prefix + N.
+    """Return the masks M of the paper, (N, T) float64 with N = h·w and T = prefix + N.
 
     Row n holds the kernel centred on patch n, cropped at the border and not renormalised; the
     prefix columns are 1, or 0 with the class token off (the paper's ablation, Table 3).
@@ -101,7 +101,7 @@ def mask_matrix(
         grid: Patch grid (h, w).
         masking: Kernel and class token; the layer makes no difference here.
         prefix_tokens: Tokens before the patches: class, distillation, registers.
-        patches: Whose masks, by default all N.
+        patches: The patches whose masks are wanted; by default all N.
     """
     height, width = grid
     rows = range(height * width) if patches is None else patches

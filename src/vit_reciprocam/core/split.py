@@ -25,19 +25,21 @@ __all__ = [
     "Projection",
     "Readout",
     "Split",
+    "Splitter",
     "Tap",
+    "logits_of",
     "projections",
 ]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where in a model the normed tokens F stand.
+    """The place in a model at which the normed tokens F can be seen and changed.
 
     Attributes:
-        modules: Whose output or first argument it is: one, or several that each have their share of
-            its width.
-        side: "output" or "input".
+        modules: The modules whose output or first argument F is: one, or several that each have
+            their share of its width.
+        side: "output" or "input" of these modules.
     """
 
     modules: tuple[nn.Module, ...]
@@ -45,10 +47,14 @@ class Tap:
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """Within, what stands there is change(what would, number of the module).
+        """Replace what stands there, as long as the context lasts.
+
+        Args:
+            change: Given the tensor that would stand there and the number of its module, returns
+                the tensor that stands there instead.
 
         Raises:
-            ModelError: If the model does not come by here.
+            ModelError: If the model does not call the modules in the meantime.
         """
         called = set()
 
@@ -79,7 +85,7 @@ class Tap:
                 )
 
     def replaced(self, normed: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Within, F is this tensor."""
+        """Put a tensor (B, T, D) in the place of F, as long as the context lasts."""
         shares = normed.chunk(len(self.modules), dim=-1)
         return self.changed(lambda _, number: shares[number])
 
@@ -97,16 +103,16 @@ class Projection:
     bias: Tensor | None
 
     def __call__(self, tokens: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch A"]:
-        """Weight and bias applied to tokens."""
+        """Apply weight and bias to tokens."""
         return linear(tokens, self.weight, self.bias)
 
 
 def projections(weights: Sequence[Tensor], bias: Tensor | None) -> list[Projection]:
-    """Linear layers that are one: their shares of its weight, with their shares of its bias.
+    """Return the linear layers that a joint layer consists of, such as query, key and value.
 
     Args:
-        weights: (out, in) each.
-        bias: Of all, one after the other; None where there is none.
+        weights: Their shares of its weight, (out, in) each.
+        bias: The joint layer's bias, which is split like its weight, or None.
     """
     biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     return [Projection(*share) for share in zip(weights, biases, strict=True)]
@@ -120,17 +126,16 @@ class Attention:
     the same tokens and split into `heads`; prefix tokens are not rotated.
 
     Attributes:
-        heads: How many.
-        scale: Of the scores.
+        heads: Number of heads.
+        scale: Factor of the scores q · k.
         query: The readout tokens (B, R, D) -> their joined queries (B, R, A).
-        key: Tokens -> joined keys.
-        value: Tokens -> joined values.
-        query_norm: On (..., heads, head dimension).
-        key_norm: Likewise; None where there is none.
-        rotate: Rotary position embedding of the patches' keys, (B, N, heads, head dimension); None
-            where there is none.
-        bias: (T, R, heads), what position alone adds to the readout tokens' scores; None where
-            there is none.
+        key: Tokens (B, T, D) -> joined keys (B, T, A).
+        value: Tokens (B, T, D) -> joined values (B, T, A).
+        query_norm: Normalises queries (..., heads, head dimension); the identity if there is none.
+        key_norm: Normalises keys (..., heads, head dimension), or None.
+        rotate: Rotary position embedding of the patches' keys, (B, N, heads, head dimension), or
+            None.
+        bias: (T, R, heads), what position alone adds to the readout tokens' scores, or None.
     """
 
     heads: int
@@ -149,8 +154,8 @@ class Readout:
     """What the closed form needs of the block and the head: the few tokens that the head reads.
 
     Attributes:
-        tokens: R, how many from the first on.
-        attention: The block's attention by its parts.
+        tokens: R, the number of readout tokens; they are the first ones.
+        attention: The block's attention, part by part.
         finish: Joined heads (n, B, R, A), normed tokens F (n, B, R, D) and skip path X (n, B, R, D)
             of the readout tokens -> logits (n, B, C).
     """
@@ -162,7 +167,7 @@ class Readout:
 
 @dataclass(frozen=True)
 class MeanPool:
-    """What the closed form needs where the cut stands just before the mean of tokens.
+    """What the closed form needs if the cut stands just before the mean of all tokens.
 
     Attributes:
         finish: Means of all tokens (n, B, D) -> logits (n, B, C).
@@ -182,12 +187,11 @@ class Cut:
         grid: (h, w).
         x: X, the residual stream that enters the block: (B, T, D), or (B, h, w, D), or (B, D, h, w)
             if `channels_first`.
-        norm: X -> F, the block's first LayerNorm. Acts on each token alone.
-        rest: H: (F, X) -> logits, for any number of tokens' sets, a multiple of B in the order of
-            x repeated.
-        readout: What the closed form needs; None where it does not hold.
+        norm: X -> F, the block's first LayerNorm, which acts on each token alone.
+        rest: H: (F, X) -> logits (n * B, C), for n sets of masked tokens, (n * B, T, D) each, in
+            the order of X repeated n times.
+        readout: What the closed form needs; None if it does not hold.
         channels_first: Whether X is (B, D, h, w).
-        place: Of an explainer's cut, where which model was cut.
     """
 
     grid: tuple[int, int]
@@ -196,7 +200,6 @@ class Cut:
     rest: Callable[[Tensor, Tensor], Tensor]
     readout: Readout | MeanPool | None = None
     channels_first: bool = False
-    place: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,11 +207,12 @@ class Split:
     """A model as the method sees it; a snapshot, made anew for each call so as not to go stale.
 
     Attributes:
-        cut: G: images -> their `Cut`. Raises `InputError` where the model cannot take that size.
-        prefix_tokens: P: class, distillation and register tokens, before the patches.
-        block: The encoder block.
-        tap: Where in it F stands.
-        direct_because: Why the closed form does not hold; empty where it does.
+        cut: G: images (B, ch, H, W) -> their `Cut`. Raises `InputError` if the model cannot take
+            that size.
+        prefix_tokens: P, the number of class, distillation and register tokens before the patches.
+        block: The encoder block that is cut.
+        tap: The place of F in it.
+        direct_because: Why the closed form does not hold; empty if it does.
     """
 
     cut: Callable[[Tensor], Cut]
@@ -216,3 +220,20 @@ class Split:
     block: nn.Module
     tap: Tap
     direct_because: str = ""
+
+
+Splitter = Callable[[nn.Module], Split]
+"""Splits a model; explainers call it anew for each batch."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return a model's class scores (B, C), also out of an object that holds them as `logits`.
+
+    Raises:
+        ModelError: If there are none.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ModelError(f"the model must give logits (batch, classes), but gave {what}")
+    return logits

@@ -14,22 +14,23 @@ from vit_reciprocam.errors import InputError, UnknownClassError
 
 __all__ = ["find_class", "resolve_targets", "top_classes"]
 
-_FORMS = "None (top-1), 'all', an int, (B,) one class an image, (B, K), or (1, K) for all images"
+_FORMS = "None (top-1), 'all', an int, (B,) one class per image, (B, K), or (1, K) for all images"
 
 
 def top_classes(logits: np.ndarray, count: int) -> np.ndarray:
-    """The `count` classes with the highest logits, best first: (B, C) -> (B, count) int64."""
+    """Return the `count` classes of the highest logits, best first: (B, C) -> (B, count) int64."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
     return order.astype(np.int64)
 
 
 def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
-    """Class indices as (B, K) int64.
+    """Return class indices as (B, K) int64.
 
     Args:
-        targets: None = each image's top-1 | int for all | "all" | (B,) one an image | (B, K); (1,
-            K) broadcasts. Lists, arrays and tensors of integers. Or a function that is given the
-            logits as a NumPy array (B, C) and returns one of these.
+        targets: None for each image's top-1 class, an int for all images, "all", (B,) with one
+            class per image, (B, K), or (1, K) for all images; as lists, arrays or tensors of
+            integers. Or a function that is given the logits as a NumPy array (B, C) and returns one
+            of these.
         logits: (B, C) of the unmasked images.
 
     Raises:
@@ -74,15 +75,15 @@ def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
 
 
 def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
-    """The index of a class written as an index or a name.
+    """Return the index of a class written as an index or a name.
 
     A name fits a class whose whole name, or one of its comma-separated synonyms, is equal but for
-    case. Where none does, classes that have it as a whole word are offered before those that are
-    spelt like it.
+    case. If none does, classes that have it as a whole word are offered before those that are spelt
+    like it.
 
     Args:
         wanted: A name, or an index, also written as text.
-        names: The classes' names, or where they are not known how many there are.
+        names: The classes' names, or the number of classes if names are not known.
 
     Raises:
         UnknownClassError: If nothing or more than one class fits; the message offers the closest.

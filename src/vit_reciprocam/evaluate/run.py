@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_reciprocam.classifier.classifier import Classifier, Explainer
+from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import ImageError, InputError, ReciproCAMError
 from vit_reciprocam.evaluate.data.datasets import DataSet, Item, picture_digest, read_dataset
 from vit_reciprocam.evaluate.data.labels import Labels
@@ -105,7 +106,7 @@ def evaluate(
         )
     explainers = {
         name: {
-            label: classifier.make_explainer(method=spec.name, **spec.settings)
+            label: classifier.backend.make_explainer(method=spec.name, **spec.settings)
             for label, spec in specs.items()
         }
         for name, classifier in models.items()
@@ -124,7 +125,7 @@ def evaluate(
         "data": {"name": data, "digest": dataset.digest(), "pictures": len(dataset.items)},
         "models": {
             name: {
-                "weights": classifier.digest(),
+                "weights": classifier.backend.digest(),
                 "preprocess": classifier.preprocess.to_dict(),
                 "device": classifier.device,
                 "class_names": classifier.class_names and list(classifier.class_names),
@@ -232,11 +233,11 @@ class _Measurement:
         if not good:
             return failed
         images = np.stack([one.pixels for one in good if one.pixels is not None])
-        known: dict[Any, Any] = {}  # of these images, by all methods
+        shared = self.classifier.backend.batch(images)
         measured = [
             record
             for method in self.explainers
-            for record in self._measured(method, good, images, known)
+            for record in self._measured(method, good, images, shared)
         ]
         return failed + measured
 
@@ -251,18 +252,18 @@ class _Measurement:
         }
 
     def _measured(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, known: dict[Any, Any]
+        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, shared: Batch | None
     ) -> list[dict[str, Any]]:
         """Of one method; where it fails on a batch, picture by picture."""
         try:
-            columns = self._columns(method, batch, images, known)
+            columns = self._columns(method, batch, images, shared)
         except ReciproCAMError as error:
             if len(batch) == 1:
                 return [self._about(batch[0], method) | {"error": str(error)}]
             return [
                 record
                 for row, one in enumerate(batch)
-                for record in self._measured(method, [one], images[row : row + 1], {})
+                for record in self._measured(method, [one], images[row : row + 1], None)
             ]
         records = []
         for row, one in enumerate(batch):
@@ -274,18 +275,21 @@ class _Measurement:
         return records
 
     def _columns(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, known: dict[Any, Any]
+        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, shared: Batch | None
     ) -> dict[str, np.ndarray]:
         explain = self.explainers[method]
         labels = np.array([-1 if one.item.label is None else one.item.label for one in batch])
-        first = explain(images, lambda found: self.protocol.targets(found, labels)[:, None], known)
+        first = explain(
+            images if shared is None else shared,
+            lambda found: self.protocol.targets(found, labels)[:, None],
+        )
         maps, targets = first.maps[:, 0], first.targets[:, 0]
         masked = explain(self.protocol.masked_images(images, maps), targets[:, None])
         p, o = _chosen(first.probs, targets), _chosen(masked.probs, targets)
         columns = self.protocol.score_images(images, maps, masked.maps[:, 0], p, o)
         if self.insertion:
             columns |= self.protocol.score_order(
-                lambda x: softmax(self.classifier.predict(x)),
+                lambda x: softmax(self.classifier.backend.predict(x)),
                 images,
                 maps,
                 targets,

@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import direct_rows
 from vit_reciprocam.core.masks import Masking, mask_matrix
-from vit_reciprocam.core.split import Cut, Split
+from vit_reciprocam.core.split import Cut, Split, logits_of
 from vit_reciprocam.errors import ModelError, ReciproCAMError
-from vit_reciprocam.libraries.common.by_target import logits_of
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.listing import Architecture, short_reason
 

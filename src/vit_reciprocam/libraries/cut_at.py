@@ -1,40 +1,51 @@
-"""Any module of a user's own, cut at the output of a module that the user names -> Split."""
+"""What `split=` takes: functions that cut a model at a block, or at a module that one names."""
 
 from __future__ import annotations
 
+import functools
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_reciprocam.core.split import Cut, Split, Tap
+from vit_reciprocam.core.split import Cut, Split, Splitter, Tap, logits_of
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.dispatch import refuse_quantised, split_model
 
-__all__ = ["logits_of", "refuse_training", "split"]
+__all__ = ["cut_at", "cut_at_block", "refuse_training"]
 
 
-def split(
-    model: nn.Module, target: nn.Module, *, grid: tuple[int, int] | None, prefix_tokens: int
-) -> Split:
-    """Cut a model at the output of one of its modules: (B, T, D), (B, h, w, D) or (B, D, h, w).
+@functools.cache
+def cut_at_block(block: int = -1, *, pool: bool = False) -> Splitter:
+    """Return the function that cuts a supported model at an encoder block, see `split_model`.
 
-    What follows the cut is run by running the whole model with that output replaced, so nothing
-    needs to be known of it, and each mask costs one forward pass.
+    The same arguments give the same function, so that explainers can tell whether they cut alike.
+    """
+    return functools.partial(split_model, block=block, pool=pool)
+
+
+def cut_at(
+    module: nn.Module, *, grid: tuple[int, int] | None = None, prefix_tokens: int = 0
+) -> Splitter:
+    """Return the function that cuts any model at the output of one of its modules.
+
+    The output may be (B, T, D), (B, h, w, D) or (B, D, h, w). What follows the cut is run by
+    running the whole model with that output replaced, so nothing needs to be known of it, and each
+    mask costs one forward pass. The model gives logits (B, C), or an object that holds them as
+    `logits`.
 
     Args:
-        model: Images -> logits (B, C), or an object that holds them as `logits`.
-        target: The module, called once a forward pass.
-        grid: (h, w) of the patches; of an output of four dimensions it also says which are rows and
-            columns. Where it leaves that open, the cut refuses.
-        prefix_tokens: How many tokens stand before the patches.
+        module: The module, which must run once per forward pass.
+        grid: (h, w) of the patches. For an output of four dimensions it also says which of them are
+            rows and columns; an output that leaves this open is refused.
+        prefix_tokens: Number of tokens that stand before the patches.
 
     Raises:
-        InputError: If target is no module of the model, or grid and prefix_tokens make no sense.
+        InputError: If grid or prefix_tokens make no sense; later, when a model is cut, if `module`
+            is not a module of it.
     """
-    if not isinstance(target, nn.Module) or all(target is not one for one in model.modules()):
-        raise InputError("target must be one of the model's own modules, such as model.blocks[-1]")
     sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
     if grid is not None and not (len(sides) == 2 and all(_whole(side, 1) for side in sides)):
         raise InputError(
@@ -44,11 +55,20 @@ def split(
         raise InputError(
             f"prefix_tokens must be a whole number and not negative, got {prefix_tokens!r}"
         )
-    tap = Tap((target,))
+    return functools.partial(_split, module=module, grid=grid, prefix_tokens=int(prefix_tokens))
+
+
+def _split(
+    model: nn.Module, *, module: nn.Module, grid: tuple[int, int] | None, prefix_tokens: int
+) -> Split:
+    refuse_quantised(model)
+    if not isinstance(module, nn.Module) or all(module is not one for one in model.modules()):
+        raise InputError("target must be one of the model's own modules, such as model.blocks[-1]")
+    tap = Tap((module,))
 
     def cut(images: Tensor) -> Cut:
         tokens = _tokens(model, tap, images)
-        lie, channels_first = _layout(tokens, target, grid, prefix_tokens)
+        lie, channels_first = _layout(tokens, module, grid, prefix_tokens)
         if tokens.shape[1] == len(images):  # perhaps (T, B, D): with one image more it would show
             _tokens(model, tap, torch.cat([images, images[:1]]))
 
@@ -60,8 +80,8 @@ def split(
 
     return Split(
         cut=cut,
-        prefix_tokens=int(prefix_tokens),
-        block=target,
+        prefix_tokens=prefix_tokens,
+        block=module,
         tap=tap,
         direct_because="the cut is at a module that you named, and what follows it is not known",
     )
@@ -80,19 +100,6 @@ def refuse_training(model: nn.Module) -> None:
                 f"{what} is in training mode, in which a module of your own may act at random: "
                 "call model.eval() first"
             )
-
-
-def logits_of(output: Any) -> Tensor:
-    """A model's class scores (B, C), also out of an object that holds them.
-
-    Raises:
-        ModelError: If there are none.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise ModelError(f"the model must give logits (batch, classes), but gave {what}")
-    return logits
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from vit_reciprocam.core.maps import FLAT
 from vit_reciprocam.errors import InputError, MissingDependencyError, check_choice
-from vit_reciprocam.methods.null import check_keywords, scaled
+from vit_reciprocam.methods.null import NULLS, check_keywords
 
 __all__ = ["METHODS", "MethodSpec", "check_settings"]
 
@@ -26,10 +27,7 @@ _MODULES = {
     "rollout": "methods.baselines",
     "relevance": "methods.baselines",
     "raw_attention": "methods.baselines",
-    "random": "methods.baselines",
-    "center": "methods.baselines",
-    "uniform": "methods.baselines",
-    "image_edges": "methods.baselines",
+    **dict.fromkeys(NULLS, "methods.null"),
     "grad_cam": "methods.peers",
     "layer_cam": "methods.peers",
     "eigen_cam": "methods.peers",
@@ -45,10 +43,13 @@ Method = Callable[..., Any]
 def _method(name: str) -> Method:
     def method(model: Any, images: Any, targets: Any = None, **settings: Any) -> Any:
         check_settings(name, settings)
-        return _scaled(name, _function(name)(model, images, targets, **settings))
+        if name in NULLS:
+            null_baseline = _function("null_baseline", "methods.baselines")
+            return null_baseline(name, model, images, targets, **settings)
+        return _min_max(_function(name, _MODULES[name])(model, images, targets, **settings))
 
     method.__name__ = method.__qualname__ = name
-    method.__doc__ = f"Maps of `vit_reciprocam.{_MODULES[name]}.{name}`, in [0, 1]."
+    method.__doc__ = f"Return the maps of `vit_reciprocam.{_MODULES[name]}.{name}`, in [0, 1]."
     return method
 
 
@@ -63,12 +64,12 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         MissingDependencyError: If the method's library is not installed.
     """
     check_choice("method", name, METHODS)
-    function = _function(name)
-    if name == "reciprocam":
-        from vit_reciprocam.reciprocam import ReciproCAM
-
-        function = ReciproCAM
-    check_keywords(name, function, settings)
+    if name in NULLS:
+        _function("null_baseline", "methods.baselines")  # torch must be there
+        check_keywords(name, NULLS[name], settings)
+        return
+    wanted = "ReciproCAM" if name == "reciprocam" else name
+    check_keywords(name, _function(wanted, _MODULES[name]), settings)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _function(name: str) -> Callable[..., Any]:
-    module = _MODULES[name]
+def _function(name: str, module: str) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = getattr(
             importlib.import_module(f"vit_reciprocam.{module}"), name
@@ -137,9 +137,9 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _scaled(name: str, values: Any) -> Any:
-    """As `null.scaled`, of a tensor."""
-    import torch
-
-    maps = scaled(name, values.detach().float().cpu().numpy())
-    return torch.from_numpy(maps).to(values.device)
+def _min_max(values: Any) -> Any:
+    """Scale each map (..., h, w) of a tensor to [0, 1], as `core.maps.min_max` does of an array."""
+    maps = values.detach().float()
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    flat = high - low <= FLAT * low.abs().maximum(high.abs())
+    return (maps - low) / (high - low).masked_fill(flat, float("inf"))

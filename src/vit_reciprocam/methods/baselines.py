@@ -1,10 +1,8 @@
-"""Methods to compare with: attention rollout, relevance, raw attention, and null baselines.
+"""Methods to compare with: attention rollout, relevance, raw attention; null baselines by name.
 
 All have one signature, f(model, images, targets=None, **settings) -> (B, K, h, w): the method's own
-values on the patch grid, in at least float32, on the model's device. `targets` are as of
+values on the patch grid, in at least float32, on the model's device. `targets` are those of
 `ReciproCAM`; only relevance depends on them, and the others give the same map for every target.
-
-The null baselines are those of `methods.null` on the model's grid.
 """
 
 from __future__ import annotations
@@ -28,17 +26,9 @@ from vit_reciprocam.libraries.dispatch import (
     split_model,
 )
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
-from vit_reciprocam.methods.null import NULLS
+from vit_reciprocam.methods.null import null_maps
 
-__all__ = [
-    "center",
-    "image_edges",
-    "random",
-    "raw_attention",
-    "relevance",
-    "rollout",
-    "uniform",
-]
+__all__ = ["null_baseline", "raw_attention", "relevance", "rollout"]
 
 Images = Float[Tensor, "B ch H W"]
 Maps = Float[Tensor, "B K h w"]
@@ -258,71 +248,28 @@ def _bytes(encoder: Encoder, tokens: Tensor) -> int:
     return numbers * tokens.element_size()
 
 
-def uniform(model: nn.Module, images: Images, targets: Any = None) -> Maps:
-    """Null baseline: 1 everywhere.
-
-    Args:
-        model: Only for its grid.
-        images: Preprocessed; only how many, and their size.
-        targets: Only how many.
-    """
-    return _null("uniform", model, images, targets)
-
-
-def center(model: nn.Module, images: Images, targets: Any = None, *, sigma: float = 0.5) -> Maps:
-    """Null baseline: a Gaussian blob in the middle of every picture, see `null.center`.
-
-    Args:
-        model: Only for its grid.
-        images: Preprocessed; only how many, and their size.
-        targets: Only how many.
-        sigma: Standard deviation, in halves of the picture's height and width.
-
-    Raises:
-        InputError: If sigma is not positive.
-    """
-    return _null("center", model, images, targets, sigma=sigma)
-
-
-def random(
-    model: nn.Module, images: Images, targets: Any = None, *, seed: int = 0, cells: int = 4
+def null_baseline(
+    name: str, model: nn.Module, images: Images, targets: Any = None, **settings: Any
 ) -> Maps:
-    """Null baseline: smooth noise, drawn anew for each picture, see `null.random`.
+    """Return the maps of a null baseline on the model's grid, the same for every target.
+
+    One image runs through the model, to find its grid and classes; all of them, if `targets` is a
+    function of the logits.
 
     Args:
-        model: Only for its grid.
-        images: Preprocessed; only as a source of chance.
-        targets: Only how many.
-        seed: Of the noise.
-        cells: Of the noise before it is upsampled, along each side.
-
-    Raises:
-        InputError: If a setting does not fit.
-    """
-    return _null("random", model, images, targets, seed=seed, cells=cells)
-
-
-def image_edges(model: nn.Module, images: Images, targets: Any = None) -> Maps:
-    """Null baseline: how much edge each patch holds, whatever the model, see `null.image_edges`.
-
-    Args:
+        name: Name of the function of `methods.null`.
         model: Only for its grid.
         images: Preprocessed.
-        targets: Only how many.
-    """
-    return _null("image_edges", model, images, targets)
+        targets: As in `ReciproCAM`; only how many.
+        settings: Settings of that function.
 
-
-def _null(name: str, model: nn.Module, images: Tensor, targets: Any, **settings: Any) -> Tensor:
-    """Maps of a null baseline on the model's grid, the same for every target.
-
-    One image runs through the model, to find its grid and classes; all, where `targets` is a
-    function of the logits.
+    Raises:
+        InputError: If the images, targets or settings do not fit.
     """
     split = _checked(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
     pictures = _wide(images.detach()).cpu().numpy()
-    drawn = torch.from_numpy(NULLS[name](pictures, grid, **settings)).to(images.device)
+    drawn = torch.from_numpy(null_maps(name, pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "image_edges",
     "null_maps",
     "random",
-    "scaled",
     "uniform",
 ]
 
@@ -117,16 +116,8 @@ def null_maps(name: str, images: np.ndarray, grid: Size, **settings: Any) -> np.
     Raises:
         InputError: If a setting does not fit.
     """
-    return scaled(name, NULLS[name](images, grid, **settings))
-
-
-def scaled(name: str, values: np.ndarray) -> np.ndarray:
-    """Any method's values (..., h, w) as maps, float32, each scaled to [0, 1].
-
-    A constant one becomes zeros, but for `uniform`, which is ones by definition.
-    """
-    values = values.astype(np.float32, copy=False)
-    return values if name == "uniform" else min_max(values)[0]
+    values = NULLS[name](images, grid, **settings).astype(np.float32, copy=False)
+    return values if name == "uniform" else min_max(values)[0]  # uniform is ones by definition
 
 
 def check_keywords(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:

@@ -20,9 +20,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vit_reciprocam.core.split import Split
+from vit_reciprocam.core.split import Split, logits_of
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.by_target import logits_of
 from vit_reciprocam.libraries.dispatch import (
     check_images,
     check_mode,

@@ -47,17 +47,18 @@ class Explanation:
 
     Attributes:
         scores: (B, K, h, w) float32: the target's softmax probability with only that window kept
-            (or its logit, see `settings["score"]`). Comparable between classes and images, as
-            `maps` are not. Of other methods the maps themselves.
+            (or its logit, see `settings["score"]`), comparable between classes and images, as
+            `maps` are not; for other methods the maps themselves.
         logits: (B, C) float32 of the unmasked images.
         probs: (B, C) float32, their softmax.
         targets: (B, K) int64, the explained classes.
-        path: "closed-form" or "direct": how the scores were computed; "" of other methods.
+        path: "closed-form" or "direct": how the scores were computed; "" for other methods.
         settings: What was run: method, model and the method's settings.
         class_names: One a class, where known.
         pictures: For each image the region that the model saw, RGB, where known.
         sources: For each image its file name, where known.
         preprocess: What cut those regions out of the whole pictures, where known.
+        scores_are_maps: Whether `scores` are maps already, as those of other methods.
     """
 
     scores: np.ndarray
@@ -70,6 +71,7 @@ class Explanation:
     pictures: tuple[Image.Image, ...] | None = field(default=None, repr=False)
     sources: tuple[str, ...] | None = None
     preprocess: Preprocess | None = field(default=None, repr=False)
+    scores_are_maps: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Make the arrays and settings read-only, without touching the caller's."""
@@ -87,7 +89,7 @@ class Explanation:
     @cached_property
     def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
         maps, degenerate = min_max(self.scores)
-        if not self.path:  # of another method, maps already
+        if self.scores_are_maps:
             maps = self.scores.view()
         maps.flags.writeable = degenerate.flags.writeable = False
         return maps, degenerate

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
 from vit_reciprocam.onnx.contract import Metadata, check_file_targets
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
-from vit_reciprocam.onnx.run.sessions import open_session
+from vit_reciprocam.onnx.run.sessions import Session, open_session
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.results.explanation import Explanation, softmax
@@ -83,16 +84,6 @@ class OnnxExplainer:
             )
         self.preprocess = self._checked_preprocess(preprocess)
 
-    def with_threads(self, threads: int) -> OnnxExplainer:
-        """The same file opened with so many threads."""
-        return OnnxExplainer(
-            self.path,
-            threads=threads,
-            preprocess=self.preprocess,
-            class_names=self.class_names,
-            **self._options,
-        )
-
     def options(self) -> dict[str, Any]:
         """What `OnnxExplainer` opens the same file with, as plain JSON values."""
         return {"path": str(self.path), "threads": self.threads, **self._options}
@@ -107,13 +98,14 @@ class OnnxExplainer:
         return digest(self.path)
 
     def make_explainer(
-        self, *, method: str = "reciprocam", **settings: Any
+        self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Callable[..., Explanation]:
-        """As `Classifier.make_explainer`: ReciproCAM as it lies in the graph, or a null baseline.
+        """Return ReciproCAM as it lies in the graph, or a null baseline.
 
         Args:
             method: "reciprocam", or a name of `methods.null.NULLS`.
-            settings: Of ReciproCAM only those in the graph; of a null baseline its own.
+            check: Without effect: a file is checked when it is opened.
+            settings: Settings that the graph has, or those of the null baseline.
 
         Raises:
             InputError: If the file has no such method or setting.
@@ -150,37 +142,50 @@ class OnnxExplainer:
 
     # --- running --------------------------------------------------------------------------
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Logits (B, C) float32 of a preprocessed batch.
+    @property
+    def model(self) -> Session:
+        """The file, open in its runtime."""
+        return self.session
+
+    def batch(self, images: np.ndarray) -> Batch:
+        """Return preprocessed images (B, 3, H, W), for several explainers of this file.
 
         Raises:
             InputError: If the images do not fit the model.
         """
-        feeds = {self.metadata.images: self._checked_images(images)}
-        if self.metadata.targets == "input":
-            feeds["targets"] = np.zeros((len(images), 1), np.int64)
-        (logits,) = self.session.run([self.metadata.logits], feeds)
-        return self._as_logits(logits)
+        return Batch(self._checked_images(images))
 
-    def __call__(
-        self, images: np.ndarray, targets: Any = None, known: dict[Any, Any] | None = None
-    ) -> Explanation:
-        """Explain a batch: float32 (B, 3, H, W), preprocessed; targets as in `ReciproCAM`.
+    def predict(self, images: np.ndarray | Batch) -> np.ndarray:
+        """Return the logits (B, C) float32 of preprocessed images.
+
+        Raises:
+            InputError: If the images do not fit the model.
+        """
+        batch = images if isinstance(images, Batch) else self.batch(images)
+        if batch.logits is None:
+            feeds = {self.metadata.images: batch.images}
+            if self.metadata.targets == "input":
+                feeds["targets"] = np.zeros((len(batch), 1), np.int64)
+            (logits,) = self.session.run([self.metadata.logits], feeds)
+            batch.logits = self._as_logits(logits)
+        return batch.logits
+
+    def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
+        """Explain preprocessed images (B, 3, H, W) float32.
 
         Args:
-            images: The batch.
-            targets: Of a file that explains the top classes only, these.
-            known: May hold the images' "logits": they spare a file with an input for targets the
-                run that finds each image's top classes.
+            images: The images, or a `Batch` of them. Logits that the batch holds spare a file with
+                an input for targets the run that finds each image's top classes.
+            targets: As in `ReciproCAM`; of a file that explains the top classes only, these.
 
         Raises:
             InputError: If the images or targets do not fit the model or the file.
         """
-        images = self._checked_images(images)
+        batch = images if isinstance(images, Batch) else self.batch(images)
         if self.metadata.targets == "input":
-            logits, scores, chosen = self._run_for(images, targets, (known or {}).get("logits"))
+            logits, scores, chosen = self._run_for(batch, targets)
         else:
-            logits, scores, chosen = self._run_and_pick(images, targets)
+            logits, scores, chosen = self._run_and_pick(batch.images, targets)
         return Explanation(
             scores=scores.astype(np.float32, copy=False),
             logits=logits,
@@ -202,19 +207,17 @@ class OnnxExplainer:
         self,
         method: str,
         settings: dict[str, Any],
-        images: np.ndarray,
+        images: np.ndarray | Batch,
         targets: Any = None,
-        known: dict[Any, Any] | None = None,
     ) -> Explanation:
-        """As `__call__`, with a null baseline's maps, the same for every target."""
-        known = {} if known is None else known
-        if "logits" not in known:
-            known["logits"] = self.predict(images)
-        logits = known["logits"]
+        """Explain by a null baseline's maps, which are the same for every target."""
+        batch = images if isinstance(images, Batch) else self.batch(images)
+        logits = self.predict(batch)
         chosen = resolve_targets(targets, logits)
-        maps = null_maps(method, images, self._grid(images), **settings)
+        maps = null_maps(method, batch.images, self._grid(batch.images), **settings)
         return Explanation(
             scores=np.repeat(maps[:, None], chosen.shape[1], axis=1),
+            scores_are_maps=True,
             logits=logits,
             probs=softmax(logits),
             targets=chosen,
@@ -234,16 +237,14 @@ class OnnxExplainer:
             rows, columns = self(images[:1]).scores.shape[2:]
         return rows, columns
 
-    def _run_for(
-        self, images: np.ndarray, targets: Any, logits: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a file with an input for targets: logits, scores, targets."""
+    def _run_for(self, batch: Batch, targets: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return logits, scores and targets of a file with an input for targets."""
         if targets is None or callable(targets):
-            logits = self.predict(images) if logits is None else logits
-        chosen = resolve_targets(
-            targets, np.empty((len(images), self.num_classes)) if logits is None else logits
-        )
-        feeds = {self.metadata.images: images, "targets": chosen}
+            known = self.predict(batch)
+        else:  # only the shape matters
+            known = np.empty((len(batch), self.num_classes))
+        chosen = resolve_targets(targets, known)
+        feeds = {self.metadata.images: batch.images, "targets": chosen}
         logits, scores = self.session.run([self.metadata.logits, "scores"], feeds)
         return self._as_logits(logits), scores, chosen
 

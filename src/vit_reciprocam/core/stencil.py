@@ -1,0 +1,58 @@
+"""Windows on the patch grid: each patch's neighbours, and sums over all that lie outside."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vit_reciprocam.core.masks import Place
+
+__all__ = ["frame", "log_sum_outside", "shift"]
+
+
+def frame(
+    patches: Tensor, grid: tuple[int, int], window: tuple[Place, ...], value: float
+) -> Tensor:
+    """Return patches (b, n, …) as a grid with a margin, for windows that reach over the border."""
+    margin = _margin(window)
+    return pad(patches.unflatten(1, grid), (0, 0, 0, 0, *(margin,) * 4), value=value)
+
+
+def shift(framed: Tensor, place: Place, grid: tuple[int, int], window: tuple[Place, ...]) -> Tensor:
+    """Return for each patch (b, y, x, …) its neighbour at a place of the window."""
+    margin = _margin(window)
+    rows = framed.narrow(1, margin + place.down, grid[0])
+    return rows.narrow(2, margin + place.right, grid[1])
+
+
+def _margin(window: tuple[Place, ...]) -> int:
+    return max(max(abs(place.down), abs(place.right)) for place in window)
+
+
+def log_sum_outside(
+    s: Float[Tensor, "b y x r k"], window: tuple[Place, ...]
+) -> Float[Tensor, "b y x r k"]:
+    """Return for each patch log Σ exp(s) over the patches outside its window, a full square.
+
+    It sums from the four sides, so that nothing has to be subtracted.
+    """
+    margin = _margin(window)
+    grid = s.shape[1], s.shape[2]
+
+    def beyond(s: Tensor, dim: int) -> Tensor:
+        """Sum over the patches further away than the margin along one dimension."""
+        size, skipped = s.shape[dim], margin + 1
+        if size <= skipped:
+            return torch.full_like(s, float("-inf"))
+        ends = s.narrow(dim, 0, skipped) * 0 + float("-inf")
+        before = s.narrow(dim, 0, size - skipped).logcumsumexp(dim)
+        after = s.narrow(dim, skipped, size - skipped).flip(dim).logcumsumexp(dim).flip(dim)
+        return torch.logaddexp(torch.cat([ends, before], dim), torch.cat([after, ends], dim))
+
+    sides = frame(beyond(s, 2).flatten(1, 2), grid, window, float("-inf"))
+    near = range(-margin, margin + 1)
+    near_rows = [shift(sides, Place(down, 0, 1.0), grid, window) for down in near]
+    far_rows = beyond(s.logsumexp(2, keepdim=True), 1).expand_as(s)
+    return torch.stack([*near_rows, far_rows]).logsumexp(0)
