@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import vit_reciprocam as vr
 from vit_reciprocam import reciprocam
+from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def test_versions_agree():
 
 
 def test_the_picture_in_the_readme_is_what_the_demo_writes():
-    e = vr.explain(vr.classifier.ASSETS / "demo.png", vr.load("demo"), top=3)
+    e = vr.explain(ASSETS / "demo.png", vr.load("demo"), top=3)
     with Image.open(ROOT / "docs" / "demo.png") as shown:
         difference = np.asarray(shown).astype(int) - np.asarray(e.grid())
     assert np.abs(difference).mean() < 1

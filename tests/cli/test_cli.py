@@ -409,9 +409,9 @@ def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     names = ["a" * 60, "b", "c", "d", "e", "f"]
     why = {"a" * 60: ("closed-form", ""), "b": ("direct", "it pools")}
-    monkeypatch.setattr("vit_reciprocam.cli.models.timm_names", lambda pattern: names)
+    monkeypatch.setattr("vit_reciprocam.cli.models._timm_names", lambda pattern: names)
     monkeypatch.setattr(
-        "vit_reciprocam.cli.models.describe_timm", lambda name: why.get(name, ("-", "it is none"))
+        "vit_reciprocam.cli.models._describe_timm", lambda name: why.get(name, ("-", "it is none"))
     )
     printed = run("models", "z*").stdout
     assert printed.count("a") >= 60
@@ -429,7 +429,7 @@ def test_models_without_a_wildcard_or_without_torch(monkeypatch):
     def missing(pattern):
         raise vit_reciprocam.errors.MissingDependencyError("listing", "torch")
 
-    monkeypatch.setattr("vit_reciprocam.cli.models.timm_names", missing)
+    monkeypatch.setattr("vit_reciprocam.cli.models._timm_names", missing)
     assert run("models", "deit*").exit_code == 2
     listing = run("models")
     assert listing.exit_code == 0

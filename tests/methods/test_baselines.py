@@ -1,6 +1,7 @@
 """Baselines against naive loops, the public reference arrays, and values worked out by hand."""
 
 import copy
+import functools
 import re
 
 import numpy as np
@@ -19,19 +20,25 @@ from reference_relevance import attention_of, naive_relevance, naive_rollout
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.methods import baselines
 from vit_reciprocam.methods.baselines import (
-    center,
-    image_edges,
-    random,
+    null_baseline,
     raw_attention,
     relevance,
     rollout,
-    uniform,
 )
 from vit_reciprocam.methods.lrp import add_rule, copy_rule, linear_rule, matmul_rule
 from vit_reciprocam.methods.null import NULLS as DRAWN
 
 BY_LAYER = [rollout, raw_attention, relevance]
-NULLS = [uniform, center, random, image_edges]
+
+
+def null(name):
+    method = functools.partial(null_baseline, name)
+    method.__name__ = name
+    return method
+
+
+NULLS = list(map(null, ("uniform", "center", "random", "image_edges")))
+uniform, center, random, image_edges = NULLS
 GRID = (2, 3)
 TARGETS = [[0, 3], [4, 1]]
 
@@ -649,4 +656,5 @@ def test_nulls_take_any_supported_model(method):
 
 
 def test_public_names():
-    assert {method.__name__ for method in BY_LAYER + NULLS} == set(baselines.__all__)
+    assert {*(method.__name__ for method in BY_LAYER), "null_baseline"} == set(baselines.__all__)
+    assert {method.__name__ for method in NULLS} == set(DRAWN)

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     @property
     def model(self) -> Any:
-        """The PyTorch module, or the open ONNX file."""
+        """The PyTorch module, or the `OnnxExplainer` of an ONNX file."""
 
     @property
     def num_classes(self) -> int:
@@ -76,7 +76,7 @@ class Classifier:
 
     @property
     def model(self) -> Any:
-        """The PyTorch module, or the open ONNX file."""
+        """The PyTorch module, or the `OnnxExplainer` of an ONNX file."""
         return self.backend.model
 
     @property

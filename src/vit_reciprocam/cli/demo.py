@@ -76,7 +76,7 @@ def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
     batch = classifier.preprocess(read_image(ASSETS / "demo.png"))[None]
     calls: list[Callable[[], Any]] = [
         lambda: plain.run(["logits"], {"images": batch}),
-        lambda: classifier.model.run(["logits", "saliency"], {"images": batch}),
+        lambda: classifier.model.session.run(["logits", "saliency"], {"images": batch}),
     ]
     times: list[list[float]] = [[], []]
     for _ in range(runs):

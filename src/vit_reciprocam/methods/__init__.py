@@ -45,8 +45,10 @@ def _method(name: str) -> Method:
         check_settings(name, settings)
         if name in NULLS:
             null_baseline = _function("null_baseline", "methods.baselines")
-            return null_baseline(name, model, images, targets, **settings)
-        return _min_max(_function(name, _MODULES[name])(model, images, targets, **settings))
+            values = null_baseline(name, model, images, targets, **settings)
+        else:
+            values = _function(name, _MODULES[name])(model, images, targets, **settings)
+        return values.float() if name == "uniform" else _min_max(values)  # ones by definition
 
     method.__name__ = method.__qualname__ = name
     method.__doc__ = f"Return the maps of `vit_reciprocam.{_MODULES[name]}.{name}`, in [0, 1]."

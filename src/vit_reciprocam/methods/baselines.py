@@ -26,7 +26,7 @@ from vit_reciprocam.libraries.dispatch import (
     split_model,
 )
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
-from vit_reciprocam.methods.null import null_maps
+from vit_reciprocam.methods.null import NULLS
 
 __all__ = ["null_baseline", "raw_attention", "relevance", "rollout"]
 
@@ -251,7 +251,7 @@ def _bytes(encoder: Encoder, tokens: Tensor) -> int:
 def null_baseline(
     name: str, model: nn.Module, images: Images, targets: Any = None, **settings: Any
 ) -> Maps:
-    """Return the maps of a null baseline on the model's grid, the same for every target.
+    """Return a null baseline's values on the model's grid, the same for every target.
 
     One image runs through the model, to find its grid and classes; all of them, if `targets` is a
     function of the logits.
@@ -269,7 +269,7 @@ def null_baseline(
     split = _checked(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
     pictures = _wide(images.detach()).cpu().numpy()
-    drawn = torch.from_numpy(null_maps(name, pictures, grid, **settings)).to(images.device)
+    drawn = torch.from_numpy(NULLS[name](pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 

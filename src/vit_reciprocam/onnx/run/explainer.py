@@ -17,7 +17,7 @@ from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
 from vit_reciprocam.onnx.contract import Metadata, check_file_targets
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
-from vit_reciprocam.onnx.run.sessions import Session, open_session
+from vit_reciprocam.onnx.run.sessions import open_session
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.results.explanation import Explanation, softmax
@@ -143,9 +143,9 @@ class OnnxExplainer:
     # --- running --------------------------------------------------------------------------
 
     @property
-    def model(self) -> Session:
-        """The file, open in its runtime."""
-        return self.session
+    def model(self) -> OnnxExplainer:
+        """This object: an explained file is a model that explains itself."""
+        return self
 
     def batch(self, images: np.ndarray) -> Batch:
         """Return preprocessed images (B, 3, H, W), for several explainers of this file.
