@@ -46,13 +46,13 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 
 @pytest.fixture(scope="module")
 def model():
-    sys.path.insert(0, str(ROOT / "training"))
+    sys.path.insert(0, str(ROOT / "tools"))
     try:
         from train_demo import ARCHITECTURE
     finally:
-        sys.path.remove(str(ROOT / "training"))
+        sys.path.remove(str(ROOT / "tools"))
     model = VisionTransformer(**ARCHITECTURE).eval()
-    model.load_state_dict(load_file(ROOT / "training" / "demo.safetensors"))
+    model.load_state_dict(load_file(ROOT / "tools" / "demo.safetensors"))
     return model
 
 
