@@ -31,7 +31,7 @@ from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Splitter
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.libraries.cut_at import cut_at, cut_at_block, refuse_training
-from vit_reciprocam.libraries.dispatch import check_images, check_mode
+from vit_reciprocam.libraries.validation import check_images, check_mode
 from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["ReciproCAM", "reciprocam"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Cut, Split, Splitter, Tap, logits_of
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.running import same
-from vit_reciprocam.libraries.dispatch import refuse_quantised, split_model
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.validation import refuse_quantised
 
 __all__ = ["cut_at", "cut_at_block", "refuse_training"]
 

@@ -19,12 +19,9 @@ from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, without_rule
 from vit_reciprocam.libraries.common.running import call_of
-from vit_reciprocam.libraries.dispatch import (
-    check_images,
-    check_mode,
-    grid_and_targets,
-    split_model,
-)
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.validation import check_images, check_mode
+from vit_reciprocam.methods.grid import grid_and_targets
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
 from vit_reciprocam.methods.null import NULLS
 

@@ -22,12 +22,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vit_reciprocam.core.split import Split, logits_of
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.dispatch import (
-    check_images,
-    check_mode,
-    grid_and_targets,
-    split_model,
-)
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.validation import check_images, check_mode
+from vit_reciprocam.methods.grid import grid_and_targets
 
 __all__ = [
     "eigen_cam",

@@ -19,7 +19,8 @@ import onnx
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.core.split import Cut, Split, logits_of
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.dispatch import check_mode, split_model
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.validation import check_mode
 from vit_reciprocam.onnx.contract import Metadata, check_file_targets
 from vit_reciprocam.onnx.export.check import compare, written
 from vit_reciprocam.onnx.export.trace import (

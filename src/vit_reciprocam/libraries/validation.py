@@ -1,0 +1,106 @@
+"""Refusals of models and images that cannot be used, whatever the library."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_reciprocam.errors import InputError, ModelError
+
+__all__ = ["check_images", "check_mode", "refuse_quantised"]
+
+_QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
+
+
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Refuse what is not a batch of images for the model.
+
+    Raises:
+        InputError: If it is not a tensor (B, channels, H, W) on the model's device and of its
+            dtype, or holds NaN or infinity.
+        ModelError: If the model is on the meta device.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(
+            "images must be a torch.Tensor of preprocessed images (B, 3, H, W), got "
+            f"{type(images).__name__}. For files, PIL images and arrays use vit_reciprocam.explain"
+        )
+    if images.ndim != 4:
+        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        raise InputError(f"images must be (B, 3, H, W), got {tuple(images.shape)}{hint}")
+    if not len(images):
+        raise InputError("images is an empty batch")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    like = next((one for one in tensors if one.is_floating_point()), images)
+    if like.is_meta and like is not images:
+        raise ModelError(
+            f"the {type(model).__name__} is on the meta device, which holds shapes and no numbers: "
+            "load its weights onto a device"
+        )
+    if images.is_meta:
+        raise InputError("images are on the meta device, which holds shapes and no numbers")
+    if images.device != like.device:
+        raise InputError(
+            f"images are on {images.device} and the model on {like.device}: "
+            "move them with images.to(device)"
+        )
+    if images.dtype != like.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise InputError(
+            f"images are {images.dtype} and the model {like.dtype}: "
+            "convert them with images.to(dtype)"
+        )
+    total = images.sum(dtype=torch.promote_types(images.dtype, torch.float32))
+    if not total.isfinite():  # one pass over all pixels; a second one finds the images
+        broken = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            numbers = ", ".join(map(str, broken))
+            raise InputError(f"images hold NaN or infinity: image(s) {numbers} of the batch")
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model in training mode if that changes its output.
+
+    Raises:
+        ModelError: If a module in training mode drops or normalises at random; it is
+            named.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        kind = type(module).__name__.lower()
+        if "drop" in kind or "stochastic" in kind:
+            names = ("p", "drop_prob", "prob")
+        else:  # attentions that drop on their own
+            names = ("dropout", "dropout_prob", "attention_dropout")
+        rates = [getattr(module, name, None) for name in names]
+        random = any(isinstance(rate, float) and rate > 0 for rate in rates)
+        if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"the model is in training mode and its {name} ({type(module).__name__}) acts "
+                "differently then: call model.eval() first"
+            )
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Refuse a model of which a module rounds activations by the whole batch.
+
+    Raises:
+        ModelError: If there is one. The message names it.
+    """
+    every: list[Any] = [model]
+    for module in every:  # grows; several times as fast as modules(), and every call runs it
+        if module is not None and module._modules:
+            every += module._modules.values()
+    quantised = {cls for cls in set(map(type, every)) if _QUANTISED.match(cls.__module__)}
+    for path, module in model.named_modules() if quantised else ():
+        cls = type(module)
+        if cls in quantised:
+            raise ModelError(
+                f"the model's {path} is quantised ({cls.__module__}.{cls.__qualname__}), which "
+                "rounds an image by the others that it runs with, so its scores would depend on "
+                "how many masks run at once: pass the float model"
+            )
