@@ -519,13 +519,17 @@ def saved(path, **options):
     return model
 
 
+def named(name, tag):
+    return f"{name}/{tag}" if tag else name
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("tag", [None, "mine", "old"])
 def test_local_weights(tiny_name, tmp_path, tag, suffix):
     path = tmp_path / f"weights{suffix}"
     model = saved(path, quick_gelu=tag == "old")
     shot, preprocess, names = hub.load_open_clip(
-        tiny_name, tag, prompts=PROMPTS, weights=path, options={}
+        named(tiny_name, tag), prompts=PROMPTS, weights=path, options={}
     )
     images = tiny_images((4, 4))
     with torch.no_grad():
@@ -554,7 +558,7 @@ def test_published_weights(tiny_name, tmp_path, monkeypatch):
     model = saved(tmp_path / "weights.pt", quick_gelu=True)
     fetched = str(tmp_path / "weights.pt")
     monkeypatch.setattr(factory, "download_pretrained", lambda config, cache_dir: fetched)
-    shot, _, _ = hub.load_open_clip(tiny_name, "old", prompts=PROMPTS, options={})
+    shot, _, _ = hub.load_open_clip(named(tiny_name, "old"), prompts=PROMPTS, options={})
     images = tiny_images((4, 4))
     with torch.no_grad():
         torch.testing.assert_close(shot(images), model.get_logits(images, tokenize(PROMPTS))[0])
@@ -595,7 +599,7 @@ def test_names_that_cannot_be_loaded(tiny_name, monkeypatch, tmp_path, name, tag
     fetched = str(tmp_path / "weights.pt")
     monkeypatch.setattr(factory, "download_pretrained", lambda config, cache_dir: fetched)
     with pytest.raises(ModelError, match=words):
-        hub.load_open_clip(name, tag, prompts=PROMPTS, options=options)
+        hub.load_open_clip(named(name, tag), prompts=PROMPTS, options=options)
 
 
 def test_no_network_says_what_to_do(tiny_name, monkeypatch, tmp_path):
@@ -610,7 +614,7 @@ def test_no_network_says_what_to_do(tiny_name, monkeypatch, tmp_path):
     ]:
         tag = {"tiny": "mine", "ViT-B-16-SigLIP": "webli"}.get(name)
         with pytest.raises(DownloadError, match=words):
-            hub.load_open_clip(name, tag, prompts=PROMPTS, options={})
+            hub.load_open_clip(named(name, tag), prompts=PROMPTS, options={})
 
 
 def test_local_weights_that_do_not_fit(tiny_name, tmp_path):

@@ -9,19 +9,12 @@ from typing import Any
 
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
+from vit_reciprocam.libraries import LIBRARIES
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["ASSETS", "SPECS", "is_onnx", "load"]
+__all__ = ["ASSETS", "is_onnx", "load", "specs"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SPECS = (
-    "demo",
-    "timm:NAME",
-    "hf:ID",
-    "torchvision:NAME",
-    "open_clip:NAME/TAG",
-    "FILE.onnx",
-)
 
 
 def load(
@@ -80,15 +73,17 @@ def load(
     if own:
         raise InputError(f"{', '.join(own)}: for ONNX files only, not for {spec!r}")
     kind, _, name = spec.partition(":")
-    if kind not in _EXTRAS or not name:
-        raise ModelError(f"model must be one of {', '.join(map(repr, SPECS))}; got {spec!r}")
-    if prompts is not None and kind not in ("hf", "open_clip"):
-        raise InputError(f"{spec!r} has classes of its own: prompts are for open_clip: and hf:")
+    library = LIBRARIES.get(kind)
+    if library is None or not name:
+        raise ModelError(f"model must be one of {', '.join(map(repr, specs()))}; got {spec!r}")
+    if prompts is not None and not library.takes_prompts:
+        takers = (f"{one.prefix}:" for one in LIBRARIES.values() if one.takes_prompts)
+        raise InputError(f"{spec!r} has classes of its own: prompts are for {' and '.join(takers)}")
     texts = {} if prompts is None else {"prompts": prompts, "templates": templates}
     try:
-        model, prepared, names = _load_from(kind, name, weights, texts, options)
+        model, prepared, names = library.load(name, weights=weights, options=options, **texts)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"model {spec!r}", _EXTRAS[kind]) from error
+        raise MissingDependencyError(f"model {spec!r}", library.extra) from error
     if class_names is not None:
         names = tuple(class_names)
     from vit_reciprocam.classifier.torch_backend import TorchBackend
@@ -101,44 +96,14 @@ def load(
     return classifier
 
 
+def specs() -> tuple[str, ...]:
+    """Return the ways to write a model that `load` takes."""
+    return ("demo", *(library.spec for library in LIBRARIES.values()), "FILE.onnx")
+
+
 def is_onnx(spec: str) -> bool:
     """Whether `load` takes it for an ONNX file; the demo model is one."""
     return spec == "demo" or spec.lower().endswith(".onnx")
-
-
-_EXTRAS = {
-    "timm": "torch",
-    "torchvision": "torch",
-    "hf": "transformers",
-    "open_clip": "open-clip",
-}
-
-
-def _load_from(kind: str, name: str, weights: Any, texts: Any, options: Any) -> Any:
-    """Model, preprocessing and class names from the library of that kind."""
-    if kind == "timm":
-        from vit_reciprocam.libraries.timm.load import load_timm
-
-        return load_timm(name, weights=weights, options=options)
-    if kind == "torchvision":
-        from vit_reciprocam.libraries.torchvision.load import load_torchvision
-
-        return load_torchvision(name, weights=weights, options=options)
-    if kind == "hf":
-        from vit_reciprocam.libraries.transformers.load import load_transformers
-
-        if weights not in (None, "random"):
-            raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
-        return load_transformers(name, **texts, random=weights is not None, options=options)
-    from vit_reciprocam.libraries.open_clip.load import load_open_clip
-
-    if not texts:
-        raise InputError(
-            f"open_clip:{name} compares pictures with texts: give its classes with prompts=["
-            "'a photo of a dog', …], on the command line --prompt, once a class"
-        )
-    architecture, _, tag = (name, "", "") if ":" in name else name.partition("/")
-    return load_open_clip(architecture, tag or None, **texts, weights=weights, options=options)
 
 
 def _onnx_classifier(name: str, **options: Any) -> Classifier:

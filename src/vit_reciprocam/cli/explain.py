@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vit_reciprocam.classifier.explain import explain_with, parse_targets
-from vit_reciprocam.classifier.load import SPECS, is_onnx, load
+from vit_reciprocam.classifier.load import is_onnx, load, specs
 from vit_reciprocam.cli.console import (
     DEFAULT_MODEL,
     DEFAULT_OUT,
@@ -57,7 +57,7 @@ def explain_command(
         list[str],
         typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
     ],
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(SPECS)}.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(specs())}.")] = DEFAULT_MODEL,
     weights: WeightsFile = None,
     target: Annotated[
         list[str] | None,

@@ -28,6 +28,7 @@ from vit_reciprocam.cli.console import (
 from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_options
 from vit_reciprocam.core.masks import LAYERS
 from vit_reciprocam.errors import MissingDependencyError
+from vit_reciprocam.libraries import LIBRARIES
 
 __all__ = [
     "export_command",
@@ -39,7 +40,7 @@ def export_command(
         str,
         typer.Argument(
             metavar="SPEC",
-            help="timm:NAME, hf:ID or hf:FOLDER, torchvision:NAME or open_clip:NAME/TAG.",
+            help=f"One of {', '.join(library.spec for library in LIBRARIES.values())}.",
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vit_reciprocam.classifier.classifier import Classifier
-from vit_reciprocam.classifier.load import SPECS, is_onnx, load
+from vit_reciprocam.classifier.load import is_onnx, load, specs
 from vit_reciprocam.cli.console import DEFAULT_MODEL
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS
@@ -31,7 +31,7 @@ __all__ = [
 
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", help=f"One of {', '.join(SPECS)}; may be given again."),
+    typer.Option("--model", help=f"One of {', '.join(specs())}; may be given again."),
 ]
 Weights = Annotated[
     list[Path] | None,

@@ -1,21 +1,18 @@
-"""All vendor knowledge: from a model to its `Split`."""
+"""From a model to its `Split`, by the library that the model is from."""
 
 from __future__ import annotations
-
-import importlib
 
 import torch
 from torch import nn
 
 from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries import LIBRARIES, library_of
 from vit_reciprocam.libraries.common.running import refuse_bypassed
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, with_scores
 from vit_reciprocam.libraries.validation import refuse_quantised
 
 __all__ = ["split_model"]
-
-_LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 
 
 def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
@@ -23,7 +20,7 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
 
     Args:
         model: The classifier.
-        block: At which encoder block, counted from the end.
+        block: The encoder block to cut at, counted from the end.
         pool: Cut before the head pools all tokens instead.
 
     Raises:
@@ -44,65 +41,57 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
     if pool and block != -1:
         raise InputError("layer='pool' cuts after the last block: leave out block")
     refuse_quantised(model)
-    for library in _LIBRARIES:
-        if library in _libraries(model):
-            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.split")
-            split: Split = adapter.split(model, block=block, pool=pool)
-            return split
+    if library := library_of(model):
+        split: Split = library.split(model, block=block, pool=pool)
+        return split
     if isinstance(model, ZeroShot):
         refuse_bypassed(model, model.tower, "vit_reciprocam")
-        tower = _split_tower(model.tower, block=block, pool=pool)
-        return with_scores(tower, model.scores)
+        return with_scores(_split_tower(model.tower, block=block, pool=pool), model.scores)
     raise _unsupported(model)
 
 
+def _split_tower(tower: nn.Module, *, block: int, pool: bool) -> Split:
+    """Cut an image tower, which gives features and no class scores."""
+    for module in tower.modules():  # from the outside in: an open_clip tower may hold a timm model
+        library = library_of(module)
+        if library and library.split_tower:
+            split: Split = library.split_tower(tower, block=block, pool=pool)
+            return split
+    raise ModelError(f"{type(tower).__qualname__} is not a supported image tower")
+
+
 def _unsupported(model: nn.Module) -> ModelError:
+    """Return the error that says what was passed, and what to pass instead."""
     name = f"{type(model).__module__}.{type(model).__qualname__} is not a supported model"
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return ModelError(f"{name}, but wraps one: pass model.module")
-    target = "ReciproCAM(model, target=module, grid=(h, w), prefix_tokens=1)"
+    target = "name where to cut it: ReciproCAM(model, target=module, grid=(h, w), prefix_tokens=1)"
     held = _held(model)
     if not held:
+        *others, last = (library.module for library in LIBRARIES.values())
         return ModelError(
-            f"{name}. Supported are Vision Transformers of timm, transformers, torchvision and "
-            "open_clip (docs/models.md). If this wraps one, pass the wrapped model; for a module "
-            f"of your own name where to cut it: {target}"
+            f"{name}. Supported are Vision Transformers of {', '.join(others)} and {last} "
+            "(docs/models.md). If this wraps one, pass the wrapped model; for a module of your own "
+            f"{target}"
         )
     what = ", and ".join(f"{kind} at {' and '.join(paths)}" for kind, paths in held.items())
     every = [path for paths in held.values() for path in paths]
     choice = f"model{every[0]}" if len(every) == 1 else "one of them"
-    return ModelError(
-        f"{name}. It holds {what}: pass {choice}, or to explain the whole name where to cut it: "
-        f"{target}"
-    )
+    return ModelError(f"{name}. It holds {what}: pass {choice}, or to explain the whole {target}")
 
 
 def _held(model: nn.Module) -> dict[str, list[str]]:
-    """What supported models are inside a module: of each kind, where."""
+    """Return the kinds of supported models inside a module, each with the paths that it is at."""
     held: dict[str, list[str]] = {}
     found = ""
     for path, module in model.named_modules():
-        library = next((one for one in _LIBRARIES if one in _libraries(module)), "")
-        if not path or not library or (found and path.startswith(found)):
+        library = library_of(module) if path else None
+        if library is None or (found and path.startswith(found)):
             continue
         try:
             split_model(module)
         except (InputError, ModelError):
             continue
         found = f"{path}."
-        held.setdefault(f"{library}'s {type(module).__name__}", []).append(f".{path}")
+        held.setdefault(f"{library.module}'s {type(module).__name__}", []).append(f".{path}")
     return held
-
-
-def _libraries(model: nn.Module) -> set[str]:
-    return {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-
-
-def _split_tower(tower: nn.Module, *, block: int, pool: bool) -> Split:
-    """Cut an image tower, which gives features and no class scores."""
-    for library in ("open_clip", "transformers"):
-        if any(library in _libraries(module) for module in tower.modules()):
-            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.split")
-            split: Split = adapter.split_tower(tower, block=block, pool=pool)
-            return split
-    raise ModelError(f"{type(tower).__qualname__} is not a supported image tower")

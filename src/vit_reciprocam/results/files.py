@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.libraries import LIBRARIES
 
 __all__ = [
     "GENERATOR",
@@ -27,21 +28,6 @@ __all__ = [
 GENERATOR = "vit-reciprocam"
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
-LIBRARIES = (
-    "vit-reciprocam",
-    "numpy",
-    "pillow",
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "grad-cam",
-    "captum",
-)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -127,11 +113,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
 
 
 def library_versions() -> dict[str, str]:
-    """Of this package and of what it computes with, as far as they are installed."""
+    """Return the versions of this package and of what it computes with, where installed."""
+    packages = [
+        *("vit-reciprocam", "numpy", "pillow", "torch"),
+        *(library.package for library in LIBRARIES.values()),
+        *("onnx", "onnxruntime", "openvino", "grad-cam", "captum"),
+    ]
     found = {}
-    for library in LIBRARIES:
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[library] = version(library)
+            found[package] = version(package)
     return found
 
 

@@ -7,7 +7,6 @@ run by `baselines`, which compares the logits with the model's own.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries import library_of
 from vit_reciprocam.libraries.common.running import has_hooks, not_plain, runs_as
 
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "refused", "steps", "without_rule"]
@@ -61,9 +61,6 @@ class Encoder:
     logits: Callable[[Tensor], Tensor]
 
 
-_LIBRARIES = ("timm", "transformers", "torchvision")
-
-
 def encoder_of(model: nn.Module) -> Encoder:
     """A supported model by its parts.
 
@@ -71,12 +68,10 @@ def encoder_of(model: nn.Module) -> Encoder:
         ModelError: If its parts are not known, or if no token's attention stands for its output;
             says which methods it does have.
     """
-    for cls in type(model).__mro__:
-        library = cls.__module__.partition(".")[0]
-        if library in _LIBRARIES:
-            adapter = importlib.import_module(f"vit_reciprocam.libraries.{library}.encoder")
-            encoder: Encoder = adapter.encoder(model)
-            return encoder
+    library = library_of(model)
+    if library and library.encoder:
+        encoder: Encoder = library.encoder(model)
+        return encoder
     raise refused(model, "its attention is not known layer by layer")
 
 

@@ -15,7 +15,7 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower
 
-from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
 from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
 from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
@@ -26,23 +26,22 @@ __all__ = ["load_open_clip"]
 
 def load_open_clip(
     name: str,
-    tag: str | None = None,
     *,
-    prompts: Sequence[str],
-    templates: Sequence[str] = ("{}",),
     weights: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
 ) -> tuple[ZeroShot, Preprocess, tuple[str, ...]]:
     """An open_clip model with prompts as classes, its preprocessing, and the prompts as names.
 
     Args:
-        name: As `open_clip.create_model` takes it; with its prefixes "hf-hub:" and "local-dir:" the
+        name: "NAME/TAG", of which `open_clip.create_model` takes the first part. The tag names
+            published weights; with local ones it says how they were trained: their preprocessing
+            and activation. A name with a prefix, "hf-hub:" or "local-dir:", has no tag: the
             weights come from there.
-        tag: Of the published weights. With local weights it says how they were trained: their
-            preprocessing and activation.
-        prompts: As `zero_shot` takes them.
-        templates: Likewise.
         weights: A local file, or "random".
+        prompts: Texts as classes, as `zero_shot` takes them.
+        templates: Sentences for the prompts, as `zero_shot` takes them.
         options: For `open_clip.create_model`, such as `force_image_size=336`.
 
     Raises:
@@ -51,7 +50,13 @@ def load_open_clip(
         WeightsError: If local weights do not fit it.
         DownloadError: If the published weights or the tokenizer cannot be fetched.
     """
+    if prompts is None:
+        raise InputError(
+            f"open_clip:{name} compares pictures with texts: give its classes with prompts=["
+            "'a photo of a dog', …], on the command line --prompt, once per class"
+        )
     check_prompts(prompts, templates)
+    name, _, tag = (name, "", "") if ":" in name else name.partition("/")
     random = weights == RANDOM
     path = None if weights is None or random else Path(weights)
     trained = _training(name, tag, path, random)
@@ -65,7 +70,7 @@ def load_open_clip(
 _PREFIXES = ("hf-hub:", "local-dir:")
 
 
-def _training(name: str, tag: str | None, path: Path | None, random: bool) -> dict[str, Any]:
+def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str, Any]:
     """open_clip's record of how a tag's weights were trained; empty where it has none."""
     if name.startswith(_PREFIXES):
         if path is not None:
@@ -93,7 +98,7 @@ def _refuse_unsupported(name: str) -> None:
 
 def _create(
     name: str,
-    tag: str | None,
+    tag: str,
     path: Path | None,
     random: bool,
     trained: dict[str, Any],
@@ -111,9 +116,8 @@ def _create(
                 return open_clip.create_model(
                     name, load_weights=False, **{"pretrained_text": False, **settings}
                 )
-            return open_clip.create_model(
-                name, tag if path is None else str(path), require_pretrained=True, **settings
-            )
+            source = str(path) if path else tag or None
+            return open_clip.create_model(name, source, require_pretrained=True, **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(
             f"open_clip cannot create {name!r} with options {options}: {error}"

@@ -1,1 +1,16 @@
 """timm's models."""
+
+from vit_reciprocam.libraries.library import Library, import_on_call
+
+__all__ = ["LIBRARY"]
+
+LIBRARY = Library(
+    spec="timm:NAME",
+    module="timm",
+    package="timm",
+    extra="torch",
+    split=import_on_call(f"{__name__}.split:split"),
+    load=import_on_call(f"{__name__}.load:load_timm"),
+    listing=import_on_call(f"{__name__}.listing:architectures"),
+    encoder=import_on_call(f"{__name__}.encoder:encoder"),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
 from vit_reciprocam.libraries.transformers.families import check_class
 from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
@@ -30,18 +32,19 @@ _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # P
 def load_transformers(
     name: str,
     *,
+    weights: str | os.PathLike[str] | None = None,
     prompts: Sequence[str] | None = None,
     templates: Sequence[str] = ("{}",),
-    random: bool = False,
     options: dict[str, Any],
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
     """A model in evaluation mode, its preprocessing, and its class names where known.
 
     Args:
         name: A folder that `save_pretrained` wrote, or a model's name on the Hugging Face hub.
-        prompts: One a class, for a model that compares images with texts.
-        templates: See `zero_shot`.
-        random: Leave the weights untrained, in float32; the configuration and processors are read.
+        weights: "random" leaves the weights untrained, in float32; the configuration and processors
+            are read. By default the published ones are loaded, or those of the folder.
+        prompts: One per class, for a model that compares images with texts.
+        templates: Sentences for the prompts, as `zero_shot` takes them.
         options: For `from_pretrained`, such as `revision` or `attn_implementation`. Weights are
             loaded in float32 unless `dtype` says otherwise.
 
@@ -50,8 +53,10 @@ def load_transformers(
         WeightsError: If a folder does not hold a model, or the model's head is not among the
             weights.
         DownloadError: If the model cannot be fetched.
-        InputError: If a prompt or template cannot be used.
+        InputError: If a prompt or template cannot be used, or `weights` is a file.
     """
+    if weights not in (None, RANDOM):
+        raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
     if prompts is not None:
         check_prompts(prompts, templates)
     where = {key: options[key] for key in _WHERE if key in options}
@@ -59,7 +64,7 @@ def load_transformers(
     kind = _model_class(name, config)
     _refuse_early(name, kind, config, prompts)
     preprocess = _preprocess(name, _fetch(name, transformers.AutoImageProcessor, where))
-    model = kind(config).eval() if random else _fetch_model(name, kind, options)
+    model = kind(config).eval() if weights == RANDOM else _fetch_model(name, kind, options)
     if prompts is None:
         return model, preprocess, _class_names(config)
     tokenizer = _fetch(name, transformers.AutoTokenizer, where)

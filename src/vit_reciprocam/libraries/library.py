@@ -1,0 +1,65 @@
+"""A model library as a record: what its folder offers to the rest of the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Library", "import_on_call"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A model library, its names, and the functions that know its models.
+
+    Reading a record imports neither PyTorch nor the library: the functions are imported when they
+    are called.
+
+    Attributes:
+        spec: How one of its models is written, such as "open_clip:NAME/TAG". What stands before the
+            colon is the prefix.
+        module: The name that its code is imported by; its models' classes carry it.
+        package: The name that it is installed by.
+        extra: The optional dependency group of this package that installs it.
+        split: (model, block=, pool=) -> the `Split` of a classifier.
+        load: (name, weights=, options=) -> (model in evaluation mode, its `Preprocess`, its class
+            names or None). With `takes_prompts`, prompts= and templates= are passed if given.
+        listing: () -> an iterator over an `Architecture` for each of its models.
+        split_tower: (tower, block=, pool=) -> the `Split` of an image tower, which gives features
+            and no class scores. None where the library has no towers.
+        encoder: (model) -> its `Encoder`, for methods that read the attention of every layer. None
+            where that is not known.
+        takes_prompts: Whether some of its models take texts as classes.
+    """
+
+    spec: str
+    module: str
+    package: str
+    extra: str
+    split: Callable[..., Any]
+    load: Callable[..., Any]
+    listing: Callable[..., Any]
+    split_tower: Callable[..., Any] | None = None
+    encoder: Callable[..., Any] | None = None
+    takes_prompts: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the colon of its models' names, such as "hf"."""
+        return self.spec.partition(":")[0]
+
+    def is_installed(self) -> bool:
+        """Return whether the library can be imported, without importing it."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+def import_on_call(name: str) -> Callable[..., Any]:
+    """Return a function that imports another one, "package.module:function", and calls it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return pkgutil.resolve_name(name)(*args, **kwargs)
+
+    return call
