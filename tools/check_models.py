@@ -1,31 +1,45 @@
-"""Every architecture against the definition: what `vit-reciprocam models --check` runs."""
+"""Compare every architecture with the definition: `python tools/check_models.py 'PATTERN'`.
+
+Each is built with random weights. Its maps, by the path that the package takes, are compared with
+one whole forward pass per mask. Without a pattern it goes through all of them, which takes hours.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from small_models import Candidate, find_candidates
+from vit_reciprocam.cli.console import AsJson, Debug, errors_in_one_line, progress
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import direct_rows
 from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.core.split import Cut, Split, logits_of
 from vit_reciprocam.errors import ModelError, ReciproCAMError
+from vit_reciprocam.libraries import LIBRARIES
 from vit_reciprocam.libraries.dispatch import split_model
-from vit_reciprocam.libraries.listing import Architecture, short_reason
+from vit_reciprocam.libraries.listing import nothing_fits, short_reason
+from vit_reciprocam.results.files import write_atomically
 
-__all__ = ["Check", "check", "head", "report"]
+__all__ = ["Check", "app", "check", "check_models", "head", "report"]
+
+app = typer.Typer(add_completion=False)
 
 _HEAD = """# Supported models
 
-Written by `vit-reciprocam models --check --out docs/models.md`, with {versions}.
+Written by `python tools/check_models.py --out docs/models.md`, with {versions}.
 
 Each model was built with random weights. Its scores were compared with the definition: one whole
 forward pass for each mask, with a hook on the model's own module.
@@ -50,7 +64,33 @@ classify images; refused ones are in the last only if their module's own name sa
 _ALL_MASKS = 16
 _TOLERANCE = 1e-3
 _LEAST_SPREAD = 1e-12
-"""Of logits between masks, as a share of the largest: below it float64 cannot decide."""
+"""Difference of logits between masks, as a share of the largest: below it float64 cannot decide."""
+
+
+@app.command()
+def check_models(
+    pattern: Annotated[
+        str, typer.Argument(help="Names to check, such as 'deit*' or 'torchvision:*'.")
+    ] = "*",
+    destination: Annotated[Path | None, typer.Option("--out", help="File for the table.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every architecture with the naive loop, one whole forward pass per mask.
+
+    The exit code is 1 where a map differs, a comparison proves nothing, or a model cannot be built.
+    """
+    with errors_in_one_line(debug, lambda: "nothing is written"):
+        found = list(find_candidates(pattern))
+        if not found:
+            raise nothing_fits(pattern)
+        results = [check(one) for one in progress(found, "Checking")]
+        if destination is not None:
+            write_atomically(destination, (head() + report(results)).encode())
+        everything = [dataclasses.asdict(one) for one in results]
+        typer.echo(json.dumps(everything, indent=2) if as_json else report(results))
+    if any(one.status not in ("equal", "refused") for one in results):
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,7 @@ class Check:
     """What came of one architecture.
 
     Attributes:
-        spec: As `load` takes it.
+        spec: The model as `load` takes it, or a class of transformers.
         kind: The class of the model and of its last block.
         path: "closed-form", "direct" or "-" if refused.
         reason: Why not the closed form, why refused, or why unproven.
@@ -84,46 +124,44 @@ class Check:
     headless: bool = False
 
 
-def check(architecture: Architecture) -> Check:
-    """Build an architecture and compare its path with whole forward passes, one a mask."""
+def check(candidate: Candidate) -> Check:
+    """Build an architecture and compare its path with whole forward passes, one per mask."""
     try:
-        return _checked(architecture)
+        return _compare(candidate)
     except Exception as error:  # one that cannot be built must not end the others' check
-        return Check(
-            architecture.spec, "", "-", f"{type(error).__name__}: {error}", status="failed"
-        )
+        return Check(candidate.spec, "", "-", f"{type(error).__name__}: {error}", status="failed")
 
 
-def _checked(architecture: Architecture) -> Check:
-    kind = architecture.spec.partition(":")[2] if architecture.listed else "others"
+def _compare(candidate: Candidate) -> Check:
+    kind = candidate.spec.partition(":")[2] if candidate.listed else "others"
     try:
-        whole, images = architecture.whole()
+        whole, images = candidate.whole()
         tower: Any = getattr(whole, "tower", whole)
         kind = type(getattr(tower, "trunk", tower)).__name__
         split = split_model(whole)
     except ReciproCAMError as refused:
         reason = short_reason(str(refused))
-        return Check(architecture.spec, kind, "-", reason, listed=architecture.listed)
+        return Check(candidate.spec, kind, "-", reason, listed=candidate.listed)
     whole.requires_grad_(False)  # the counter of multiplications would ask for gradients
     try:
         plain = _multiplications(lambda: whole(images))
     except (AssertionError, RuntimeError) as problem:
         reason = f"its library cannot run it on images of the size that it names: {problem}"
-        return Check(architecture.spec, kind, "-", reason)
+        return Check(candidate.spec, kind, "-", reason)
     try:
         cost = _multiplications(lambda: _all_masks(split, images)) / plain
     except ReciproCAMError as refused:
-        return Check(architecture.spec, kind, "-", str(refused))
-    model, few = architecture.small()
+        return Check(candidate.spec, kind, "-", str(refused))
+    model, few = candidate.small()
     if _outline(split_model(model)) != _outline(split):
         raise ModelError("the small model is of another kind than the whole one")
-    model = _shaken(model)
+    model = _shake(model)
     error, masks = _error(model, few)
     if error is None or not error <= _TOLERANCE:  # masks that matter little drown in rounding
         error, masks = _error(model.double(), few.double())
     same = _size(model) == _size(whole) and few.shape[1:] == images.shape[1:]
     return Check(
-        spec=architecture.spec,
+        spec=candidate.spec,
         kind=f"{kind}, {type(split.block).__name__}",
         path="direct" if split.direct_because else "closed-form",
         reason="masks make no difference to its logits" if error is None else split.direct_because,
@@ -131,7 +169,7 @@ def _checked(architecture: Architecture) -> Check:
         error=error,
         compared=f"{'whole' if same else 'cut'}, {masks} masks",
         status=_verdict(error),
-        headless=architecture.headless,
+        headless=candidate.headless,
     )
 
 
@@ -142,6 +180,7 @@ def _verdict(error: float | None) -> str:
 
 
 def _outline(split: Split) -> tuple[object, ...]:
+    """Return what a small model must have in common with the whole one."""
     return type(split.block), split.direct_because, split.prefix_tokens, type(split.tap)
 
 
@@ -167,8 +206,8 @@ def _all_masks(split: Split, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shaken(model: nn.Module) -> nn.Module:
-    """With weights that make masks matter, and BatchNorms as if they had seen some data."""
+def _shake(model: nn.Module) -> nn.Module:
+    """Put in weights that make masks matter, and BatchNorms as if they had seen some data."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -187,9 +226,11 @@ def _shaken(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
-    """Against the definition, a whole forward pass for each mask; and for how many.
+    """Measure the error against the definition, a whole forward pass for each mask.
 
-    None where masks make no difference, so that it would prove nothing.
+    Returns:
+        The error, None where masks make no difference, so that it would prove nothing; and the
+        number of masks.
     """
     split = split_model(model)
     cut = split.cut(images)
@@ -219,16 +260,16 @@ def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
 
 
 def head() -> str:
-    """What stands before the report in a file: what was done, with which versions."""
+    """Return what stands before the report in a file: what was done, with which versions."""
     versions = []
-    for library in ("timm", "torchvision", "open_clip_torch", "transformers", "torch"):
+    for package in (*(library.package for library in LIBRARIES.values()), "torch"):
         with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{library} {version(library)}")
+            versions.append(f"{package} {version(package)}")
     return _HEAD.format(versions=", ".join(versions))
 
 
 def report(checks: Sequence[Check]) -> str:
-    """Markdown: a row for each kind of model, each reason to refuse, and each name."""
+    """Return Markdown: a row for each kind of model, each reason to refuse, and each name."""
     groups: dict[tuple[str, ...], list[Check]] = defaultdict(list)
     refused: dict[tuple[str, str], list[Check]] = defaultdict(list)
     for one in checks:
@@ -271,3 +312,7 @@ def report(checks: Sequence[Check]) -> str:
                 status = f"refused: {one.reason}"
             lines.append(f"| `{one.spec}` | {one.path} | {cost} | {one.compared} | {status} |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    app()

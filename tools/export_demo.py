@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from train_demo import ARCHITECTURE, SIZE
 
+from train_demo import ARCHITECTURE, SIZE
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.onnx.export.export import export, export_plain
 from vit_reciprocam.pictures.preprocess import Preprocess

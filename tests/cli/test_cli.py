@@ -21,6 +21,7 @@ from vit_reciprocam.cli import app
 from vit_reciprocam.cli.console import errors_in_one_line
 from vit_reciprocam.cli.evaluate import _print
 from vit_reciprocam.evaluate.report.tables import METRICS
+from vit_reciprocam.libraries import listing
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 
@@ -354,12 +355,10 @@ def test_ctrl_c_before_anything_is_measured(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vit_reciprocam.cli.options.load", interrupted)
-    monkeypatch.setattr("vit_reciprocam.libraries.checks.check", interrupted)
     out = tmp_path / "out"
     for arguments, words in (
         (["evaluate", "scenes:2", "--out", out], "nothing was measured yet"),
         (["benchmark", "--out", tmp_path / "b.md"], "nothing is written"),
-        (["models", "test_vit", "--check", "--out", tmp_path / "m.md"], "nothing is written"),
     ):
         result = run(*arguments)
         assert (result.exit_code, result.stderr) == (130, f"stopped: {words}\n")
@@ -409,9 +408,12 @@ def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     names = ["a" * 60, "b", "c", "d", "e", "f"]
     why = {"a" * 60: ("closed-form", ""), "b": ("direct", "it pools")}
-    monkeypatch.setattr("vit_reciprocam.cli.models._timm_names", lambda pattern: names)
+    found = [listing.Architecture(f"timm:{name}", None) for name in names]
+    monkeypatch.setattr(listing, "architectures", lambda pattern: found)
     monkeypatch.setattr(
-        "vit_reciprocam.cli.models._describe_timm", lambda name: why.get(name, ("-", "it is none"))
+        listing,
+        "describe",
+        lambda one: why.get(one.spec.removeprefix("timm:"), ("-", "it is none")),
     )
     printed = run("models", "z*").stdout
     assert printed.count("a") >= 60
@@ -426,15 +428,12 @@ def test_models_without_a_wildcard_or_without_torch(monkeypatch):
     assert result.exit_code == 2
     assert "'*deit_tiny*' fits 2, such as timm:deit_tiny_" in result.stderr
 
-    def missing(pattern):
-        raise vit_reciprocam.errors.MissingDependencyError("listing", "torch")
-
-    monkeypatch.setattr("vit_reciprocam.cli.models._timm_names", missing)
+    monkeypatch.setitem(sys.modules, listing.__name__, None)  # as where torch is not installed
     assert run("models", "deit*").exit_code == 2
-    listing = run("models")
-    assert listing.exit_code == 0
-    assert "demo" in listing.stdout
-    assert "[torch]" in listing.stderr
+    printed = run("models")
+    assert printed.exit_code == 0
+    assert "demo" in printed.stdout
+    assert "[torch]" in printed.stderr
 
 
 def test_version_and_help():
