@@ -25,6 +25,8 @@ _SETTINGS = {
 """Class -> a setting with which it is another kind of model."""
 
 _WITH_TEXTS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
+"""SigLIP's default tokens are outside its default vocabulary, of which transformers warns."""
 
 
 def architectures() -> Iterator[Architecture]:
@@ -57,6 +59,8 @@ def build(name: str, **config: Any) -> nn.Module:
         config[setting.partition("=")[0]] = setting.endswith("True")
     if kind not in _WITH_TEXTS:
         check_class(cls)
+    if "text_config" in cls.config_class.sub_configs:
+        config.setdefault("text_config", _TOKENS)
     model: nn.Module = cls(cls.config_class(**config)).eval()
     if kind in _WITH_TEXTS:
         own: Any = model.config
