@@ -20,7 +20,9 @@ from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")]
+)
 COMMAND = typer.main.get_command(app)
 
 
@@ -43,7 +45,7 @@ def test_commands_and_options_exist(page):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"^ *make (\w+)", text, re.MULTILINE):
         assert target in targets
-    for script in re.findall(r"python ((?:benchmarks|training)/\S+\.py)", text):
+    for script in re.findall(r"python (tools/\S+\.py)", text):
         assert (ROOT / script).exists()
 
 

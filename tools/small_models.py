@@ -57,9 +57,15 @@ class Candidate:
 
 
 def find_candidates(pattern: str) -> Iterator[Candidate]:
-    """Find architectures of the installed libraries by a pattern, as `architectures` does."""
+    """Find architectures of the installed libraries by a pattern, as `architectures` does.
+
+    Raises:
+        ModelError: If this module does not build a library's models.
+    """
     for one in architectures(pattern):
         prefix, _, name = one.spec.partition(":")
+        if prefix not in _BUILDERS:
+            raise ModelError(f"{one.spec}: tools/small_models.py does not build {prefix} models yet")
         whole, small = _BUILDERS[prefix]
         yield Candidate(
             one.spec,
