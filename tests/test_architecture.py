@@ -29,8 +29,8 @@ ROWS = [
     {"cli"},
     {"__main__"},
 ]
-# What may load PyTorch when it is imported; everything else runs without it. Of the libraries that
-# leaves their records, in the __init__ of each folder.
+# What may load PyTorch when it is imported; everything else runs without it, also the records of
+# the libraries, which stand in the __init__ of each folder.
 NEEDS_TORCH = {
     "core.split",
     "core.closed_form",

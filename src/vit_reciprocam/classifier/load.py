@@ -40,16 +40,18 @@ def load(
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub. "random" leaves them untrained, to measure
             time and memory: nothing is fetched but the configuration of a model of the hub.
-        class_names: One a class; by default those of the ImageNet variant the model was trained on.
+        class_names: One per class; by default those of the ImageNet variant the model was trained
+            on.
         prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
             compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
         templates: With prompts: sentences such as "a photo of a {}", averaged for each prompt.
-        device: Where a PyTorch model goes; of an ONNX file the runtime's name of a device, such as
-            "CUDAExecutionProvider" or "cuda" of ONNX Runtime and "GPU" of OpenVINO.
-        backend: Of an ONNX file "onnxruntime", the default, or "openvino".
-        threads: Of an ONNX file, on the CPU; by default the runtime's choice.
-        streams: Of an ONNX file in OpenVINO: parts of a batch that it computes at the same time.
-        preprocess: Of an ONNX file, instead of its own: a `Preprocess`, or text such as "imagenet".
+        device: The device that a PyTorch model goes to; for an ONNX file the runtime's name of one,
+            such as "CUDAExecutionProvider" or "cuda" of ONNX Runtime and "GPU" of OpenVINO.
+        backend: The runtime of an ONNX file: "onnxruntime", the default, or "openvino".
+        threads: Number of CPU threads for an ONNX file; by default the runtime's choice.
+        streams: Number of parts of a batch that OpenVINO computes at the same time, for an ONNX
+            file.
+        preprocess: A `Preprocess` for an ONNX file in place of its own, or text such as "imagenet".
         options: For the library's own builder: `timm.create_model`, `from_pretrained`,
             `torchvision.models.get_model` or `open_clip.create_model`. With timm's
             `img_size=(384, 512)` the position embedding is resampled.
