@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vit_reciprocam.core.maps import blur
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate.metrics.arrays import blur
 from vit_reciprocam.evaluate.metrics.perturbation import (
     area_under_curve,
     baseline_images,

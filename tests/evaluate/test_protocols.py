@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision import transforms as T
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics import adcc as metrics
 from vit_reciprocam.evaluate.metrics.perturbation import baseline_images, deletion, insertion
 from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS, Protocol, get_protocol
 from vit_reciprocam.pictures.preprocess import Preprocess

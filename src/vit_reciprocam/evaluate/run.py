@@ -17,7 +17,7 @@ from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import ImageError, InputError, ReciproCAMError
 from vit_reciprocam.evaluate.data.datasets import DataSet, Item, picture_digest, read_dataset
 from vit_reciprocam.evaluate.data.labels import Labels
-from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics import location
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
 from vit_reciprocam.evaluate.store import RunFolder, columns_of, read_run
 from vit_reciprocam.methods import MethodSpec
@@ -308,8 +308,8 @@ def _located(one: _Loaded, saliency: np.ndarray) -> dict[str, float]:
         return {}
     share = "energy_in_box" if one.item.boxes and not one.item.mask else "mass_accuracy"
     return {
-        "pointing_game": float(metrics.pointing_game(saliency, one.mask)),
-        share: float(metrics.mass_accuracy(saliency, one.mask)),
+        "pointing_game": float(location.pointing_game(saliency, one.mask)),
+        share: float(location.mass_accuracy(saliency, one.mask)),
     }
 
 

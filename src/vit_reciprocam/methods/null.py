@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.core.maps import Size, min_max
+from vit_reciprocam.core.maps import Size, cubic_weights, min_max
 from vit_reciprocam.errors import InputError, check_choice
 
 __all__ = [
@@ -140,15 +140,13 @@ def _noise(image: np.ndarray, seed: int, cells: int) -> np.ndarray:
 
 
 def _stretching(side: int, cells: int) -> np.ndarray:
-    """The bicubic weights (side, cells) with the first and last cell on the first and last place.
+    """Return bicubic weights (side, cells), first and last cell on the first and last place.
 
-    By Keys 1981 with a = -0.75; beyond the border lie the cells at it.
+    Beyond the border the border's cell counts again.
     """
     place = np.linspace(0, cells - 1, side)[:, None]
     beyond = np.arange(-2, cells + 2)
-    d = abs(place - beyond)
-    near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
-    weights = np.where(d <= 1, near, np.where(d < 2, far, 0))
+    weights = cubic_weights(abs(place - beyond))
     return np.asarray(weights @ (beyond.clip(0, cells - 1)[:, None] == np.arange(cells)))
 
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vit_reciprocam.core.maps import (
+from vit_reciprocam.core.maps import upsample
+from vit_reciprocam.errors import InputError, check_choice
+from vit_reciprocam.evaluate.metrics.arrays import (
     DECIMALS,
     blur,
     check_pairs,
     check_pictures,
     check_range,
-    upsample,
 )
-from vit_reciprocam.errors import InputError, check_choice
 
 __all__ = [
     "BASELINES",

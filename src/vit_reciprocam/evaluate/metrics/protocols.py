@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.core.maps import MODES, check_columns, check_pairs
+from vit_reciprocam.core.maps import MODES
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics import adcc as metrics
+from vit_reciprocam.evaluate.metrics.arrays import check_columns, check_pairs
 from vit_reciprocam.evaluate.metrics.perturbation import (
     BASELINES,
     UNITS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics.adcc import adcc
 from vit_reciprocam.evaluate.metrics.protocols import Protocol
 
 __all__ = ["COLUMNS", "Estimate", "Resampled", "resample"]
@@ -113,7 +113,7 @@ def resample(
     values = {name: means[..., number] for number, name in enumerate(COLUMNS)}
     if protocol.adcc == "means":
         terms = {name: values[name].clip(0, 1) for name in ("coherency", "complexity", "drop")}
-        values["adcc"] = metrics.adcc(**terms)
+        values["adcc"] = adcc(**terms)
     values["insertion_minus_deletion"] = values["insertion"] - values["deletion"]
     return Resampled(
         tuple(columns), pictures, {name: 100 * value for name, value in values.items()}

@@ -5,22 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional as F
-from torchvision.transforms import GaussianBlur
 
-from vit_reciprocam.core.maps import blur, box_masks, upsample
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.metrics import measures as metrics
+from vit_reciprocam.evaluate.metrics import adcc as metrics
 
-SHAPES = [  # of a map, and of a picture
-    ((2, 2), (5, 7)),
-    ((3, 5), (48, 80)),
-    ((14, 14), (224, 224)),
-    ((1, 4), (9, 9)),
-    ((1, 1), (3, 2)),
-    ((4, 6), (4, 6)),
-    ((7, 5), (3, 4)),
-    ((3, 3), (6, 2)),
-]
 FRACTIONS = st.floats(0, 1, allow_subnormal=False)
 MAPS = arrays(np.float64, (3, 4), elements=FRACTIONS)
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -28,48 +16,6 @@ PROPERTY = settings(max_examples=60, deadline=None)
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).random(shape)
-
-
-# --- upsampling and blurring ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("small", "large"), SHAPES)
-def test_upsample_is_torchs_interpolate(small, large, mode):
-    maps = random(2, 3, *small)
-    expected = F.interpolate(torch.from_numpy(maps), large, mode=mode, align_corners=False)
-    got = upsample(maps, large, mode)
-    assert got.dtype == np.float64
-    np.testing.assert_allclose(got, expected.numpy(), atol=1e-10, rtol=0)
-
-
-def test_upsample_by_hand():
-    # 2 cells to 4 pixels: centres at -0.25, 0.25, 0.75 and 1.25 of a cell
-    assert upsample(np.array([[0.0, 1.0]]), (1, 4)).tolist() == [[0, 0.25, 0.75, 1]]
-
-
-def test_bicubic_is_not_clamped_and_the_dtype_is_kept():
-    step = np.array([[0, 0, 1, 1]], np.float32)
-    wide = upsample(step, (1, 16), "bicubic")
-    assert wide.dtype == np.float32
-    assert wide.min() < -0.05
-    assert wide.max() > 1.05
-    assert upsample(np.eye(2, dtype=int), (2, 2)).dtype == np.float64
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-5)])
-@pytest.mark.parametrize("size", [(26, 40), (64, 27)])
-def test_blur_is_torchvisions(size, dtype, atol):
-    images = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(dtype)
-    expected = GaussianBlur(51, 20.0)(torch.from_numpy(images)).numpy()
-    got = blur(images)
-    assert got.dtype == dtype
-    np.testing.assert_allclose(got, expected, atol=atol, rtol=0)
-
-
-def test_blur_of_a_picture_smaller_than_the_kernel_keeps_the_mean_colour():
-    # torchvision refuses it; reflected again and again, weights still sum to 1
-    np.testing.assert_allclose(blur(np.full((3, 8, 5), 0.7)), 0.7, atol=1e-12)
 
 
 # --- drop, increase, coherency, complexity, ADCC ----------------------------------------------
@@ -176,77 +122,11 @@ def test_masked_images_multiply_every_channel(mode):
     np.testing.assert_allclose(got, images * wide.numpy(), atol=1e-6)
 
 
-# --- objects ------------------------------------------------------------------------------------
-
-
-def test_box_masks_hold_the_pixels_whose_centre_lies_inside():
-    assert box_masks([1, 0, 3, 2], (3, 4)).astype(int).tolist() == [
-        [0, 1, 1, 0],
-        [0, 1, 1, 0],
-        [0, 0, 0, 0],
-    ]
-    # from 0.6 the centre 0.5 is out, up to 2.6 the centre 2.5 is in
-    assert box_masks([0.6, 0, 2.6, 1], (1, 4)).astype(int).tolist() == [[0, 1, 1, 0]]
-    assert box_masks([[[0, 0, 4, 3]]], (3, 4)).shape == (1, 1, 3, 4)
-
-
-def test_pointing_game_by_hand():
-    maps = np.array([[0.2, 1.0], [0.4, 0.6]])
-    # at 4x4 the highest pixel is the corner (0, 3), the centre of a border cell being clamped
-    boxes = {(2, 0, 4, 2): 1, (3, 0, 4, 1): 1, (0, 0, 2, 4): 0, (0, 1, 4, 4): 0}
-    for box, hit in boxes.items():
-        assert metrics.pointing_game(maps, np.array(box), size=(4, 4)) == hit
-        assert metrics.pointing_game(maps, box_masks(box, (4, 4))) == hit
-
-
-@pytest.mark.parametrize(("tolerance", "hit"), [(0, 0), (1.9, 0), (2, 1), (15, 1)])
-def test_pointing_game_with_tolerance(tolerance, hit):
-    maps = np.array([[0.2, 1.0], [0.4, 0.6]])  # the maximum is the pixel in column 3
-    box = np.array([0, 0, 2, 4])  # its nearest pixel is in column 1, 2 pixels away
-    assert metrics.pointing_game(maps, box, size=(4, 4), tolerance=tolerance) == hit
-
-
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_of_equal_maxima_the_first_counts(mode):
-    flat = np.full((3, 3), 0.3)
-    corners = np.array([[0, 0, 1, 1], [1, 0, 7, 5], [0, 1, 7, 5]])
-    hits = metrics.pointing_game(np.stack([flat] * 3), corners, size=(5, 7), mode=mode)
-    assert hits.tolist() == [1, 0, 0]
-
-
-def test_energy_by_hand():
-    maps = np.array([[[0.0, 1.0]], [[0.0, 0.0]]])
-    boxes = np.array([[2, 0, 4, 1], [0, 0, 4, 1]])
-    # bilinear 0, .25, .75, 1: the right half holds 1.75 of 2; a map of zeros holds nothing
-    got = metrics.energy_in_box(maps, boxes, size=(1, 4))
-    np.testing.assert_allclose(got, [0.875, 0])
-    mask = np.array([[[False, True, False, True]], [[True] * 4]])
-    np.testing.assert_allclose(metrics.mass_accuracy(maps, mask), [0.625, 0])
-
-
-def test_mass_of_a_bicubic_map_stays_a_share():
-    maps = np.array([[0.0, 0, 1, 1]])
-    outside, inside = np.arange(16) < 6, np.arange(16) >= 6
-    shares = [metrics.mass_accuracy(maps, m[None], mode="bicubic") for m in (outside, inside)]
-    assert sum(shares) == pytest.approx(1)
-    assert min(shares) >= 0
-    assert metrics.mass_accuracy(maps, np.ones((1, 16), np.uint8), mode="bicubic") == 1
-
-
-@PROPERTY
-@given(MAPS, st.integers(0, 6), st.integers(1, 7))
-def test_a_larger_box_holds_more_energy(maps, left, extra):
-    boxes = np.array([[left, 0, left + 1, 6], [left, 0, min(8, left + 1 + extra), 6]])
-    less, more = metrics.energy_in_box(np.stack([maps] * 2), boxes, size=(6, 8))
-    assert 0 <= less <= more + 1e-12 <= 1 + 2e-12
-
-
 # --- errors -------------------------------------------------------------------------------------
 
 A = np.full((2, 3, 3), 0.5)
 X = np.zeros((2, 3, 6, 6), np.float32)
 NAN = np.where(np.arange(9).reshape(3, 3) == 4, np.nan, A)
-BOX = np.array([[0, 0, 2, 2]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -267,17 +147,6 @@ BOX = np.array([[0, 0, 2, 2]] * 2)
         (lambda: metrics.complexity(A, size=(6, 6), mode="area"), "'bilinear', 'bicubic'"),
         (lambda: metrics.masked_images(X, A[:1]), "each picture .* needs one map"),
         (lambda: metrics.masked_images(X.astype(np.uint8), A), "floating"),
-        (lambda: metrics.pointing_game(A, BOX), r"pass size=\(H, W\)"),
-        (lambda: metrics.pointing_game(A, BOX[:1], size=(6, 6)), "one mask .* or box"),
-        (lambda: metrics.pointing_game(A, BOX, size=(6, 6), tolerance=-1), "0 pixels or more"),
-        (lambda: metrics.pointing_game(A, BOX + 5, size=(6, 6)), "reaches out .* 6x6"),
-        (lambda: metrics.energy_in_box(A, BOX - 1, size=(6, 6)), r"\[-1.0, -1.0, 1.0, 1.0\] reach"),
-        (lambda: metrics.energy_in_box(A, BOX * [1, 1, 0, 1], size=(6, 6)), "holds no pixel"),
-        (lambda: metrics.energy_in_box(A, BOX[:, ::-1], size=(6, 6)), "holds no pixel"),
-        (lambda: metrics.energy_in_box(A, BOX[:, :3], size=(6, 6)), r"boxes must be \(..., 4\)"),
-        (lambda: metrics.mass_accuracy(A, X[:, 0] > 0), "a mask is empty"),
-        (lambda: metrics.mass_accuracy(A, X[:1, 0] == 0), "each map"),
-        (lambda: metrics.mass_accuracy(A, X[:, 0]), "bool, or integers"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(call, message):

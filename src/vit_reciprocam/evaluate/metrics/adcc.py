@@ -1,4 +1,4 @@
-"""How good a saliency map is: pure functions of arrays, METHOD's metrics and their neighbours.
+"""ADCC and its terms: drop, increase, coherency and complexity, as pure functions of arrays.
 
 p is the probability of the target class on the picture, o the one on the masked picture
 E = x ⊙ up(A), A the map and A' the method's map of the same class on E. Everything is batched over
@@ -11,17 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vit_reciprocam.core.maps import (
-    DECIMALS,
-    Size,
-    box_masks,
-    check_columns,
-    check_maps,
-    check_pairs,
-    region_masks,
-    upsample,
-)
+from vit_reciprocam.core.maps import Size, upsample
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate.metrics.arrays import check_columns, check_maps, check_pairs, divide
 
 __all__ = [
     "adcc",
@@ -29,11 +21,8 @@ __all__ = [
     "average_increase",
     "coherency",
     "complexity",
-    "energy_in_box",
     "masked_images",
-    "mass_accuracy",
     "pearson",
-    "pointing_game",
 ]
 
 _FLAT = 1e-12  # a map in [0, 1] with a smaller range is constant
@@ -48,7 +37,7 @@ def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
         InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
     """
     p, o = check_columns(p=p, o=o)
-    return _ratio(np.maximum(0, p - o), p)
+    return divide(np.maximum(0, p - o), p)
 
 
 def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
@@ -94,7 +83,7 @@ def pearson(
     a, b = (x - x.mean(axis=(-2, -1), keepdims=True) for x in (a, b))
     norms = np.sqrt((a * a).sum(axis=(-2, -1)) * (b * b).sum(axis=(-2, -1)))
     products = (a * b).sum(axis=(-2, -1))
-    return _ratio(products, np.where(flat, 0, norms)).clip(-1, 1)
+    return divide(products, np.where(flat, 0, norms)).clip(-1, 1)
 
 
 def coherency(
@@ -153,69 +142,3 @@ def masked_images(images: np.ndarray, maps: np.ndarray, mode: str = "bilinear") 
     images, maps = check_pairs(images, maps)
     masks = upsample(maps, images.shape[-2:], mode)[..., None, :, :]
     return np.asarray(images * masks, images.dtype)
-
-
-def pointing_game(
-    maps: np.ndarray,
-    regions: np.ndarray,
-    *,
-    size: Size | None = None,
-    tolerance: float = 0,
-    mode: str = "bilinear",
-) -> np.ndarray:
-    """Whether the map's maximum lies in the object, (...) of 0.0 or 1.0. Higher is better.
-
-    Zhang et al. 2016, at the picture's size. Of equal maxima the first counts, row by row from the
-    top left.
-
-    Args:
-        maps: (..., h, w) in [0, 1].
-        regions: The objects: masks (..., H, W), or boxes (..., 4) as in `box_masks`.
-        size: (H, W), needed with boxes.
-        tolerance: How many pixels from the object still count; 15 in the original.
-        mode: One of `MODES`.
-
-    Raises:
-        InputError: If shapes do not fit, a region is empty or outside the picture, or maps are
-            empty, NaN or outside [0, 1].
-    """
-    if not tolerance >= 0:
-        raise InputError(f"tolerance must be 0 pixels or more; got {tolerance}")
-    maps = check_maps(maps)
-    masks = region_masks(maps, regions, size=size)
-    height, width = masks.shape[-2:]
-    cells = upsample(maps, (height, width), mode).round(DECIMALS).reshape(*maps.shape[:-2], -1)
-    row, column = np.divmod(cells.argmax(axis=-1)[..., None, None], width)
-    distance = np.hypot(np.arange(height)[:, None] - row, np.arange(width) - column)
-    return np.asarray((masks & (distance <= tolerance)).any(axis=(-2, -1)), np.float64)
-
-
-def energy_in_box(
-    maps: np.ndarray, boxes: np.ndarray, *, size: Size, mode: str = "bilinear"
-) -> np.ndarray:
-    """Share of the map's sum that lies in the box, (...) in [0, 1]. Higher is better.
-
-    Wang et al. 2020 (Score-CAM's energy-based pointing game). `mass_accuracy` with a box's mask;
-    arguments and errors are those of `box_masks` and `pointing_game`.
-    """
-    return mass_accuracy(maps, box_masks(boxes, size), mode=mode)
-
-
-def mass_accuracy(maps: np.ndarray, masks: np.ndarray, *, mode: str = "bilinear") -> np.ndarray:
-    """Share of the map's sum that lies in the object's mask, (...) in [0, 1]. Higher is better.
-
-    Arras et al. 2022, at the picture's size; a bicubic map counts where it is above 0. A map of
-    zeros puts nothing in the object: 0. Maps (..., h, w), masks (..., H, W) bool; errors are those
-    of `pointing_game`.
-    """
-    maps = check_maps(maps)
-    masks = region_masks(maps, masks)
-    energy = upsample(maps, masks.shape[-2:], mode).clip(0)
-    inside, total = ((energy * part).sum(axis=(-2, -1)) for part in (masks, 1.0))
-    return _ratio(inside, total)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Their quotient, and 0 where below is 0."""
-    quotient: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-    return quotient

@@ -1,0 +1,138 @@
+"""What several metrics do to arrays: refuse bad ones, divide where possible, blur pictures."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from vit_reciprocam.errors import InputError
+
+__all__ = [
+    "DECIMALS",
+    "blur",
+    "check_columns",
+    "check_maps",
+    "check_pairs",
+    "check_pictures",
+    "check_range",
+    "divide",
+]
+
+DECIMALS = 9
+"""Decimals to which upsampled cells are rounded before they are compared.
+
+Cells that are equal by definition differ by rounding errors after upsampling; this restores ties.
+"""
+
+_BLUR_WIDTH, _BLUR_SIGMA = 51, 20.0
+_ROUNDING = 1e-5  # how far outside [0, 1] a probability or map may lie
+
+
+def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
+    """Return maps (..., h, w) as float64.
+
+    Args:
+        maps: Maps (..., h, w).
+        name: Name of the argument, for the error.
+
+    Raises:
+        InputError: If they are empty, NaN or outside [0, 1].
+    """
+    maps = np.asarray(maps, np.float64)
+    if maps.ndim < 2 or maps.size == 0:
+        raise InputError(f"{name} must be (..., h, w) and not empty; got {maps.shape}")
+    check_range(name, maps)
+    return maps
+
+
+def check_pictures(images: np.ndarray) -> np.ndarray:
+    """Return normalised images (..., 3, H, W) as an array.
+
+    Raises:
+        InputError: If they are empty or not floating.
+    """
+    images = np.asarray(images)
+    if images.dtype.kind != "f" or images.ndim < 3 or images.size == 0:
+        raise InputError(
+            "images must be normalised, floating and (..., 3, H, W); "
+            f"got {images.dtype} of {images.shape}"
+        )
+    return images
+
+
+def check_pairs(images: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (..., 3, H, W) and a map (..., h, w) for each.
+
+    Raises:
+        InputError: If `check_pictures` or `check_maps` refuse them, or leading dimensions differ.
+    """
+    images, maps = check_pictures(images), check_maps(maps)
+    if images.shape[:-3] != maps.shape[:-2]:
+        raise InputError(
+            "each picture (..., 3, H, W) needs one map (..., h, w); "
+            f"got images {images.shape} and maps {maps.shape}"
+        )
+    return images, maps
+
+
+def check_columns(**columns: np.ndarray) -> list[np.ndarray]:
+    """Return arrays of fractions, all of one shape, as float64.
+
+    Raises:
+        InputError: If shapes differ, one is empty, or a value is NaN or outside [0, 1].
+    """
+    arrays = [np.asarray(column, np.float64) for column in columns.values()]
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1 or arrays[0].size == 0:
+        raise InputError(
+            f"{', '.join(columns)} must have one shape and not be empty; "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    for name, array in zip(columns, arrays, strict=True):
+        check_range(name, array)
+    return arrays
+
+
+def check_range(name: str, values: np.ndarray) -> None:
+    """Refuse what is NaN or outside [0, 1] by more than rounding.
+
+    Raises:
+        InputError: If a value is.
+    """
+    if np.isnan(values).any():
+        raise InputError(f"{name} must be numbers in [0, 1]; {np.isnan(values).sum()} are NaN")
+    low, high = values.min(), values.max()
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise InputError(
+            f"{name} must be in [0, 1], not logits, percentages or raw relevance; "
+            f"got {low:.4g} to {high:.4g}"
+        )
+
+
+def divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return the quotient of two arrays, and 0 where the one below is not positive."""
+    quotient: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return quotient
+
+
+def blur(images: np.ndarray) -> np.ndarray:
+    """Return pictures (..., H, W) under a Gaussian of 51x51 pixels and σ 20, borders reflected.
+
+    It is torchvision's GaussianBlur; its width is the same whatever the picture's size.
+    """
+    rows, columns = (_gaussian(side).astype(images.dtype) for side in images.shape[-2:])
+    return np.asarray(rows @ images @ columns.T)
+
+
+@functools.lru_cache(maxsize=8)
+def _gaussian(side: int) -> np.ndarray:
+    """Return the Gaussian's weights (side, side), with reflected borders."""
+    reach = _BLUR_WIDTH // 2
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / _BLUR_SIGMA) ** 2)
+    sources = np.pad(np.arange(side), reach, mode="reflect")
+    matrix = np.zeros((side, side))
+    for shift, weight in enumerate(weights / weights.sum()):
+        np.add.at(matrix, (np.arange(side), sources[shift : shift + side]), weight)
+    matrix.flags.writeable = False  # the cache hands out this very array
+    return matrix
