@@ -21,11 +21,13 @@ import vit_reciprocam as vr
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.data.datasets import Item
+from vit_reciprocam.evaluate.metrics.measure import summarize
 from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report import formats, gallery, sheets
 from vit_reciprocam.evaluate.report import write as report
 from vit_reciprocam.evaluate.report.bootstrap import resample
-from vit_reciprocam.evaluate.report.tables import DEFAULTS, METRICS, read_tables
+from vit_reciprocam.evaluate.report.tables import DEFAULTS, read_tables
 from vit_reciprocam.evaluate.run import summaries
 from vit_reciprocam.evaluate.store import RunFolder
 from vit_reciprocam.methods import MethodSpec
@@ -165,7 +167,7 @@ def test_a_resample_is_the_summary_of_the_pictures_drawn(protocol):
     for number in range(71):
         drawn = draws.integers(9, size=9) if number else np.arange(9)
         for place, each in enumerate(columns.values()):
-            expected = protocol.summary({name: v[drawn] for name, v in each.items()})
+            expected = summarize({name: v[drawn] for name, v in each.items()}, protocol)
             for name, values in found.values.items():
                 value = values[number, place]
                 assert value == pytest.approx(expected.get(name, np.nan), nan_ok=True)
@@ -341,7 +343,7 @@ def test_runs_that_are_not_finished_and_pictures_that_failed(tmp_path):
     assert {row.images for row in model.rows} == {5}
     both = [0, 3, 4, 5]
     expected = {
-        name: PROTOCOLS["byun2023"].summary({k: v[both] for k, v in columns.items()})
+        name: summarize({k: v[both] for k, v in columns.items()}, PROTOCOLS["byun2023"])
         for name, columns in {**columns_for("reciprocam"), "rollout": part["rollout"]}.items()
     }
     difference = rows_of(table)["rollout"].differences["adcc"].value

@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 FAILURES_SHOWN = 10
-PAPER = ("drop", "increase", "coherency", "complexity", "adcc")
 
 
 def evaluate_command(
@@ -193,6 +192,8 @@ def _kept(folder: Path) -> str:
 @contextlib.contextmanager
 def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None]:
     """A bar with pictures a second, time left, and below it the ADCC of the pictures so far."""
+    from vit_reciprocam.evaluate.metrics.measure import summarize
+
     if not err.is_terminal:
         yield None
         return
@@ -208,10 +209,8 @@ def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None
                     each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
                     for name in ("p", "o", "coherency", "complexity"):
                         each[name].append(record[name])
-            adcc = [
-                f"{name} {protocol.summary({k: np.array(v) for k, v in each.items()})['adcc']:.1f}"
-                for name, each in seen.items()
-            ]
+            columns = {n: {k: np.array(v) for k, v in each.items()} for n, each in seen.items()}
+            adcc = [f"{n} {summarize(each, protocol)['adcc']:.1f}" for n, each in columns.items()]
             speed = shown.tasks[0].speed
             shown.update(
                 task,
@@ -226,7 +225,7 @@ def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
     """A table for each model; where it is too wide, one of the paper's figures and others."""
-    from vit_reciprocam.evaluate.report.tables import METRICS
+    from vit_reciprocam.evaluate.metrics.registry import METRICS
 
     shown = [name for name in METRICS if any(name in row for row in summaries)]
     for model in manifest["models"]:
@@ -234,8 +233,8 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
         tables = list(_tables(rows, shown))
         if len(tables) > 1:
             tables = [
-                *_tables(rows, [name for name in shown if name in PAPER]),
-                *_tables(rows, [name for name in shown if name not in PAPER]),
+                *_tables(rows, [name for name in shown if METRICS[name].kind == "adcc"]),
+                *_tables(rows, [name for name in shown if METRICS[name].kind != "adcc"]),
             ]
         out.print(f"[bold]{escape(model)}[/bold]", highlight=False, soft_wrap=True)
         for table in tables:
@@ -267,7 +266,7 @@ def _least_width(table: Table) -> int:
 
 def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
     """A row for each method, a column for each metric."""
-    from vit_reciprocam.evaluate.report.tables import METRICS
+    from vit_reciprocam.evaluate.metrics.registry import METRICS
 
     table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)
     for name in shown:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,13 @@ import numpy as np
 
 from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.core.batch import Batch
-from vit_reciprocam.errors import ImageError, InputError, ReciproCAMError
-from vit_reciprocam.evaluate.data.datasets import DataSet, Item, picture_digest, read_dataset
+from vit_reciprocam.errors import InputError, ReciproCAMError
+from vit_reciprocam.evaluate.data.datasets import DataSet, read_dataset
 from vit_reciprocam.evaluate.data.labels import Labels
-from vit_reciprocam.evaluate.metrics import location
+from vit_reciprocam.evaluate.data.loading import Picture, load_batches
+from vit_reciprocam.evaluate.metrics.measure import measure, summarize
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
+from vit_reciprocam.evaluate.metrics.registry import KINDS, Observation
 from vit_reciprocam.evaluate.store import RunFolder, columns_of, read_run
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -26,8 +26,6 @@ from vit_reciprocam.results.explanation import softmax
 from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Progress", "evaluate", "summaries"]
-
-_AHEAD = 3  # batches that are read while one is computed
 
 
 @dataclass(frozen=True)
@@ -119,22 +117,7 @@ def evaluate(
     _check_labels(dataset, protocol)
     for name, classifier in models.items():
         _try(classifier, explainers[name])
-    settings = {
-        "protocol": protocol.to_dict(),
-        "insertion": insertion,
-        "data": {"name": data, "digest": dataset.digest(), "pictures": len(dataset.items)},
-        "models": {
-            name: {
-                "weights": classifier.backend.digest(),
-                "preprocess": classifier.preprocess.to_dict(),
-                "device": classifier.device,
-                "class_names": classifier.class_names and list(classifier.class_names),
-            }
-            for name, classifier in models.items()
-        },
-        "methods": {label: {"method": s.name, **s.settings} for label, s in specs.items()},
-        "versions": library_versions(),
-    }
+    settings = _describe(protocol, insertion, dataset, models, specs)
     total = len(models) * len(dataset.items)
     with RunFolder.open(out, settings, resume=resume) as run:
         done = run.done()
@@ -142,9 +125,9 @@ def evaluate(
         for name, classifier in models.items():
             preprocess = protocol.preprocess(classifier.preprocess)
             wanted = [item for item in datasets[name].items if (item.index, name) not in done]
-            measure = _Measurement(classifier, explainers[name], protocol, preprocess, insertion)
-            for batch in _loaded(wanted, preprocess, batch_size, workers):
-                records = measure.records(batch)
+            measurer = _Measurer(classifier, explainers[name], protocol, preprocess, insertion)
+            for batch in load_batches(wanted, preprocess, batch_size, workers):
+                records = measurer.records(batch)
                 run.write(records)
                 count += len(batch)
                 if progress is not None:
@@ -153,10 +136,10 @@ def evaluate(
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    """A row for each model and method of a run, in percent: `Protocol.summary`, and "images".
+    """Return the figures of each model and method of a run: `summarize`, in percent, and "images".
 
     Raises:
-        InputError: If it is no run.
+        InputError: If it is not a run.
     """
     settings, table = read_run(folder)
     protocol = Protocol.from_dict(settings["protocol"])
@@ -166,8 +149,34 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
             columns = columns_of(table, model, method)
             if len(columns["p"]):
                 row = {"model": model, "method": method, "images": len(columns["p"])}
-                rows.append(row | protocol.summary(columns))
+                rows.append(row | summarize(columns, protocol))
     return rows
+
+
+def _describe(
+    protocol: Protocol,
+    insertion: bool,
+    dataset: DataSet,
+    models: Mapping[str, Classifier],
+    methods: Mapping[str, MethodSpec],
+) -> dict[str, Any]:
+    """Return what is run, as plain JSON values: a resumed run must agree with all of it."""
+    return {
+        "protocol": protocol.to_dict(),
+        "insertion": insertion,
+        "data": {"name": dataset.name, "digest": dataset.digest(), "pictures": len(dataset.items)},
+        "models": {
+            name: {
+                "weights": classifier.backend.digest(),
+                "preprocess": classifier.preprocess.to_dict(),
+                "device": classifier.device,
+                "class_names": classifier.class_names and list(classifier.class_names),
+            }
+            for name, classifier in models.items()
+        },
+        "methods": {label: {"method": s.name, **s.settings} for label, s in methods.items()},
+        "versions": library_versions(),
+    }
 
 
 def _read(
@@ -212,8 +221,8 @@ def _check_labels(dataset: DataSet, protocol: Protocol) -> None:
 
 
 @dataclass(frozen=True)
-class _Measurement:
-    """Of one model: from loaded pictures to records of the store's columns."""
+class _Measurer:
+    """One model with its methods: from pictures to records of the store's columns."""
 
     classifier: Classifier
     explainers: Mapping[str, Explainer]
@@ -221,27 +230,27 @@ class _Measurement:
     preprocess: Preprocess
     insertion: bool
 
-    def records(self, batch: Sequence[_Loaded]) -> list[dict[str, Any]]:
-        """For each picture and method one, also for pictures that fail."""
+    def records(self, batch: Sequence[Picture]) -> list[dict[str, Any]]:
+        """Return one record per picture and method, also for pictures that fail."""
         good = [one for one in batch if not one.error]
-        failed = [
+        failures = [
             self._about(one, method) | {"error": one.error}
             for one in batch
             if one.error
             for method in self.explainers
         ]
         if not good:
-            return failed
+            return failures
         images = np.stack([one.pixels for one in good if one.pixels is not None])
         shared = self.classifier.backend.batch(images)
         measured = [
             record
             for method in self.explainers
-            for record in self._measured(method, good, images, shared)
+            for record in self._records(method, good, images, shared)
         ]
-        return failed + measured
+        return failures + measured
 
-    def _about(self, one: _Loaded, method: str) -> dict[str, Any]:
+    def _about(self, one: Picture, method: str) -> dict[str, Any]:
         return {
             "index": one.item.index,
             "source": one.item.source,
@@ -251,10 +260,10 @@ class _Measurement:
             "label": one.item.label,
         }
 
-    def _measured(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, shared: Batch | None
+    def _records(
+        self, method: str, batch: Sequence[Picture], images: np.ndarray, shared: Batch | None
     ) -> list[dict[str, Any]]:
-        """Of one method; where it fails on a batch, picture by picture."""
+        """Measure one method on a batch; where it fails on that, picture by picture."""
         try:
             columns = self._columns(method, batch, images, shared)
         except ReciproCAMError as error:
@@ -263,20 +272,24 @@ class _Measurement:
             return [
                 record
                 for row, one in enumerate(batch)
-                for record in self._measured(method, [one], images[row : row + 1], None)
+                for record in self._records(method, [one], images[row : row + 1], None)
             ]
         records = []
         for row, one in enumerate(batch):
-            values = {name: column[row].tolist() for name, column in columns.items()}
             saliency = columns["map"][row]
+            values = {
+                name: column[row].tolist()
+                for name, column in columns.items()
+                if name != "map" and not np.isnan(column[row])
+            }
             place = {"map": saliency.ravel().tolist(), "rows": len(saliency), "note": one.note}
-            located = _located(one, saliency) if values["target"] == one.item.label else {}
-            records.append(self._about(one, method) | values | place | located)
+            records.append(self._about(one, method) | values | place)
         return records
 
     def _columns(
-        self, method: str, batch: Sequence[_Loaded], images: np.ndarray, shared: Batch | None
+        self, method: str, batch: Sequence[Picture], images: np.ndarray, shared: Batch | None
     ) -> dict[str, np.ndarray]:
+        """Return the columns (B, ...) of one method on a batch."""
         explain = self.explainers[method]
         labels = np.array([-1 if one.item.label is None else one.item.label for one in batch])
         first = explain(
@@ -285,90 +298,25 @@ class _Measurement:
         )
         maps, targets = first.maps[:, 0], first.targets[:, 0]
         masked = explain(self.protocol.masked_images(images, maps), targets[:, None])
-        p, o = _chosen(first.probs, targets), _chosen(masked.probs, targets)
-        columns = self.protocol.score_images(images, maps, masked.maps[:, 0], p, o)
-        if self.insertion:
-            columns |= self.protocol.score_order(
-                lambda x: softmax(self.classifier.backend.predict(x)),
-                images,
-                maps,
-                targets,
-                self.preprocess,
-            )
+        seen = Observation(
+            protocol=self.protocol,
+            preprocess=self.preprocess,
+            images=images,
+            targets=targets,
+            maps=maps,
+            masked_maps=masked.maps[:, 0],
+            p=_pick(first.probs, targets),
+            o=_pick(masked.probs, targets),
+            predict=lambda x: softmax(self.classifier.backend.predict(x)),
+            objects=[
+                one.objects if target == one.item.label else None
+                for one, target in zip(batch, targets, strict=True)
+            ],
+        )
+        columns = measure(seen, KINDS.keys() - (set() if self.insertion else {"order"}))
         return columns | {"map": maps, "target": targets, "predicted": first.logits.argmax(axis=1)}
 
 
-def _chosen(probs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _pick(probs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the probability (B,) of each picture's target."""
     return np.take_along_axis(probs, targets[:, None], axis=1)[:, 0]
-
-
-def _located(one: _Loaded, saliency: np.ndarray) -> dict[str, float]:
-    """How well the map lies on the label's objects, where these are known and in sight."""
-    if one.mask is None:
-        return {}
-    share = "energy_in_box" if one.item.boxes and not one.item.mask else "mass_accuracy"
-    return {
-        "pointing_game": float(location.pointing_game(saliency, one.mask)),
-        share: float(location.mass_accuracy(saliency, one.mask)),
-    }
-
-
-# --- reading ahead ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A picture ready for the model, or why it is not.
-
-    Attributes:
-        item: Of the data set.
-        digest: SHA-256 of its pixels.
-        pixels: (3, H, W), preprocessed.
-        mask: (H, W) bool, the label's objects, where they are known and in sight.
-        note: Why there is no mask, where one was given.
-        error: Empty where there are pixels.
-    """
-
-    item: Item
-    digest: str = ""
-    pixels: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    note: str | None = None
-    error: str = ""
-
-
-def _loaded(
-    items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
-) -> Iterator[list[_Loaded]]:
-    """Batches of pictures; threads read the next ones while the caller computes."""
-    smooth = dataclasses.replace(preprocess, interpolation="bilinear")
-
-    def load(item: Item) -> _Loaded:
-        try:
-            picture = item.read()
-            digest, pixels = picture_digest(picture), preprocess(picture)
-        except (ImageError, OSError) as error:
-            return _Loaded(item, error=str(error))
-        try:
-            objects = item.read_objects(picture.size)
-        except (ImageError, OSError) as error:
-            return _Loaded(item, digest, pixels, note=str(error))
-        mask = None if objects is None else _seen(np.asarray(smooth.view(objects)))
-        lost = mask is not None and not mask.any()
-        note = "the objects lie outside the part that the model sees" if lost else None
-        return _Loaded(item, digest, pixels, None if lost else mask, note)
-
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Any] = deque()
-        for start in range(0, len(items), batch_size):
-            ahead.append([pool.submit(load, item) for item in items[start : start + batch_size]])
-            if len(ahead) > _AHEAD:
-                yield [future.result() for future in ahead.popleft()]
-        for futures in ahead:
-            yield [future.result() for future in futures]
-
-
-def _seen(resized: np.ndarray) -> np.ndarray:
-    """Pixels that objects cover by half; of objects too small for that, all that they touch."""
-    half: np.ndarray = resized > 127
-    return half if half.any() else resized > 0

@@ -1,10 +1,10 @@
 """A run's folder: what was run, its records in Parquet parts, and last the manifest.
 
-    RUN/run.json                 what was run, written first; a resumed run must be of the same
-    RUN/part-000000.parquet      records of some pictures, each part whole or absent
+    RUN/run.json                 what was run; written first, and a resumed run must agree with it
+    RUN/part-000000.parquet      records of some pictures; each part is there whole or not at all
     RUN/manifest.json            written last: the run is complete
 
-A process that is killed leaves whole parts behind, and the next goes on after them.
+A process that is killed leaves whole parts behind, and the next one goes on after them.
 """
 
 from __future__ import annotations
@@ -24,56 +24,50 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.results.files import GENERATOR, check_folder, is_ours, write_atomically
 
-__all__ = [
-    "RUN",
-    "SCHEMA",
-    "RunFolder",
-    "columns_of",
-    "read_run",
-]
+__all__ = ["RUN", "RunFolder", "columns_of", "read_run", "records_of", "schema"]
 
 RUN = "run.json"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _KEY = ("index", "model", "method")
-_SHARE = pyarrow.float64()
-
-SCHEMA = pyarrow.schema(
-    [
-        ("index", pyarrow.int64()),  # of the picture in the data set
-        ("source", pyarrow.string()),
-        ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
-        ("model", pyarrow.string()),
-        ("method", pyarrow.string()),
-        ("label", pyarrow.int64()),  # null where not known
-        ("target", pyarrow.int64()),  # the explained class c
-        ("predicted", pyarrow.int64()),
-        ("p", _SHARE),  # probability of c on the picture
-        ("o", _SHARE),  # and on the picture under its map
-        ("drop", _SHARE),
-        ("increase", _SHARE),
-        ("coherency", _SHARE),
-        ("complexity", _SHARE),
-        ("adcc", _SHARE),
-        ("insertion", _SHARE),  # null where not measured, as all below
-        ("deletion", _SHARE),
-        ("pointing_game", _SHARE),
-        ("energy_in_box", _SHARE),
-        ("mass_accuracy", _SHARE),
-        ("map", pyarrow.list_(pyarrow.float32())),  # row by row
-        ("rows", pyarrow.int64()),
-        ("note", pyarrow.string()),  # why the objects' place is not measured, where it is given
-        ("error", pyarrow.string()),  # why there are no values; null where there are
-    ]
+_BEFORE = (
+    ("index", pyarrow.int64()),  # of the picture in the data set
+    ("source", pyarrow.string()),
+    ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
+    ("model", pyarrow.string()),
+    ("method", pyarrow.string()),
+    ("label", pyarrow.int64()),  # null where not known
+    ("target", pyarrow.int64()),  # the explained class c
+    ("predicted", pyarrow.int64()),
 )
-"""A row for each picture, model and method; shares are 0 to 1."""
+_PROBABILITIES = ("p", "o")  # of c on the picture, and on the picture under its map
+_AFTER = (
+    ("map", pyarrow.list_(pyarrow.float32())),  # row by row
+    ("rows", pyarrow.int64()),  # of the map
+    ("note", pyarrow.string()),  # why the objects' place was given and not used
+    ("error", pyarrow.string()),  # why there are no values; null where there are
+)
+
+
+def schema() -> pyarrow.Schema:
+    """Return the columns of a record, which is one picture under one method of one model.
+
+    Probabilities and metrics are fractions, and null where they were not measured.
+    """
+    figures = [(name, pyarrow.float64()) for name in _figures()]
+    return pyarrow.schema([*_BEFORE, *figures, *_AFTER])
+
+
+def _figures() -> list[str]:
+    return [*_PROBABILITIES, *(name for name, metric in METRICS.items() if metric.is_stored)]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run, of which no other process can write.
+    """An open run, which no other process can write to.
 
     Attributes:
         path: The folder.
@@ -90,10 +84,14 @@ class RunFolder:
     ) -> Iterator[RunFolder]:
         """Begin a run in a new or empty folder, or go on with one.
 
+        Args:
+            path: The folder.
+            settings: What is run.
+            resume: Whether to go on with the run that the folder holds.
+
         Raises:
-            InputError: If another process writes it, it holds a run and `resume` is false, it
-                holds something else, or another run than `settings` say: the message names what
-                differs.
+            InputError: If another process writes to it, it holds a run and `resume` is false, or it
+                holds something else, or a run with other settings: the message names what differs.
         """
         check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -105,7 +103,7 @@ class RunFolder:
                 f"another process is writing {path}: wait for it, or choose another folder"
             ) from error
         try:
-            _check(path, settings, resume)
+            _check_content(path, settings, resume)
             (path / MANIFEST).unlink(missing_ok=True)  # until it is complete again
             text = json.dumps({"generator": GENERATOR, "format": _FORMAT, **settings}, indent=2)
             if not (path / RUN).exists():
@@ -115,7 +113,7 @@ class RunFolder:
             lock.release()
 
     def done(self) -> set[tuple[int, str]]:
-        """(index, model) of the pictures that are measured; those that failed are tried again."""
+        """Return (index, model) of the pictures that are measured; failed ones are tried again."""
         found: dict[tuple[int, str], bool] = {}
         for row in _read_parts(self.path, ["error"]).to_pylist():
             key = row["index"], row["model"]
@@ -123,12 +121,15 @@ class RunFolder:
         return {key for key, measured in found.items() if measured}
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add records, as one part.
+        """Add records as one part.
+
+        Args:
+            records: Values by names of `schema`; a missing one becomes null.
 
         Raises:
-            OSError: If they cannot be written; the parts before are whole.
+            OSError: If they cannot be written; the parts before stay whole.
         """
-        table = pyarrow.Table.from_pylist(list(records), schema=SCHEMA)
+        table = pyarrow.Table.from_pylist(list(records), schema=schema())
         sink = pyarrow.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd")
         parts = _parts(self.path)
@@ -136,13 +137,10 @@ class RunFolder:
         write_atomically(self.path / f"part-{number:06d}.parquet", sink.getvalue().to_pybytes())
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the manifest: the run is complete.
+        """Write the manifest, which says that the run is complete, and return it.
 
         Args:
-            more: What the manifest says beside the settings, the counts and the failures.
-
-        Returns:
-            The manifest.
+            more: What it says beside the settings, the counts and the failures.
         """
         rows = _read_parts(self.path, ["source", "digest", "note", "error"]).to_pylist()
         pictures = {row["index"]: row["digest"] for row in rows}
@@ -153,8 +151,8 @@ class RunFolder:
             **self.settings,
             **more,
             "images": len({row["index"] for row in rows if row["error"] is None}),
-            "failures": _listed(rows, "error"),
-            "not_located": _listed(rows, "note"),
+            "failures": _list_problems(rows, "error"),
+            "not_located": _list_problems(rows, "note"),
             "pixels": hashlib.sha256(digests).hexdigest(),
             "parts": [part.name for part in _parts(self.path)],
         }
@@ -163,14 +161,17 @@ class RunFolder:
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
-    """What was run, and its records; of a run that is not complete those there are.
+    """Read what was run, and its records; those there are where the run is not complete.
+
+    A run of a version that had other metrics is read too: what it lacks is null, and what this
+    version does not know is left out.
 
     Returns:
         The manifest, or run.json where the run is not complete (then without the key "images"); and
-        a table of `SCHEMA`, ordered by model, method and index.
+        a table of `schema`, ordered by model, method and index.
 
     Raises:
-        InputError: If it is no run of this version.
+        InputError: If it is not a run, or it was written in another format.
     """
     if not is_ours(path / RUN):
         raise InputError(
@@ -182,29 +183,44 @@ def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["parts"] == [part.name for part in _parts(path)]:
             settings = manifest
-    table = _read_parts(path, SCHEMA.names)
+    table = _read_parts(path, schema().names)
     return settings, table.sort_by([(name, "ascending") for name in ("model", "method", "index")])
 
 
-def columns_of(table: pyarrow.Table, model: str, method: str) -> dict[str, np.ndarray]:
-    """One model's and method's figures, picture by picture in order, without those that failed.
+def records_of(table: pyarrow.Table, model: str, method: str | None = None) -> pyarrow.Table:
+    """Return the records of a model that did not fail, ordered as the table is.
 
-    A column that is not measured for every picture, such as of boxes, has those it is measured for.
+    Args:
+        table: Records, as `read_run` returns them.
+        model: Name of the model.
+        method: Name of a method with its settings; None for all.
     """
-    chosen = pyarrow.compute.and_(
-        pyarrow.compute.and_(
-            pyarrow.compute.equal(table["model"], model),
-            pyarrow.compute.equal(table["method"], method),
-        ),
-        pyarrow.compute.is_null(table["error"]),
-    )
-    part = table.filter(chosen)
-    figures = [field.name for field in SCHEMA if field.type == _SHARE]
-    columns = {name: part[name].drop_null().to_numpy() for name in figures}
-    return {name: values for name, values in columns.items() if len(values) or name == "p"}
+    chosen = pyarrow.compute.is_null(table["error"])
+    for name, wanted in (("model", model), ("method", method)):
+        if wanted is not None:
+            chosen = pyarrow.compute.and_(chosen, pyarrow.compute.equal(table[name], wanted))
+    return table.filter(chosen)
 
 
-def _check(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def columns_of(table: pyarrow.Table, model: str, method: str) -> dict[str, np.ndarray]:
+    """Return the index, p, o and metrics of one model's and method's pictures, (pictures,) each.
+
+    Args:
+        table: Records, as `read_run` returns them.
+        model: Name of the model.
+        method: Name of the method with its settings.
+
+    Returns:
+        Column -> values, fractions but for the index; NaN where not measured. Pictures that failed
+        are left out.
+    """
+    names = ["index", *_figures()]
+    narrow = table.select(["model", "method", "error", *names])  # maps would be copied for nothing
+    records = records_of(narrow, model, method)
+    return {name: records[name].to_numpy() for name in names}
+
+
+def _check_content(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
     others = [p.name for p in path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
     if not others:
         return
@@ -220,7 +236,7 @@ def _check(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
     before = json.loads((path / RUN).read_bytes())
     _check_format(path, before)
     now = json.loads(json.dumps(settings))
-    old, new = _flat(before), _flat(now)
+    old, new = _flatten(before), _flatten(now)
     changed = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted({*old, *new} - {"generator", "format"})
@@ -241,13 +257,13 @@ def _check_format(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(content: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one: {"protocol.name": …}."""
+def _flatten(content: Any, name: str = "") -> dict[str, Any]:
+    """Return nested mappings as one: {"protocol.name": …}."""
     if not isinstance(content, dict):
         return {name: content}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{name}.{key}" if name else key)
+        flat |= _flatten(value, f"{name}.{key}" if name else key)
     return flat
 
 
@@ -255,8 +271,8 @@ def _parts(path: Path) -> list[Path]:
     return sorted(path.glob("part-*.parquet"))
 
 
-def _listed(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Pictures with something in a column, once a model: what every method says is said once."""
+def _list_problems(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
+    """Return the pictures with something in a column, once per model, not once per method."""
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in rows:
         if row[column] is not None:
@@ -266,15 +282,18 @@ def _listed(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[str, An
 
 
 def _read_parts(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Columns of all records, and their keys; of records with the same key the last."""
+    """Read columns of all records, and their keys; where keys are equal the last record counts."""
     columns = list(dict.fromkeys([*_KEY, *columns]))
     tables = []
     for part in _parts(path):
         try:
-            tables.append(parquet.read_table(part, columns=columns))
+            there = parquet.read_schema(part).names
+            wanted = [name for name in columns if name in there or name not in METRICS]
+            tables.append(parquet.read_table(part, columns=wanted))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{part} is damaged: {error}. Remove it and resume the run") from error
-    empty = pyarrow.schema([SCHEMA.field(name) for name in columns]).empty_table()
+    whole = schema()
+    empty = pyarrow.schema([whole.field(name) for name in columns]).empty_table()
     table = pyarrow.concat_tables([empty, *tables], promote_options="default")
     keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
     last = {key: row for row, key in enumerate(keys)}

@@ -68,7 +68,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     check_choice("method", name, METHODS)
     if name in NULLS:
         _function("null_baseline", "methods.baselines")  # torch must be there
-        check_keywords(name, NULLS[name], settings)
+        check_keywords(name, NULLS[name].draw, settings)
         return
     wanted = "ReciproCAM" if name == "reciprocam" else name
     check_keywords(name, _function(wanted, _MODULES[name]), settings)

@@ -266,7 +266,7 @@ def null_baseline(
     split = _checked(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
     pictures = _wide(images.detach()).cpu().numpy()
-    drawn = torch.from_numpy(NULLS[name](pictures, grid, **settings)).to(images.device)
+    drawn = torch.from_numpy(NULLS[name].draw(pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 

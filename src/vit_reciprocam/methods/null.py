@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from vit_reciprocam.errors import InputError, check_choice
 
 __all__ = [
     "NULLS",
+    "NullBaseline",
     "center",
     "check_keywords",
     "image_edges",
@@ -104,8 +105,25 @@ def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
     return _like(images, rows @ np.hypot(across, down) @ columns.T)
 
 
-NULLS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
-    {"random": random, "center": center, "uniform": uniform, "image_edges": image_edges}
+class NullBaseline(NamedTuple):
+    """A null baseline, which explains nothing and shows what a metric gives for that.
+
+    Attributes:
+        draw: Function of images and a grid that returns its maps.
+        clause: What it is, for a sentence such as "random, which is drawn at random, has …".
+    """
+
+    draw: Callable[..., np.ndarray]
+    clause: str
+
+
+NULLS: Mapping[str, NullBaseline] = MappingProxyType(
+    {
+        "random": NullBaseline(random, "which is drawn at random"),
+        "center": NullBaseline(center, "which never looks at the picture"),
+        "uniform": NullBaseline(uniform, "which marks everything alike"),
+        "image_edges": NullBaseline(image_edges, "which never looks at the model"),
+    }
 )
 """Every null baseline by its name in `METHODS`."""
 
@@ -116,7 +134,7 @@ def null_maps(name: str, images: np.ndarray, grid: Size, **settings: Any) -> np.
     Raises:
         InputError: If a setting does not fit.
     """
-    values = NULLS[name](images, grid, **settings).astype(np.float32, copy=False)
+    values = NULLS[name].draw(images, grid, **settings).astype(np.float32, copy=False)
     return values if name == "uniform" else min_max(values)[0]  # uniform is ones by definition
 
 

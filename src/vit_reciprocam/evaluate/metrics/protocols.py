@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,14 @@ import numpy as np
 
 from vit_reciprocam.core.maps import MODES
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.evaluate.metrics import adcc as metrics
-from vit_reciprocam.evaluate.metrics.arrays import check_columns, check_pairs
-from vit_reciprocam.evaluate.metrics.perturbation import (
-    BASELINES,
-    UNITS,
-    baseline_images,
-    deletion,
-    insertion,
-)
+from vit_reciprocam.evaluate.metrics.adcc import masked_images
+from vit_reciprocam.evaluate.metrics.perturbation import BASELINES, UNITS
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["AGGREGATES", "PROTOCOLS", "Protocol", "get_protocol"]
 
 AGGREGATES = ("means", "mean")
 """ADCC of a data set: of the set's mean coherency, complexity and drop; or the images' mean."""
-
-_ORDER = ("insertion", "deletion")
-_LOCATION = ("pointing_game", "energy_in_box", "mass_accuracy")
 
 
 @dataclass(frozen=True)
@@ -113,120 +103,7 @@ class Protocol:
 
     def masked_images(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
         """E of `metrics.masked_images`: images (B, 3, H, W) and maps (B, h, w) -> (B, 3, H, W)."""
-        return metrics.masked_images(images, maps, self.upsampling)
-
-    def score_images(
-        self,
-        images: np.ndarray,
-        maps: np.ndarray,
-        masked_maps: np.ndarray,
-        p: np.ndarray,
-        o: np.ndarray,
-    ) -> dict[str, np.ndarray]:
-        """Each picture's row as columns (B,), in fractions.
-
-        p, o, drop, increase, coherency, complexity and adcc, the picture's own.
-
-        Args:
-            images: Normalised (B, 3, H, W).
-            maps: A, (B, h, w) in [0, 1].
-            masked_maps: A', the maps of the same classes on the masked pictures.
-            p: Probability of the target on the pictures, (B,).
-            o: The same on the masked pictures.
-
-        Raises:
-            InputError: If shapes do not fit, or something is NaN or outside [0, 1].
-        """
-        images, maps = check_pairs(images, maps)
-        size = images.shape[-2:] if self.compared_at == "image" else None
-        coherency = metrics.coherency(maps, masked_maps, size=size, mode=self.upsampling)
-        complexity = metrics.complexity(maps, size=size, mode=self.upsampling)
-        drop, increase = metrics.average_drop(p, o), metrics.average_increase(p, o)
-        return {
-            "p": np.asarray(p, np.float64),
-            "o": np.asarray(o, np.float64),
-            "drop": drop,
-            "increase": increase,
-            "coherency": coherency,
-            "complexity": complexity,
-            "adcc": metrics.adcc(coherency, complexity, drop),
-        }
-
-    def score_order(
-        self,
-        predict: Callable[[np.ndarray], np.ndarray],
-        images: np.ndarray,
-        maps: np.ndarray,
-        targets: np.ndarray,
-        preprocess: Preprocess,
-    ) -> dict[str, np.ndarray]:
-        """Insertion and deletion of each picture, two columns (B,), in fractions.
-
-        Args:
-            predict: Images (B, 3, H, W) -> probabilities (B, C); called 2 · (steps + 1) times.
-            images: Normalised (B, 3, H, W).
-            maps: (B, h, w) in [0, 1].
-            targets: Class indices (B,).
-            preprocess: What the images went through, for its mean and standard deviation.
-
-        Raises:
-            InputError: As `perturbation.insertion`.
-        """
-        mean, std = preprocess.mean, preprocess.std
-        baseline = baseline_images(images, self.baseline, mean=mean, std=std)
-        given = (predict, images, baseline, maps, targets)
-        steps, unit, mode = self.steps, self.unit, self.upsampling
-        return {
-            "insertion": insertion(*given, steps=steps, unit=unit, mode=mode),
-            "deletion": deletion(*given, steps=steps, unit=unit, mode=mode),
-        }
-
-    def summary(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """A data set's row from its pictures' columns (images,), in percent.
-
-        drop, increase, coherency, complexity and adcc, by this protocol's `adcc`; then insertion,
-        deletion, insertion_minus_deletion, pointing_game, energy_in_box and mass_accuracy, where
-        their columns are given. The last three may be NaN where a picture's objects are not known:
-        they are the mean over the others, and left out where there is none.
-
-        Args:
-            columns: At least p, o, coherency and complexity, in fractions; unknown ones are
-                ignored.
-
-        Raises:
-            InputError: If a column is missing, empty, of another length, NaN or outside [0, 1].
-        """
-        missing = [c for c in ("p", "o", "coherency", "complexity") if c not in columns]
-        if missing:
-            raise InputError(f"a summary needs column {', '.join(missing)}; got {list(columns)}")
-        p, o = columns["p"], columns["o"]
-        terms = {
-            "coherency": np.asarray(columns["coherency"], np.float64),
-            "complexity": np.asarray(columns["complexity"], np.float64),
-            "drop": metrics.average_drop(p, o),
-        }
-        of_images = metrics.adcc(**terms)  # also checks the terms
-        means = {name: term.mean() for name, term in terms.items()}
-        row = {
-            "drop": means["drop"],
-            "increase": metrics.average_increase(p, o).mean(),
-            "coherency": means["coherency"],
-            "complexity": means["complexity"],
-            "adcc": metrics.adcc(**means) if self.adcc == "means" else of_images.mean(),
-        }
-        for name in _ORDER:
-            if name in columns:
-                check_columns(p=p, **{name: columns[name]})
-                row[name] = np.mean(columns[name])
-        if "insertion" in row and "deletion" in row:
-            row["insertion_minus_deletion"] = row["insertion"] - row["deletion"]
-        for name in _LOCATION:
-            values = np.asarray(columns.get(name, []), np.float64)
-            known = values[~np.isnan(values)]
-            if known.size:
-                check_columns(**{name: known})
-                row[name] = known.mean()
-        return {name: 100 * float(value) for name, value in row.items()}
+        return masked_images(images, maps, self.upsampling)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` reads them back."""

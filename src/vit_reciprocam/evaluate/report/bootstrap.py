@@ -7,24 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_reciprocam.evaluate.metrics.adcc import adcc
 from vit_reciprocam.evaluate.metrics.protocols import Protocol
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 
-__all__ = ["COLUMNS", "Estimate", "Resampled", "resample"]
-
-COLUMNS = (
-    "drop",
-    "increase",
-    "coherency",
-    "complexity",
-    "adcc",
-    "insertion",
-    "deletion",
-    "pointing_game",
-    "energy_in_box",
-    "mass_accuracy",
-)
-"""A picture's figures that a data set's are means of."""
+__all__ = ["Estimate", "Resampled", "resample"]
 
 _INTERVAL = (2.5, 97.5)
 _BLOCK = 64  # resamples in one product of matrices
@@ -98,9 +84,10 @@ def resample(
         resamples: How often as many pictures are drawn as there are, with replacement.
         seed: Of the draws.
     """
+    names = [name for name, metric in METRICS.items() if metric.is_stored]
     pictures = len(next(iter(columns.values()))["drop"])
     absent = np.full(pictures, np.nan)
-    given = [[each.get(name, absent) for name in COLUMNS] for each in columns.values()]
+    given = [[each.get(name, absent) for name in names] for each in columns.values()]
     x = np.array(given, np.float64).reshape(-1, pictures)
     known = (~np.isnan(x)).astype(np.float64)
     filled = np.nan_to_num(x)
@@ -109,12 +96,11 @@ def resample(
             (weights @ filled.T) / (weights @ known.T)
             for weights in _weights(pictures, resamples, seed)
         ]
-    means = np.concatenate(blocks).reshape(-1, len(columns), len(COLUMNS))
-    values = {name: means[..., number] for number, name in enumerate(COLUMNS)}
-    if protocol.adcc == "means":
-        terms = {name: values[name].clip(0, 1) for name in ("coherency", "complexity", "drop")}
-        values["adcc"] = adcc(**terms)
-    values["insertion_minus_deletion"] = values["insertion"] - values["deletion"]
+    means = np.concatenate(blocks).reshape(-1, len(columns), len(names))
+    values = {name: means[..., number] for number, name in enumerate(names)}
+    for name, metric in METRICS.items():
+        if metric.is_of_means(protocol):
+            values[name] = metric.compute(*(values[term] for term in metric.terms))
     return Resampled(
         tuple(columns), pictures, {name: 100 * value for name, value in values.items()}
     )

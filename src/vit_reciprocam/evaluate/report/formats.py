@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report.bootstrap import Estimate
 from vit_reciprocam.evaluate.report.sheets import (
     Cell,
@@ -17,7 +18,7 @@ from vit_reciprocam.evaluate.report.sheets import (
     heading,
     provenance,
 )
-from vit_reciprocam.evaluate.report.tables import METRICS, Table
+from vit_reciprocam.evaluate.report.tables import Table
 
 __all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number", "table_heading"]
 

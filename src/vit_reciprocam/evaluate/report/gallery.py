@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -15,7 +15,8 @@ from PIL import Image
 
 from vit_reciprocam.errors import ImageError
 from vit_reciprocam.evaluate.data.datasets import Item, picture_digest
-from vit_reciprocam.evaluate.report.tables import ModelRows, Table, measured, records_of
+from vit_reciprocam.evaluate.report.tables import ModelRows, Table
+from vit_reciprocam.evaluate.store import columns_of, records_of
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.render import overlay
 
@@ -92,7 +93,7 @@ def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int
     if not len(indices):
         return {}
     run = table.run_of(model.model, model.reference)
-    columns = measured(run, model.model, model.reference)
+    columns = columns_of(run.records, model.model, model.reference)
     adcc = columns["adcc"][np.isin(columns["index"], indices)]
     ranked = indices[np.argsort(-adcc, kind="stable")].tolist()
     worst = ranked[count:][::-1][:count]
@@ -124,8 +125,9 @@ def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _common(table: Table, model: ModelRows) -> np.ndarray:
+    """Return the indices of the pictures that every method was measured on, sorted."""
     each = [
-        records_of(table.run_of(model.model, row.method), model.model, row.method, ["index"])
+        records_of(table.run_of(model.model, row.method).records, model.model, row.method)
         for row in model.rows
     ]
     common = set.intersection(*(set(one["index"].to_pylist()) for one in each))
@@ -133,24 +135,26 @@ def _common(table: Table, model: ModelRows) -> np.ndarray:
 
 
 def _maps(table: Table, model: ModelRows, method: str, indices: np.ndarray) -> np.ndarray:
-    """(pictures, cells) of one method."""
-    run = table.run_of(model.model, method)
-    records = records_of(run, model.model, method, ["index", "map"])
-    records = records.filter(pyarrow.compute.is_in(records["index"], pyarrow.array(indices)))
+    """Return one method's maps of some pictures, (pictures, cells)."""
+    records = records_of(table.run_of(model.model, method).records, model.model, method)
+    records = _choose_pictures(records, indices)
     values = records["map"].combine_chunks().flatten().to_numpy()
     return np.asarray(values.reshape(len(indices), -1))
 
 
+def _choose_pictures(records: pyarrow.Table, indices: Collection[int]) -> pyarrow.Table:
+    wanted = pyarrow.array(indices, pyarrow.int64())
+    return records.filter(pyarrow.compute.is_in(records["index"], wanted))
+
+
 def _records(
-    table: Table, model: ModelRows, indices: set[int]
+    table: Table, model: ModelRows, indices: Collection[int]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """(method, index) -> record, of some pictures."""
+    """Return (method, index) -> record of some pictures."""
     found = {}
     for run in table.runs:
-        here = pyarrow.compute.is_in(run.records["index"], pyarrow.array(indices, pyarrow.int64()))
-        for record in run.records.filter(here).to_pylist():
-            if record["model"] == model.model and record["error"] is None:
-                found[record["method"], record["index"]] = record
+        for record in _choose_pictures(records_of(run.records, model.model), indices).to_pylist():
+            found[record["method"], record["index"]] = record
     return found
 
 

@@ -11,7 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from vit_reciprocam.evaluate.report.tables import METRICS, ModelRows, Row, Table, measured
+from vit_reciprocam.evaluate.metrics.registry import METRICS
+from vit_reciprocam.evaluate.report.tables import ModelRows, Row, Table
+from vit_reciprocam.evaluate.store import columns_of
 
 __all__ = ["difference_plot", "distribution_plot"]
 
@@ -65,7 +67,7 @@ def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) 
     edges = np.linspace(0, 100, _BINS + 1)
     for place, row in enumerate(model.rows):
         run = table.run_of(model.model, row.method)
-        values = 100 * measured(run, model.model, row.method)[metric]
+        values = 100 * columns_of(run.records, model.model, row.method)[metric]
         counts, _ = np.histogram(values.clip(0, 100), edges)
         heights = 0.55 * counts / counts.max()
         colour = _NULL if row.is_null else _REAL

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report.bootstrap import Estimate
-from vit_reciprocam.evaluate.report.tables import DEFAULTS, METRICS, NULLS, ModelRows, Row, Table
+from vit_reciprocam.evaluate.report.tables import DEFAULTS, ModelRows, Row, Table
+from vit_reciprocam.methods.null import NULLS
 
 __all__ = [
     "Ablation",
@@ -246,8 +248,9 @@ def findings(table: Table) -> list[str]:
 
 
 def _beaten(model: ModelRows) -> list[str]:
+    """Return one sentence per metric on which a null baseline beats methods that explain."""
     sentences = []
-    for metric in sorted(METRICS, key=lambda name: name != "adcc"):  # the sum of it first
+    for metric in sorted(METRICS, key=lambda name: name != "adcc"):  # ADCC sums it up, so first
         about = METRICS[metric]
         sign = 1 if about.higher else -1
         having = [row for row in model.rows if metric in row.figures]
@@ -256,18 +259,19 @@ def _beaten(model: ModelRows) -> list[str]:
         real = [row for row in ranked if not row.is_null]
         if not nulls or not real:
             continue
-        null, value = nulls[0], nulls[0].figures[metric].value
+        value = nulls[0].figures[metric].value
+        null = f"{nulls[0].method}, {NULLS[nulls[0].name].clause},"
         below = [row for row in real if sign * (value - row.figures[metric].value) > 0]
         if len(below) == len(real):
             top = real[0]
             sentences.append(
-                f"{null.method}, {NULLS[null.name]}, has the "
-                f"{'highest' if about.higher else 'lowest'} {about.heading}: {value:.2f}. The best "
-                f"method that explains, {top.method}, has {top.figures[metric].value:.2f}."
+                f"{null} has the {'highest' if about.higher else 'lowest'} {about.heading}: "
+                f"{value:.2f}. The best method that explains, {top.method}, has "
+                f"{top.figures[metric].value:.2f}."
             )
         elif below:
             sentences.append(
-                f"On {about.heading} {null.method}, {NULLS[null.name]}, is better ({value:.2f}) "
+                f"On {about.heading} {null} is better ({value:.2f}) "
                 f"than {len(below)} of {len(real)} methods: "
                 f"{', '.join(row.method for row in below)}."
             )

@@ -6,8 +6,9 @@ keeps the runs it was made of: a score does not travel without them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +18,21 @@ import pyarrow.compute
 
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.metrics.protocols import Protocol
-from vit_reciprocam.evaluate.report.bootstrap import COLUMNS, Estimate, Resampled, resample
-from vit_reciprocam.evaluate.store import read_run
+from vit_reciprocam.evaluate.metrics.registry import METRICS
+from vit_reciprocam.evaluate.report.bootstrap import Estimate, Resampled, resample
+from vit_reciprocam.evaluate.store import columns_of, read_run
+from vit_reciprocam.methods.null import NULLS
 
-__all__ = [
-    "DEFAULTS",
-    "METRICS",
-    "NULLS",
-    "Metric",
-    "ModelRows",
-    "Row",
-    "Run",
-    "Table",
-    "is_default",
-    "measured",
-    "read_tables",
-    "records_of",
-]
+__all__ = ["DEFAULTS", "ModelRows", "Row", "Run", "Table", "is_default", "read_tables"]
 
 DEFAULTS = {"kernel": "gaussian", "class_token": True, "layer": "norm1", "score": "probability"}
 """ReciproCAM's settings that change its maps, as the paper has them."""
 
-NULLS = {
-    "random": "which is drawn at random",
-    "center": "which never looks at the picture",
-    "uniform": "which marks everything alike",
-    "image_edges": "which never looks at the model",
-}
-"""Null baseline -> what it is. It explains nothing, and shows what a metric gives for that."""
-
 _WAYS = ("path", "memory_limit")  # settings that change how it is computed, not the map
 _FEW = 30  # pictures, below which bootstrap intervals are too narrow
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown.
-
-    Attributes:
-        heading: As in the paper's tables.
-        higher: Whether more is better.
-    """
-
-    heading: str
-    higher: bool
-
-
-METRICS: Mapping[str, Metric] = {
-    "drop": Metric("Drop", False),
-    "increase": Metric("Inc", True),
-    "coherency": Metric("Coher", True),
-    "complexity": Metric("Compl", False),
-    "adcc": Metric("ADCC", True),
-    "insertion": Metric("Insertion", True),
-    "deletion": Metric("Deletion", False),
-    "insertion_minus_deletion": Metric("Ins−Del", True),
-    "pointing_game": Metric("Pointing", True),
-    "energy_in_box": Metric("Energy", True),
-    "mass_accuracy": Metric("Mass", True),
-}
+Columns = Mapping[str, np.ndarray]
+Draw = Callable[[Mapping[str, Columns]], Resampled]
 
 
 @dataclass(frozen=True)
@@ -230,21 +187,6 @@ def read_tables(
     return tables
 
 
-def measured(run: Run, model: str, method: str) -> dict[str, np.ndarray]:
-    """Index and figures of one model and method, picture by picture; NaN where not measured."""
-    part = records_of(run, model, method, ["index", *COLUMNS])
-    return {name: part[name].to_numpy() for name in part.column_names}
-
-
-def records_of(run: Run, model: str, method: str, columns: Sequence[str]) -> pyarrow.Table:
-    """Columns of one model's and method's records, in the order of the index, without failures."""
-    records = run.records
-    chosen = pyarrow.compute.is_null(records["error"])
-    for name, wanted in (("model", model), ("method", method)):
-        chosen = pyarrow.compute.and_(chosen, pyarrow.compute.equal(records[name], wanted))
-    return records.select(list(columns)).filter(chosen)
-
-
 def _differs(group: Sequence[Run], run: Run) -> str:
     """Why a run cannot share a table with others; "" where it can."""
     first = group[0]
@@ -284,37 +226,22 @@ def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
 
 
 def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> ModelRows | None:
+    """Return one model's lines of a table; None where no picture was measured with it."""
     having = [run for run in runs if model in run.settings["models"]]
     specs = {method: about for run in having for method, about in run.settings["methods"].items()}
     columns = {
-        method: measured(run, model, method) for run in having for method in run.settings["methods"]
+        method: columns_of(run.records, model, method)
+        for run in having
+        for method in run.settings["methods"]
     }
     columns = {method: each for method, each in columns.items() if len(each["index"])}
     if not columns:
         return None
-    options: Any = {"protocol": runs[0].protocol, "resamples": resamples, "seed": seed}
-    own = {
-        key: resample({m: c for m, c in columns.items() if _pictures(c) == key}, **options)
-        for key in dict.fromkeys(map(_pictures, columns.values()))
-    }
-    paired: Resampled | None = next(iter(own.values()))
-    if len(own) > 1:
-        common = set.intersection(*(set(each["index"]) for each in columns.values()))
-        shared = {
-            method: {name: v[np.isin(each["index"], list(common))] for name, v in each.items()}
-            for method, each in columns.items()
-        }
-        paired = resample(shared, **options) if common else None
+    draw = partial(resample, protocol=runs[0].protocol, resamples=resamples, seed=seed)
+    own = _resample_each(columns, draw)
+    paired = _resample_common(columns, own, draw)
     reference = _reference({method: specs[method] for method in columns})
-    rows = []
-    for method, each in columns.items():
-        settings = {key: value for key, value in specs[method].items() if key != "method"}
-        differences = (
-            paired.differences(method, reference) if paired and method != reference else {}
-        )
-        figures = own[_pictures(each)].figures(method)
-        name = specs[method]["method"]
-        rows.append(Row(method, name, settings, len(each["index"]), figures, differences))
+    rows = [_row(method, specs[method], own[method], paired, reference) for method in columns]
     if paired:
         rows = _mark_best(rows, paired)
     rows.sort(key=lambda row: row.is_null)
@@ -323,14 +250,47 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
     return ModelRows(model, weights, reference, tuple(rows), paired, notes)
 
 
+def _resample_each(columns: Mapping[str, Columns], draw: Draw) -> dict[str, Resampled]:
+    """Return for each method its figures on all the pictures that it was measured on.
+
+    Methods that were measured on the same pictures are drawn together.
+    """
+    groups: dict[bytes, dict[str, Columns]] = {}
+    for method, each in columns.items():
+        groups.setdefault(each["index"].tobytes(), {})[method] = each
+    found: dict[str, Resampled] = {}
+    for group in groups.values():
+        found |= dict.fromkeys(group, draw(group))
+    return found
+
+
+def _resample_common(
+    columns: Mapping[str, Columns], own: Mapping[str, Resampled], draw: Draw
+) -> Resampled | None:
+    """Return the figures on the pictures that all methods share; None where there are none."""
+    first = next(iter(own.values()))
+    if len(first.methods) == len(columns):  # all were measured on the same pictures
+        return first
+    common = list(set.intersection(*(set(each["index"]) for each in columns.values())))
+    shared = {
+        method: {name: values[np.isin(each["index"], common)] for name, values in each.items()}
+        for method, each in columns.items()
+    }
+    return draw(shared) if common else None
+
+
+def _row(
+    method: str, spec: Mapping[str, Any], own: Resampled, paired: Resampled | None, reference: str
+) -> Row:
+    settings = {key: value for key, value in spec.items() if key != "method"}
+    differences = paired.differences(method, reference) if paired and method != reference else {}
+    return Row(method, spec["method"], settings, own.pictures, own.figures(method), differences)
+
+
 def is_default(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether a method is ReciproCAM as the paper has it, however it is computed."""
     changes = {key: value for key, value in settings.items() if key not in _WAYS}
     return name == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS
-
-
-def _pictures(columns: Mapping[str, np.ndarray]) -> bytes:
-    return columns["index"].tobytes()
 
 
 def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:

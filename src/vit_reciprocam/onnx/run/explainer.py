@@ -114,7 +114,7 @@ class OnnxExplainer:
         if method == "reciprocam":
             self._check_reciprocam(**settings)
             return self
-        check_keywords(method, NULLS[method], settings)
+        check_keywords(method, NULLS[method].draw, settings)
         return functools.partial(self._explain_by_null, method, settings)
 
     def _check_reciprocam(

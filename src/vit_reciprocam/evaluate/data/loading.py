@@ -1,0 +1,98 @@
+"""Load pictures for the model, batch by batch, while it computes on the batch before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vit_reciprocam.errors import ImageError
+from vit_reciprocam.evaluate.data.datasets import Item, picture_digest
+from vit_reciprocam.evaluate.metrics.registry import Objects
+from vit_reciprocam.pictures.preprocess import Preprocess
+
+__all__ = ["Picture", "load_batches"]
+
+_AHEAD = 3  # batches that are read while one is computed
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for the model, or why it is not.
+
+    Attributes:
+        item: Its entry in the data set.
+        digest: SHA-256 of its pixels.
+        pixels: Preprocessed picture (3, H, W); None where it cannot be read.
+        objects: The label's objects, where they are known and in sight.
+        note: Why there are no objects although the data set has some; None where there is no more
+            to say.
+        error: Why there are no pixels; empty where there are.
+    """
+
+    item: Item
+    digest: str = ""
+    pixels: np.ndarray | None = None
+    objects: Objects | None = None
+    note: str | None = None
+    error: str = ""
+
+
+def load_batches(
+    items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
+) -> Iterator[list[Picture]]:
+    """Yield batches of pictures in their order; threads load the next ones in the meantime.
+
+    Args:
+        items: Entries of the data set.
+        preprocess: From a picture to the model's input.
+        batch_size: Pictures in one batch.
+        workers: Number of threads.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Any] = deque()
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            ahead.append([pool.submit(_load, item, preprocess) for item in batch])
+            if len(ahead) > _AHEAD:
+                yield [future.result() for future in ahead.popleft()]
+        for futures in ahead:
+            yield [future.result() for future in futures]
+
+
+def _load(item: Item, preprocess: Preprocess) -> Picture:
+    try:
+        picture = item.read()
+        digest, pixels = picture_digest(picture), preprocess(picture)
+    except (ImageError, OSError) as error:
+        return Picture(item, error=str(error))
+    smooth = dataclasses.replace(preprocess, interpolation="bilinear")  # shades mean shares covered
+    try:
+        drawn = item.read_objects(picture.size)
+    except (ImageError, OSError) as error:
+        return Picture(item, digest, pixels, note=str(error))
+    if drawn is None:
+        return Picture(item, digest, pixels)
+    mask = _find_covered(np.asarray(smooth.view(drawn)))
+    if not mask.any():
+        note = "the objects lie outside the part that the model sees"
+        return Picture(item, digest, pixels, note=note)
+    objects = Objects(mask, from_boxes=bool(item.boxes) and not item.mask)
+    return Picture(item, digest, pixels, objects)
+
+
+def _find_covered(resized: np.ndarray) -> np.ndarray:
+    """Return the pixels (H, W) bool that the objects cover by half.
+
+    Objects too small for that have all pixels that they touch.
+
+    Args:
+        resized: Objects (H, W), 0 to 255, at the size that the model sees.
+    """
+    half: np.ndarray = resized > 127
+    return half if half.any() else resized > 0
