@@ -1,30 +1,17 @@
-"""Run folders that earlier versions wrote are read with the figures that those versions gave.
+"""Run folders that earlier versions wrote are read with the figures that those versions gave."""
 
-data/run-0.1.0 is `evaluate("scenes:4", [load("demo")], ["reciprocam", "center", "random"],
-insertion=True)` of version 0.1.0 at its first commit with rooms; the file beside it has that
-version's summaries, and its tables with 50 resamples as [value, low, high].
-"""
-
-import json
 import shutil
-from pathlib import Path
 
 import pytest
+from runs import EXPECTED, OLD_RUN, estimates
 
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.report.tables import read_tables
 from vit_reciprocam.evaluate.run import summaries
 
-FOLDER = Path(__file__).parent / "data" / "run-0.1.0"
-EXPECTED = json.loads(FOLDER.with_name("run-0.1.0.json").read_text())
-
-
-def estimates(found):
-    return {name: [one.value, one.low, one.high] for name, one in found.items()}
-
 
 def test_an_old_run_has_its_old_summaries():
-    found = summaries(FOLDER)
+    found = summaries(OLD_RUN)
     assert len(found) == len(EXPECTED["summaries"]) == 3
     for row, expected in zip(found, EXPECTED["summaries"], strict=True):
         assert list(row) == list(expected)
@@ -34,7 +21,7 @@ def test_an_old_run_has_its_old_summaries():
 
 
 def test_an_old_run_has_its_old_figures_intervals_and_differences():
-    (table,) = read_tables([FOLDER], resamples=50)
+    (table,) = read_tables([OLD_RUN], resamples=50)
     rows = table.models[0].rows
     assert {row.method for row in rows} == set(EXPECTED["rows"])
     for row in rows:
@@ -49,7 +36,7 @@ def test_an_old_run_has_its_old_figures_intervals_and_differences():
 
 
 def test_a_run_of_another_format_is_refused_with_both_versions_named(tmp_path):
-    folder = shutil.copytree(FOLDER, tmp_path / "run")
+    folder = shutil.copytree(OLD_RUN, tmp_path / "run")
     about = folder / "run.json"
     about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match="written in format 2, this version reads 1"):
