@@ -12,9 +12,9 @@ from vit_reciprocam.evaluate.store import RunFolder
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-# evaluate("scenes:4", [load("demo")], ["reciprocam", "center", "random"], insertion=True), written by
-# version 0.1.0 at its first commit with rooms. The file beside it has that version's summaries, and
-# the figures and differences of its tables with 50 resamples as [value, low, high].
+# evaluate("scenes:4", [load("demo")], ["reciprocam", "center", "random"], insertion=True), as
+# version 0.1.0 wrote it at its first commit with rooms. The file beside it has that version's
+# summaries, and the figures and differences of its tables with 50 resamples: [value, low, high].
 OLD_RUN = Path(__file__).parent / "data" / "run-0.1.0"
 EXPECTED = json.loads(OLD_RUN.with_name("run-0.1.0.json").read_text())
 

@@ -5,7 +5,6 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from scipy.io import savemat
 
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
 from vit_reciprocam.evaluate.data.datasets import check_dataset, read_dataset
@@ -88,7 +87,6 @@ GROUND_TRUTH = {
     "LOC_val_solution.csv": "ImageId,PredictionString\n"
     f"ILSVRC2012_val_00000003,{GOLDFISH} 1 2 3 4 {GOLDFISH} 5 6 7 8 \n"
     f"ILSVRC2012_val_00000001,{GOLDFISH} 1 2 3 4 \nILSVRC2012_val_00000002,{TENCH} 9 9 12 12 \n",
-    "ILSVRC2012_validation_ground_truth.txt": "490\n1\n490\n",
 }
 
 
@@ -96,15 +94,24 @@ GROUND_TRUTH = {
 def test_ilsvrc2012(tmp_path, name):
     folder = ilsvrc(tmp_path)
     (tmp_path / name).write_text(GROUND_TRUTH[name])
-    if name.startswith("ILSVRC"):
-        with pytest.raises(InputError, match=r"numbers classes as the development kit.* meta\.mat"):
-            read_dataset(str(folder), IMAGENET)
-        kit = np.array([(1, TENCH), (490, GOLDFISH)], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
-        savemat(tmp_path / "meta.mat", {"synsets": kit})
     dataset = read_dataset(str(folder), IMAGENET)
     assert labels_of(dataset) == [1, 0, 1]
     if name.endswith(".csv"):
         assert dataset.items[2].boxes == ((1, 2, 3, 4), (5, 6, 7, 8))
+
+
+@pytest.mark.parametrize("beside", [(), ("meta.mat",)])
+def test_the_development_kit_s_numbers_are_refused_with_what_to_do(tmp_path, beside):
+    folder = ilsvrc(tmp_path)
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n1\n490\n")
+    for name in beside:
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputError,
+        match=r"numbers classes as the development kit.* meta\.mat.* one synset per line.*"
+        r"\.csv listing.* class folders named by synset",
+    ):
+        read_dataset(str(folder), IMAGENET)
 
 
 def test_ilsvrc2012_boxes_of_the_label_only(tmp_path):

@@ -147,7 +147,7 @@ def read_dataset(
             with a ground-truth file in it or beside it.
         labels: The model's classes.
         ground_truth: Of ILSVRC2012's layout: LOC_val_solution.csv of Kaggle, "FILE INDEX" lines,
-            one synset a line, or the development kit's numbers with its meta.mat beside.
+            or one synset per line.
         boxes: Folder of ILSVRC2012's XML files.
 
     Raises:

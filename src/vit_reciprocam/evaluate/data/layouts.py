@@ -175,30 +175,19 @@ def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[s
                 f"{path} has {len(lines)} lines for {len(files)} pictures: expected one a picture, "
                 "in the order of their names"
             )
-        numbers = _development_kit(path) if lines[0].isdigit() else None
+        if lines[0].isdigit():
+            raise InputError(
+                f"{path} numbers classes as the development kit does, which is not the models' "
+                "order, and the kit's meta.mat, which translates them, is not read. Give one "
+                "synset per line, or lines of FILE and class INDEX, or a .csv listing with the "
+                "columns image and synset, or class folders named by synset"
+            )
         for file, line in zip(files, lines, strict=True):
-            found[file.stem] = {"synset": numbers[line] if numbers else line}
+            found[file.stem] = {"synset": line}
     missing = [file.name for file in files if file.stem not in found]
     if missing:
         raise InputError(f"{path} has no label for {len(missing)} picture(s), such as {missing[0]}")
     return found
-
-
-def _development_kit(path: Path) -> dict[str, str]:
-    """ILSVRC2012_ID -> synset: the kit's numbers do not follow the order of synsets."""
-    meta = next(
-        (f / "meta.mat" for f in (path.parent, path.parent / "data") if (f / "meta.mat").is_file()),
-        None,
-    )
-    if meta is None:
-        raise InputError(
-            f"{path} numbers classes as the development kit does, which is not the models' order: "
-            "put the kit's meta.mat beside it"
-        )
-    from scipy.io import loadmat
-
-    table = loadmat(meta, squeeze_me=True)["synsets"]
-    return {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
 
 
 def _xml_boxes(path: Path, synset: str) -> dict[str, Any]:
