@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -41,6 +39,7 @@ from vit_reciprocam.cli.options import (
 )
 from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.results.files import GENERATOR, check_folder, write_atomically
+from vit_reciprocam.results.tables import csv_text, markdown_row
 
 __all__ = [
     "benchmark_command",
@@ -286,17 +285,14 @@ def _csv(records: list[dict[str, Any]]) -> str:
             else:
                 line[key] = "x".join(map(str, value)) if key == "size" else value
         flat.append(line)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    return csv_text(flat, list(flat[0]))
 
 
 def _markdown(rows: list[Row], report: dict[str, Any]) -> str:
-    lines = ["| model, batch | " + " | ".join(HEADINGS) + " |", "| --- " * 8 + "|"]
+    columns = ["model, batch", *HEADINGS]
+    lines = [markdown_row(columns), markdown_row(["---"] * len(columns))]
     for title, group in _groups(rows):
-        lines += [f"| {title} | {' | '.join(_cells(row))} |" for row in group]
+        lines += [markdown_row([title, *_cells(row)]) for row in group]
     lines += ["", f"{_about(rows, report)}."]
     lines += [f"\n{row.method} on {row.model}: {row.note}" for row in rows if row.note]
     return "\n".join(lines) + "\n"

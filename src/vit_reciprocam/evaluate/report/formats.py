@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from vit_reciprocam.evaluate.report.sheets import (
     provenance,
 )
 from vit_reciprocam.evaluate.report.tables import Table
+from vit_reciprocam.results.tables import csv_text, markdown_row
 
 __all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number", "table_heading"]
 
@@ -59,20 +58,17 @@ def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str
     text = [f"## {_plain(heading(table))}", ""]
     for sheet in sheets:
         columns = ["Method", *map(table_heading, sheet.metrics)]
-        text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", _row(columns)]
-        text.append(_row([":--", *("--:" for _ in sheet.metrics)]))
+        text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", markdown_row(columns)]
+        text.append(markdown_row([":--", *("--:" for _ in sheet.metrics)]))
         for block in sheet.blocks:
-            text.append(_row([f"*{_plain(block.heading)}*", *("" for _ in sheet.metrics)]))
+            text.append(markdown_row([f"*{_plain(block.heading)}*", *("" for _ in sheet.metrics)]))
             text += [
-                _row([_plain(line.name), *map(_markdown_cell, line.cells)]) for line in block.lines
+                markdown_row([_plain(line.name), *map(_markdown_cell, line.cells)])
+                for line in block.lines
             ]
         text += ["", _plain(provenance(table)), ""]
     text += [f"- {_plain(note)}" for note in notes]
     return "\n".join(text) + "\n"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _markdown_cell(cell: Cell | None) -> str:
@@ -228,8 +224,4 @@ def _csv(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
     ]
     used = dict.fromkeys(key for row in rows for key in row)
     names = [key for key in used if key not in figures] + [key for key in figures if key in used]
-    sink = io.StringIO()
-    writer = csv.DictWriter(sink, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sink.getvalue()
+    return csv_text(rows, names)
