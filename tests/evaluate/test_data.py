@@ -192,8 +192,12 @@ def test_folders_that_are_no_classes_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("val.txt", "", "damaged or no ground truth"),
-        ("LOC_val_solution.csv", "ImageId,P\nILSVRC2012_val_00000001,\n", "damaged or no ground"),
+        ("val.txt", "", "damaged or not a ground-truth file"),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,P\nILSVRC2012_val_00000001,\n",
+            "damaged or not a ground",
+        ),
         ("val.txt", "ILSVRC2012_val_00000001.JPEG 1\n", "has no label for 2 picture"),
         ("imagenet_2012_validation_synset_labels.txt", f"{TENCH}\n", "has 1 lines for 3 pictures"),
     ],

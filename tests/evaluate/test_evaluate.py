@@ -342,7 +342,7 @@ def test_folders_that_are_not_ours(demo, tmp_path):
         evaluate("scenes:2", **options, out=tmp_path)
     with pytest.raises(InputError, match="is a file"):
         evaluate("scenes:2", **options, out=tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="is no run of vit-reciprocam evaluate"):
+    with pytest.raises(InputError, match="is not a run of vit-reciprocam evaluate"):
         read_run(tmp_path)
 
 

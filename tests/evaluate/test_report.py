@@ -65,7 +65,7 @@ def test_the_command_s_exit_codes(run, tmp_path):
 
     code, text = invoke(tmp_path / "none", "--out", tmp_path / "out")
     assert code == 2
-    assert "is no run of vit-reciprocam evaluate" in text
+    assert "is not a run of vit-reciprocam evaluate" in text
     assert not (tmp_path / "out").exists()
     before = {path: path.read_bytes() for path in run.iterdir()}
     code, text = invoke(run, "--out", run)

@@ -243,7 +243,7 @@ def test_no_picture_in_common(tmp_path):
 
 
 def test_what_cannot_be_reported(tmp_path):
-    with pytest.raises(InputError, match="is no run of vit-reciprocam evaluate"):
+    with pytest.raises(InputError, match="is not a run of vit-reciprocam evaluate"):
         read_tables([tmp_path])
     path = write_run(tmp_path / "run", columns_for("reciprocam", pictures=2), failed=[0, 1])
     with pytest.raises(InputError, match="no picture was measured"):

@@ -33,9 +33,9 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        done: Pictures measured or failed, of all models, with those of earlier processes.
-        total: All pictures of all models.
-        records: Those just written.
+        done: Number of pictures measured or failed, with all models and in earlier processes too.
+        total: Number of pictures times number of models.
+        records: Records that have just been written.
     """
 
     done: int
@@ -61,33 +61,35 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure methods on every picture of a data set, into a run's folder.
 
-    For each picture, model and method: the map A of the protocol's class c, the probability o of c
-    on the picture under A and the map A' made of that picture give drop, increase, coherency,
-    complexity and ADCC (`metrics`). Where the data set has boxes or masks of the label's objects
-    and c is the label, the pointing game and the energy inside are measured too.
+    For each picture, model and method, the map A of the protocol's class c masks the picture. From
+    A, the probability of c before and after, and the map of c on the masked picture come drop,
+    increase, coherency, complexity and ADCC. If the data set has boxes or masks of the label's
+    objects and c is the label, the pointing game and the share of A inside are measured too.
+    `METRICS` has all of them.
 
     Args:
-        data: As `read_dataset` takes it.
-        classifiers: From `load`.
+        data: Data set, see `read_dataset`.
+        classifiers: Models, from `load`.
         methods: Names of `METHODS`, with settings such as "reciprocam:kernel=dirac".
-        out: The run's folder: records in Parquet parts, and last manifest.json.
-        protocol: A name of `PROTOCOLS`, a file with one's own, or a `Protocol`.
-        insertion: Measure insertion and deletion too, some thirty forward passes a picture.
-        resume: Go on with a run that was cut short; everything else must be as before.
-        limit: Only the first pictures, so many.
-        batch_size: Pictures in one call.
-        workers: Threads that read and prepare pictures while the model computes.
-        ground_truth: See `read_dataset`.
-        boxes: See `read_dataset`.
-        progress: Called after each batch.
+        out: Folder of the run: records in Parquet parts, and last manifest.json.
+        protocol: Name in `PROTOCOLS`, file with your own, or a `Protocol`.
+        insertion: Whether to measure insertion and deletion too, which takes some thirty forward
+            passes per picture.
+        resume: Whether to go on with a run that was cut short; everything else must be as before.
+        limit: Number of pictures, the first ones; None for all.
+        batch_size: Number of pictures in one call.
+        workers: Number of threads that read and prepare pictures while the model computes.
+        ground_truth: File of ILSVRC2012's labels, see `read_dataset`.
+        boxes: Folder of ILSVRC2012's boxes, see `read_dataset`.
+        progress: Function that is called after each batch.
 
     Returns:
-        The manifest: settings, versions, how many pictures were measured, and those that failed.
+        The manifest: settings, versions, the number of pictures measured, and those that failed.
 
     Raises:
         InputError: If the data set, a method or a setting cannot be used, the protocol needs labels
             where there are none, or the folder holds something else.
-        OSError: If records cannot be written; those before are kept, and `resume` goes on.
+        OSError: If records cannot be written; earlier ones are kept, and `resume` goes on.
     """
     protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
     specs = {str(spec): spec for spec in map(MethodSpec.parse, methods)}
@@ -192,7 +194,7 @@ def _read(
 
 
 def _try(classifier: Classifier, explainers: Mapping[str, Explainer]) -> None:
-    """Run each method once, so that one that cannot run says so before the data set does.
+    """Run each method once, so that one that cannot run says so before the data set is begun.
 
     Raises:
         InputError: If a method cannot explain this model with its settings.
@@ -242,7 +244,7 @@ class _Measurer:
         if not good:
             return failures
         images = np.stack([one.pixels for one in good if one.pixels is not None])
-        shared = self.classifier.backend.batch(images)
+        shared = self.classifier.backend.batch(images)  # what methods compute alike, once
         measured = [
             record
             for method in self.explainers

@@ -161,7 +161,7 @@ class RunFolder:
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
-    """Read what was run, and its records; those there are where the run is not complete.
+    """Read what was run, and its records, also of a run that is not complete.
 
     A run of a version that had other metrics is read too: what it lacks is null, and what this
     version does not know is left out.
@@ -175,7 +175,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
     """
     if not is_ours(path / RUN):
         raise InputError(
-            f"{path} is no run of vit-reciprocam evaluate: expected a folder with {RUN}"
+            f"{path} is not a run of vit-reciprocam evaluate: expected a folder with {RUN}"
         )
     settings = json.loads((path / RUN).read_bytes())
     _check_format(path, settings)

@@ -1,6 +1,6 @@
-"""Data sets of labelled pictures: class folders, listings, the layout of ILSVRC2012, drawn scenes.
+"""Data sets of labelled pictures: class folders, listings, ILSVRC2012's layout, drawn scenes.
 
-Reading a data set finds names, labels and sizes; a picture is opened when its turn comes.
+Reading a data set finds names, labels and boxes; a picture is opened when its turn comes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DataSet", "Item", "check_dataset", "picture_digest", "read_dataset"]
 
 Box = tuple[float, float, float, float]
 
-_BEYOND = 1  # pixel: published boxes count from 0 or from 1
+_BEYOND = 1  # pixels that a box may reach out: published boxes count from 0 or from 1
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Item:
         index: Its place in the data set.
         source: Its file, or "scene SEED".
         label: Class index, or None where not known.
-        boxes: Of the label's objects: (xmin, ymin, xmax, ymax) in pixels, all four inside.
-        mask: File of the label's objects: a picture of the same size, 0 elsewhere; or "".
-        problem: Why it cannot be read, where that is known before trying; or "".
+        boxes: Boxes of the label's objects: (xmin, ymin, xmax, ymax) in pixels, all four inside.
+        mask: File with the label's objects, a picture of the same size that is 0 elsewhere; or "".
+        problem: Reason that it cannot be read, where one is known before trying; or "".
     """
 
     index: int
@@ -51,7 +51,7 @@ class Item:
     problem: str = ""
 
     def read(self) -> Image.Image:
-        """The picture.
+        """Read the picture, or draw it where it is a scene.
 
         Raises:
             ImageError: If it cannot be read.
@@ -62,10 +62,12 @@ class Item:
         return read_image(self.source) if scene is None else scene.image
 
     def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
-        """Where the label's objects are: ("L", 0 or 255), None where that is not known.
+        """Return the label's objects as a picture in mode "L", 255 inside and 0 elsewhere.
+
+        It is None where their place is not known.
 
         Args:
-            size: Of the picture, (width, height).
+            size: Width and height of the picture.
 
         Raises:
             ImageError: If the mask cannot be read, or it or a box does not fit the picture.
@@ -106,9 +108,9 @@ class DataSet:
     """Pictures to measure on.
 
     Attributes:
-        name: As the user gave it.
-        items: In their order.
-        duplicates: How many rows were left out because an equal one came before.
+        name: Name as the user gave it.
+        items: Pictures in their order.
+        duplicates: Number of rows that were left out because an equal one came before.
     """
 
     name: str
@@ -116,9 +118,9 @@ class DataSet:
     duplicates: int = 0
 
     def digest(self) -> str:
-        """SHA-256 of names, labels, boxes and the content of masks.
+        """Return the SHA-256 of names, labels, boxes and the content of masks.
 
-        Of the pictures' own content `picture_digest` tells, when they are read.
+        The pictures' own content is left to `picture_digest`, as they are not read yet.
         """
         summary = hashlib.sha256()
         for item in self.items:
@@ -140,19 +142,19 @@ def read_dataset(
 
     Args:
         data: "scenes:N", N drawn scenes with the mask of their first object; a CSV or Parquet
-            listing with a column image (beside the listing), and of label or synset, xmin, ymin,
-            xmax and ymax, boxes (JSON: a list of four numbers each), mask what there is; a folder
-            with such a listing named labels.csv or labels.parquet; a folder of class folders, each
-            named by synset, class index or class name; or a folder of ILSVRC2012's 50,000 files
-            with a ground-truth file in it or beside it.
+            listing with the column image (a path from the listing's folder) and any of label or
+            synset, xmin, ymin, xmax and ymax, boxes (JSON: a list of four numbers each) and mask; a
+            folder with such a listing named labels.csv or labels.parquet; a folder of class
+            folders, each named by synset, class index or class name; or a folder of ILSVRC2012's
+            50,000 files with a ground-truth file in it or beside it.
         labels: The model's classes.
-        ground_truth: Of ILSVRC2012's layout: LOC_val_solution.csv of Kaggle, "FILE INDEX" lines,
-            or one synset per line.
+        ground_truth: File of ILSVRC2012's labels: LOC_val_solution.csv of Kaggle, lines of FILE and
+            class INDEX, or one synset per line.
         boxes: Folder of ILSVRC2012's XML files.
 
     Raises:
-        InputError: If there is no such data set, it is empty, a label is no class of the model, or
-            an annotation file is missing, damaged or not for this layout.
+        InputError: If there is no such data set, it is empty, a label is not a class of the model,
+            or an annotation file is missing, damaged or not for this layout.
     """
     items: dict[Item, None] = {}
     duplicates = 0
@@ -170,26 +172,26 @@ def read_dataset(
 def check_dataset(
     data: str, *, ground_truth: Path | None = None, boxes: Path | None = None
 ) -> None:
-    """Refuse what is no data set by its first row, before a model is loaded for it.
+    """Refuse what is not a data set by its first row, before a model is loaded for it.
 
     Args:
-        data: As `read_dataset` takes it.
-        ground_truth: Likewise.
-        boxes: Likewise.
+        data: Data set, see `read_dataset`.
+        ground_truth: File of ILSVRC2012's labels, see `read_dataset`.
+        boxes: Folder of ILSVRC2012's boxes, see `read_dataset`.
 
     Raises:
-        InputError: As `read_dataset`, but for labels and what is wrong in later rows.
+        InputError: If `read_dataset` would refuse it, except for a label or a later row.
     """
     _rows(data, ground_truth, boxes)
 
 
 def picture_digest(picture: Image.Image) -> str:
-    """SHA-256 of a picture's size and pixels, the same whatever file format holds them."""
+    """Return the SHA-256 of a picture's size and pixels, whatever file format holds them."""
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
 def _rows(data: str, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
-    """Of any layout; one at least."""
+    """Return the rows of any layout; there is at least one."""
     for name, place in (("ground truth", ground_truth), ("folder of boxes", boxes)):
         if place is not None and not place.exists():
             raise InputError(f"no such {name}: {place}")

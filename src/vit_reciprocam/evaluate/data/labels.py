@@ -1,4 +1,4 @@
-"""Labels of data sets -> class indices of a model."""
+"""Find a model's class by the label that a data set has for it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a model, to be found by what data sets write.
+    """The classes of a model, to be found by a data set's labels.
 
     Attributes:
-        num_classes: C.
-        class_names: One a class, where known.
+        num_classes: Number of classes C.
+        class_names: Names of the classes in their order, or None where not known.
     """
 
     num_classes: int
     class_names: Sequence[str] | None = None
 
     def find(self, label: Any, where: str) -> int:
-        """The class index of a label: an index, a WordNet synset or a class name.
+        """Return the class index of a label, which is an index, a WordNet synset or a class name.
 
         Args:
-            label: What the data set has.
-            where: Named in the error.
+            label: Label of the data set.
+            where: Place of the label, for the error.
 
         Raises:
             UnknownClassError: If the model has no such class.

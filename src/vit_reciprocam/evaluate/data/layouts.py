@@ -1,7 +1,7 @@
 """The layouts of data sets on disk, each read into rows with the columns of a listing.
 
-A row has image, the whole path, and of label or synset, boxes or their four corners, mask and
-problem what there is; what they mean is up to `datasets`.
+A row has the column image, the picture's path, and may have the columns label or synset, boxes or
+its four corners, mask, and problem. `datasets` says what they mean.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ _LISTINGS = (".csv", ".parquet")
 
 
 def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
-    """A data set's rows, whatever its layout: see `datasets.read_dataset`.
+    """Return a data set's rows, whatever its layout: see `datasets.read_dataset`.
+
+    Args:
+        path: Listing or folder.
+        ground_truth: File of ILSVRC2012's labels, or None.
+        boxes: Folder of ILSVRC2012's boxes, or None.
 
     Raises:
-        InputError: If it has none, or a file of it is damaged.
+        InputError: If there is no such layout, or a file of it is damaged.
     """
     if path.is_file() and path.suffix.lower() not in _LISTINGS:
-        raise InputError(f"{path} is no listing: expected a .csv or .parquet file")
+        raise InputError(f"{path} is not a listing: expected a .csv or .parquet file")
     listings = [path, path / "labels.csv", path / "labels.parquet"]
     listing = next((file for file in listings if file.is_file()), None)
     given = ground_truth is not None or boxes is not None
@@ -72,7 +77,7 @@ def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterat
 
 
 def rows_of_scenes(count: int) -> Iterator[dict[str, Any]]:
-    """So many drawn scenes, each labelled by its first object."""
+    """Yield rows of drawn scenes, each labelled by its first object."""
     for seed in range(_FIRST_SCENE, _FIRST_SCENE + count):
         yield {"image": f"scene {seed}", "label": list(CLASSES)[draw_scene(seed).labels[0]]}
 
@@ -98,7 +103,7 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 return list(csv.DictReader(file))
         except (ValueError, csv.Error) as error:
-            raise InputError(f"{path} is no CSV file in UTF-8: {error}") from error
+            raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
     try:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
@@ -107,11 +112,11 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {error}") from error
-    return [{key: _plain(value) for key, value in row.items()} for row in rows]
+    return [{key: _undo_float(value) for key, value in row.items()} for row in rows]
 
 
-def _plain(value: Any) -> Any:
-    """A column of integers with gaps is one of floats and NaN in pandas."""
+def _undo_float(value: Any) -> Any:
+    """Return a whole float as int and NaN as None: pandas makes floats of integers with gaps."""
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     return value
@@ -125,11 +130,11 @@ def _class_folders(path: Path) -> Iterator[dict[str, Any]]:
     )
     if not folders:
         raise InputError(
-            f"{path} is no data set: it holds neither class folders nor labels.csv, nor "
+            f"{path} is not a data set: it holds neither class folders nor labels.csv, nor "
             f"ILSVRC2012's pictures with one of {', '.join(_GROUND_TRUTH)}"
         )
     for folder in folders:
-        with contextlib.suppress(ImageError):  # without pictures
+        with contextlib.suppress(ImageError):  # a folder without pictures is not a class
             for file in find_images([folder], skip=holds_results):
                 yield {"image": str(file), "label": folder.name}
 
@@ -144,7 +149,9 @@ def _ilsvrc(
     try:
         truth = _read_ground_truth(ground_truth, files)
     except (IndexError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"{ground_truth} is damaged or no ground truth: {error!r}") from error
+        raise InputError(
+            f"{ground_truth} is damaged or not a ground-truth file: {error!r}"
+        ) from error
     if boxes is not None and not any((boxes / f"{file.stem}.xml").is_file() for file in files):
         raise InputError(f"{boxes} has no box file of these pictures, such as {files[0].stem}.xml")
     for file in files:
@@ -155,7 +162,7 @@ def _ilsvrc(
 
 
 def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[str, Any]]:
-    """File stem -> its label, synset or boxes."""
+    """Return the label, or the synset and boxes, of each file by its stem."""
     lines = path.read_text(encoding="utf-8").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     found: dict[str, dict[str, Any]] = {}
@@ -169,11 +176,11 @@ def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[s
         for line in lines:
             words = line.split()
             found[Path(words[0]).stem] = {"label": words[1]}
-    else:  # one a line, in the order of the files' numbers
+    else:  # one synset per line, in the order of the files' numbers
         if len(lines) != len(files):
             raise InputError(
-                f"{path} has {len(lines)} lines for {len(files)} pictures: expected one a picture, "
-                "in the order of their names"
+                f"{path} has {len(lines)} lines for {len(files)} pictures: expected one per "
+                "picture, in the order of their names"
             )
         if lines[0].isdigit():
             raise InputError(
@@ -191,7 +198,10 @@ def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[s
 
 
 def _xml_boxes(path: Path, synset: str) -> dict[str, Any]:
-    """The boxes of an annotation file in Pascal VOC's format, those of the synset where known."""
+    """Return the boxes in an annotation file of Pascal VOC's format.
+
+    If the picture's synset is known, only objects of it count.
+    """
     try:
         things = list(ElementTree.parse(path).getroot().iter("object"))
     except ElementTree.ParseError as error:

@@ -50,7 +50,7 @@ def load_batches(
 
     Args:
         items: Entries of the data set.
-        preprocess: From a picture to the model's input.
+        preprocess: How a picture becomes the model's input.
         batch_size: Pictures in one batch.
         workers: Number of threads.
     """

@@ -1,1 +1,1 @@
-"""The metrics and the protocols that name their settings."""
+"""Metrics as pure functions, the registry of them, and protocols that name their settings."""

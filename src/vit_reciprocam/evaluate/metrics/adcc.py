@@ -1,10 +1,10 @@
-"""ADCC and its terms: drop, increase, coherency and complexity, as pure functions of arrays.
+"""ADCC, its terms and increase, as pure functions of arrays.
 
-p is the probability of the target class on the picture, o the one on the masked picture
-E = x ⊙ up(A), A the map and A' the method's map of the same class on E. Everything is batched over
-leading dimensions, computed in float64 and a fraction, not a percentage. Two definitions differ
-between papers: where maps are compared (`size`) and how ADCC is averaged over a data set; a
-`Protocol` names the choice.
+The letters are METHOD's: A is the map of class c on the picture x, E = x ⊙ up(A) the masked
+picture, A' the method's map of c on E, p the probability of c on x and o that on E. Everything is
+batched over leading dimensions and computed in float64; results are fractions, not percentages.
+Papers differ in two points: where maps are compared (`size`), and how ADCC is averaged over a data
+set. A `Protocol` names the choice.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ _FLAT = 1e-12  # a map in [0, 1] with a smaller range is constant
 
 
 def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
-    """max(0, p - o) / p of each image, the same shape; 0 where p is 0, as nothing can drop.
+    """Return max(0, p - o) / p of each picture, in the shape of p. Lower is better.
 
-    Chattopadhyay et al. 2018 (Grad-CAM++). A data set's average drop is the mean. Lower is better.
+    Chattopadhyay et al. 2018 (Grad-CAM++). It is 0 where p is 0, as nothing can drop there. A data
+    set's average drop is the mean.
+
+    Args:
+        p: Probabilities of the target on the pictures.
+        o: Probabilities of the target on the masked pictures, the same shape.
 
     Raises:
         InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
@@ -41,9 +46,9 @@ def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
 
 
 def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
-    """[o > p] of each image as 0.0 or 1.0, the same shape.
+    """Return 1.0 for each picture where o > p and 0.0 elsewhere. Higher is better.
 
-    Chattopadhyay et al. 2018 (Grad-CAM++). Higher is better.
+    Chattopadhyay et al. 2018 (Grad-CAM++). Arguments are those of `average_drop`.
 
     Raises:
         InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
@@ -59,14 +64,15 @@ def pearson(
     size: Size | None = None,
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Correlation of A and A' over their cells, two of (..., h, w) -> (...), in [-1, 1].
+    """Return the correlation (...) of A and A' over their cells, in [-1, 1].
 
-    Where one of the two is constant the correlation is 0/0 and counts as 0.
+    If one of the two is constant, the correlation is 0/0 and counts as 0.
 
     Args:
-        maps: A, in [0, 1].
-        masked_maps: A', in [0, 1], the same shape.
-        size: (H, W) to compare at, both upsampled; None compares the cells as they are.
+        maps: A, (..., h, w) in [0, 1].
+        masked_maps: A', (..., h, w) in [0, 1].
+        size: Height and width (H, W) to which both are upsampled before they are compared; None
+            compares the cells as they are.
         mode: One of `MODES`, for `size`.
 
     Raises:
@@ -93,17 +99,24 @@ def coherency(
     size: Size | None = None,
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """(1 + Pearson(A, A')) / 2, two of (..., h, w) -> (...); 0.5 where one of the two is constant.
+    """Return (1 + Pearson(A, A')) / 2, shape (...), in [0, 1]. Higher is better.
 
-    Poppi et al. 2021. Higher is better. Arguments and errors are those of `pearson`.
+    Poppi et al. 2021. It is 0.5 where one of the two maps is constant. Arguments and errors are
+    those of `pearson`.
     """
     return (1 + pearson(maps, masked_maps, size=size, mode=mode)) / 2
 
 
 def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilinear") -> np.ndarray:
-    """Mean |A| over cells, (..., h, w) -> (...).
+    """Return the mean of |A| over cells, shape (...). Lower is better.
 
-    Poppi et al. 2021. Lower is better. Of maps upsampled to `size` if one is given.
+    Poppi et al. 2021.
+
+    Args:
+        maps: A, (..., h, w) in [0, 1].
+        size: Height and width (H, W) to which maps are upsampled before; None takes the cells as
+            they are.
+        mode: One of `MODES`, for `size`.
 
     Raises:
         InputError: If maps are empty, NaN or outside [0, 1].
@@ -114,10 +127,11 @@ def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilin
 
 
 def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.ndarray:
-    """3 / (1/coherency + 1/(1 - complexity) + 1/(1 - drop)), the harmonic mean of the three terms.
+    """Return 3 / (1/coherency + 1/(1 - complexity) + 1/(1 - drop)). Higher is better.
 
-    Poppi et al. 2021. Higher is better. 0 where a term is 0 (coherency 0, complexity 1 or drop 1),
-    which is the limit. Arrays of one shape: of images, or of the data set's means.
+    Poppi et al. 2021: the harmonic mean of three terms. It is 0 where a term is 0 (coherency 0,
+    complexity 1 or drop 1), which is the limit. The arguments have one shape; they are values of
+    pictures, or means of data sets.
 
     Raises:
         InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
@@ -131,9 +145,14 @@ def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.
 
 
 def masked_images(images: np.ndarray, maps: np.ndarray, mode: str = "bilinear") -> np.ndarray:
-    """E = x ⊙ up(A): normalised images (..., 3, H, W) and maps (..., h, w) -> (..., 3, H, W).
+    """Return E = x ⊙ up(A), shape (..., 3, H, W).
 
-    As 0 is the mean colour, masked areas become it.
+    Images are normalised, so 0 is the mean colour, and masked areas become that.
+
+    Args:
+        images: Normalised images x, (..., 3, H, W).
+        maps: A, (..., h, w) in [0, 1].
+        mode: One of `MODES`.
 
     Raises:
         InputError: If the images are not floating, leading dimensions differ, or maps are empty,

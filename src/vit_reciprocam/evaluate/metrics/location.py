@@ -1,6 +1,7 @@
 """How well a saliency map lies on the object: pure functions of maps and boxes or masks.
 
-Everything is batched over leading dimensions, computed in float64 and a fraction, not a percentage.
+Everything is batched over leading dimensions and computed in float64 at the picture's size; results
+are fractions, not percentages.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ def pointing_game(
     tolerance: float = 0,
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Whether the map's maximum lies in the object, (...) of 0.0 or 1.0. Higher is better.
+    """Return 1.0 where the map's maximum lies in the object and 0.0 elsewhere. Higher is better.
 
-    Zhang et al. 2016, at the picture's size. Of equal maxima the first counts, row by row from the
-    top left.
+    Zhang et al. 2016. If several pixels have the maximum, the first counts, row by row from the top
+    left.
 
     Args:
-        maps: (..., h, w) in [0, 1].
-        regions: The objects: masks (..., H, W), or boxes (..., 4) as in `box_masks`.
-        size: (H, W), needed with boxes.
-        tolerance: How many pixels from the object still count; 15 in the original.
+        maps: Maps (..., h, w) in [0, 1].
+        regions: Objects as masks (..., H, W), or as boxes (..., 4) as `box_masks` takes them.
+        size: Height and width (H, W) of the picture, needed with boxes.
+        tolerance: Distance from the object in pixels that still counts; 15 in the original.
         mode: One of `MODES`.
 
     Raises:
@@ -53,20 +54,24 @@ def pointing_game(
 def energy_in_box(
     maps: np.ndarray, boxes: np.ndarray, *, size: Size, mode: str = "bilinear"
 ) -> np.ndarray:
-    """Share of the map's sum that lies in the box, (...) in [0, 1]. Higher is better.
+    """Return the share (...) of the map's sum that lies in the box. Higher is better.
 
-    Wang et al. 2020 (Score-CAM's energy-based pointing game). `mass_accuracy` with a box's mask;
-    arguments and errors are those of `box_masks` and `pointing_game`.
+    Wang et al. 2020 (Score-CAM's energy-based pointing game). It is `mass_accuracy` with the mask
+    of a box; arguments and errors are those of `box_masks` and `pointing_game`.
     """
     return mass_accuracy(maps, box_masks(boxes, size), mode=mode)
 
 
 def mass_accuracy(maps: np.ndarray, masks: np.ndarray, *, mode: str = "bilinear") -> np.ndarray:
-    """Share of the map's sum that lies in the object's mask, (...) in [0, 1]. Higher is better.
+    """Return the share (...) of the map's sum that lies in the object's mask. Higher is better.
 
-    Arras et al. 2022, at the picture's size; a bicubic map counts where it is above 0. A map of
-    zeros puts nothing in the object: 0. Maps (..., h, w), masks (..., H, W) bool; errors are those
-    of `pointing_game`.
+    Arras et al. 2022. Where bicubic upsampling leaves a map below 0, it counts as 0. A map of zeros
+    has nothing in the object, so its share is 0. Errors are those of `pointing_game`.
+
+    Args:
+        maps: Maps (..., h, w) in [0, 1].
+        masks: Objects (..., H, W) bool.
+        mode: One of `MODES`.
     """
     maps = check_maps(maps)
     masks = region_masks(maps, masks)

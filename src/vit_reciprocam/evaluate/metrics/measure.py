@@ -1,4 +1,4 @@
-"""From pictures and maps to metrics: the values of each picture, and the figures of a data set."""
+"""Measure metrics: the values of each picture, and the figures of a data set."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str
     not known: its figure is the mean over the others.
 
     Args:
-        columns: At least p, o, coherency and complexity, in fractions; others are ignored unless
-            they are of `METRICS`.
-        protocol: For how ADCC is averaged.
+        columns: Columns p, o, coherency and complexity, in fractions, and any others of `METRICS`;
+            further ones are ignored.
+        protocol: Protocol that says how ADCC is averaged.
 
     Raises:
         InputError: If a column is missing, empty, of another length, NaN or outside [0, 1].

@@ -1,4 +1,4 @@
-"""Insertion and deletion: how soon the target's probability comes, and goes, by the map's order."""
+"""Insertion and deletion: how soon the target's probability comes, and goes, in the map's order."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 ]
 
 UNITS = ("patch", "pixel")
-"""What is taken at a time: the map's own cells, or pixels of the upsampled map."""
+"""Names of what appears or vanishes at a time: the map's own cells, or the picture's pixels."""
 
 BASELINES = ("blur", "mean", "black")
-"""What stands where insertion has not come yet and deletion has been."""
+"""Names of what stands where insertion has not come yet and where deletion has been."""
 
 
 def baseline_images(
@@ -40,14 +40,14 @@ def baseline_images(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> np.ndarray:
-    """What insertion starts from and deletion ends at, of normalised images (..., 3, H, W).
+    """Return the pictures (..., 3, H, W) that insertion starts from and deletion ends at.
 
     Args:
-        images: Normalised.
+        images: Normalised images (..., 3, H, W).
         kind: "blur", the picture under a Gaussian of 51x51 pixels and σ 20 with reflected borders,
             whatever the picture's size; "mean", the mean colour; "black".
-        mean: The preprocessing's, for black.
-        std: Likewise.
+        mean: Mean colour of the preprocessing, needed for black.
+        std: Standard deviation of the preprocessing, needed for black.
 
     Raises:
         InputError: If the kind does not exist, or it is black and mean or std are missing.
@@ -73,20 +73,23 @@ def transition_images(
     unit: str = "patch",
     mode: str = "bilinear",
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Pictures on the way from start to end, the highest cells of the map first.
+    """Return the way from start to end as pictures; the map's highest cells change first.
 
-    Insertion goes from the baseline to the images, deletion back. Yields the share of cells gone
-    over, from 0 to 1, and a batch (..., 3, H, W). After i steps ⌊i · cells / steps⌋ cells are
-    `end`; a step that would change nothing is left out. Equal cells go row by row from the top
-    left.
+    Insertion goes from the baseline to the images, deletion back. After i steps
+    ⌊i · cells / steps⌋ cells have changed; a step that would change none is left out. Equal cells
+    go row by row from the top left.
 
     Args:
         start: Normalised images or their baseline (..., 3, H, W).
         end: The other of the two.
-        maps: (..., h, w) in [0, 1].
-        steps: How many.
+        maps: Maps (..., h, w) in [0, 1].
+        steps: Number of steps.
         unit: "patch" goes by the map's own cells, "pixel" by those of the upsampled map.
         mode: One of `MODES`, for pixels.
+
+    Returns:
+        Pairs for each step: the share of cells that have changed, from 0 to 1, and the pictures
+        (..., 3, H, W).
 
     Raises:
         InputError: If shapes do not fit, maps are empty, NaN or outside [0, 1], or a choice does
@@ -104,14 +107,14 @@ def transition_images(
     cells = maps if unit == "patch" else upsample(maps, (height, width), mode).round(DECIMALS)
     count = cells.shape[-2] * cells.shape[-1]
     order = np.argsort(-cells.reshape(*cells.shape[:-2], count), axis=-1, kind="stable")
-    ranks = np.argsort(order, axis=-1).reshape(cells.shape)
-    rows, columns = (
+    ranks = np.argsort(order, axis=-1).reshape(cells.shape)  # each cell's turn, from 0
+    rows, columns = (  # the cell that a pixel lies in
         np.arange(pixels) * sides // pixels
         for pixels, sides in zip((height, width), cells.shape[-2:], strict=True)
     )
-    turns = ranks[..., rows[:, None], columns][..., None, :, :]  # of each pixel
-    gone = dict.fromkeys(step * count // steps for step in range(steps + 1))
-    return ((done / count, np.where(turns < done, end, start)) for done in gone)
+    turns = ranks[..., rows[:, None], columns][..., None, :, :]  # each pixel's, (..., 1, H, W)
+    counts = dict.fromkeys(step * count // steps for step in range(steps + 1))  # each once
+    return ((done / count, np.where(turns < done, end, start)) for done in counts)
 
 
 def insertion(
@@ -125,22 +128,25 @@ def insertion(
     unit: str = "patch",
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Area under the target's probability while the picture appears, (B,). Higher is better.
+    """Return the area (B,) under the target's probability while the picture appears.
 
-    Petsiuk et al. 2018 (RISE), by the trapezoid rule over the share of cells shown.
+    Petsiuk et al. 2018 (RISE), by the trapezoid rule over the share of cells shown. Higher is
+    better.
 
     Args:
-        predict: Images (B, 3, H, W) -> probabilities (B, C); called once a step.
-        images: Normalised (B, 3, H, W).
-        baseline: Likewise; see `baseline_images`.
-        maps: (B, h, w) in [0, 1].
+        predict: Function from images (B, 3, H, W) to probabilities (B, C), called once per step
+            and once before the first.
+        images: Normalised images (B, 3, H, W).
+        baseline: Normalised images to start from, see `baseline_images`.
+        maps: Maps (B, h, w) in [0, 1].
         targets: Class indices (B,).
-        steps: As in `transition_images`.
-        unit: Likewise.
-        mode: Likewise.
+        steps: Number of steps, see `transition_images`.
+        unit: "patch" or "pixel", see `transition_images`.
+        mode: One of `MODES`, for pixels.
 
     Raises:
-        InputError: As `transition_images`; or if predict gives no probabilities of the targets.
+        InputError: If `transition_images` refuses an argument, or `predict` does not return
+            probabilities of the targets.
     """
     targets, shares, curve = np.asarray(targets), [], []
     way = transition_images(baseline, images, maps, steps=steps, unit=unit, mode=mode)
@@ -171,15 +177,20 @@ def deletion(
     unit: str = "patch",
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Area under it while the picture vanishes; lower is better. All else as in `insertion`.
+    """Return the area (B,) under the target's probability while the picture vanishes.
 
-    It is the insertion of the baseline into the picture.
+    Petsiuk et al. 2018 (RISE). It is the insertion of the baseline into the picture; arguments and
+    errors are those of `insertion`. Lower is better.
     """
     return insertion(predict, baseline, images, maps, targets, steps=steps, unit=unit, mode=mode)
 
 
 def area_under_curve(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """By the trapezoid rule: abscissas (n,) and ordinates (..., n) -> (...).
+    """Return the area (...) under curves by the trapezoid rule.
+
+    Args:
+        shares: Abscissas (n,).
+        values: Ordinates (..., n).
 
     Raises:
         InputError: If there are fewer than two points, or lengths differ.

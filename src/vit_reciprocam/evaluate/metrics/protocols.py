@@ -1,7 +1,7 @@
 """Named evaluation protocols: what the metrics leave open, written down, so that figures compare.
 
-Published implementations disagree on all of it; METHOD, "Metrics", has the table. A score is
-reported with its protocol's name.
+Published implementations disagree on each of these settings; METHOD, "Metrics", has the table.
+Figures are reported with their protocol's name.
 """
 
 from __future__ import annotations
@@ -25,26 +25,32 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 __all__ = ["AGGREGATES", "PROTOCOLS", "Protocol", "get_protocol"]
 
 AGGREGATES = ("means", "mean")
-"""ADCC of a data set: of the set's mean coherency, complexity and drop; or the images' mean."""
+"""Names of the ways to ADCC of a data set.
+
+"means" computes it from the set's mean coherency, complexity and drop; "mean" is the mean of the
+pictures' own.
+"""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a data set is scored. What is left out is as in `byun2023`.
+    """How methods are measured on a data set. Defaults are those of `byun2023`.
 
     Attributes:
-        name: Reported with every score.
-        target: The class that is explained: "label", the true one, or "top1", the model's.
-        upsampling: How a map is brought to the picture's size, "bicubic" or "bilinear".
-        compared_at: Where coherency and complexity are measured: "grid", on the map's cells, or
-            "image", on the upsampled map.
-        adcc: "means" is the harmonic mean of the data set's means, "mean" the images' mean ADCC.
-        resize: Of the preprocessing: "squash" or "shortest", as in `images.Preprocess`.
-        crop_pct: Likewise; 0.875 is 256 pixels for a crop of 224.
-        interpolation: Likewise.
-        steps: Of insertion and deletion.
-        unit: "patch" or "pixel", what they take at a time.
-        baseline: "blur", "mean" or "black", what they start from and end at.
+        name: Name that is reported with every figure.
+        target: Class c that is explained: "label", the true one, or "top1", the model's.
+        upsampling: Way to bring a map to the picture's size, "bicubic" or "bilinear".
+        compared_at: Size at which coherency and complexity are measured: "grid", on the map's
+            cells, or "image", on the upsampled map.
+        adcc: Way to ADCC of a data set, a name in `AGGREGATES`.
+        resize: Resizing of the preprocessing, "squash" or "shortest"; see `Preprocess`.
+        crop_pct: Share of the resized picture that the crop keeps along each side; 0.875 is 256
+            pixels for a crop of 224.
+        interpolation: Interpolation of the preprocessing, see `Preprocess`.
+        steps: Number of steps of insertion and deletion.
+        unit: Unit that appears or vanishes at a time, "patch" or "pixel".
+        baseline: Picture that insertion starts from and deletion ends at, "blur", "mean" or
+            "black".
     """
 
     name: str
@@ -80,16 +86,24 @@ class Protocol:
         self.preprocess(Preprocess((1, 1)))  # checks resize and interpolation
 
     def preprocess(self, base: Preprocess) -> Preprocess:
-        """The model's size, mean and std with this protocol's resize, crop and interpolation."""
+        """Return the model's preprocessing with this protocol's resize, crop and interpolation.
+
+        Args:
+            base: Preprocessing of the model, whose size, mean and std stay.
+        """
         return dataclasses.replace(
             base, resize=self.resize, crop_pct=self.crop_pct, interpolation=self.interpolation
         )
 
     def targets(self, probs: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-        """The class that is explained, (B,), of probabilities (B, C) and true labels (B,).
+        """Return the class c that is explained, (B,).
+
+        Args:
+            probs: Probabilities (B, C).
+            labels: True classes (B,), needed where they are explained.
 
         Raises:
-            InputError: If it is the label and there is not one for each picture.
+            InputError: If c is the label and there is not one per picture.
         """
         if self.target == "top1":
             return np.asarray(np.argmax(probs, axis=-1))
@@ -102,19 +116,27 @@ class Protocol:
         return np.asarray(labels)
 
     def masked_images(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
-        """E of `metrics.masked_images`: images (B, 3, H, W) and maps (B, h, w) -> (B, 3, H, W)."""
+        """Return E of `adcc.masked_images`, (B, 3, H, W), with this protocol's upsampling.
+
+        Args:
+            images: Normalised images (B, 3, H, W).
+            maps: Maps (B, h, w) in [0, 1].
+        """
         return masked_images(images, maps, self.upsampling)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` reads them back."""
+        """Return the settings as plain JSON values, which `from_dict` reads."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """From what `to_dict` gave, or a part of it with the name.
+        """Return the protocol with these settings.
+
+        Args:
+            values: Settings as `to_dict` returns them; all but the name may be missing.
 
         Raises:
-            InputError: If a field does not exist, the name is missing, or a value is none of its
+            InputError: If a field does not exist, the name is missing, or a value is not one of its
                 choices.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -126,9 +148,10 @@ class Protocol:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Protocol:
-        """One's own protocol from a .toml or .json file of fields, such as `steps = 28`.
+        """Read your own protocol from a .toml or .json file of fields, such as `steps = 28`.
 
-        The name is by default the file's, without its ending.
+        Args:
+            path: File. If it lacks the field name, its own name without the ending is taken.
 
         Raises:
             InputError: If the file cannot be read, is not TOML or JSON, has a field that does not
@@ -168,14 +191,14 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="shortest",
     ),
 }
-"""Name -> protocol: Byun & Lee 2023 (ViT-ReciproCAM) and Poppi et al. 2021 (ADCC's authors)."""
+"""Name -> protocol: Byun & Lee 2023 (ViT-ReciproCAM) and Poppi et al. 2021 (ADCC)."""
 
 
 def get_protocol(name: str | Path) -> Protocol:
-    """A protocol by its name in `PROTOCOLS`, or from a .toml or .json file.
+    """Return a protocol by its name in `PROTOCOLS`, or from a .toml or .json file.
 
     Raises:
-        InputError: If there is none, or the file is not one.
+        InputError: If there is no such protocol, or the file does not hold one.
     """
     if str(name) in PROTOCOLS:
         return PROTOCOLS[str(name)]

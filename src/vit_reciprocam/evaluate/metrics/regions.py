@@ -1,4 +1,4 @@
-"""Where objects are: boxes and masks of data sets as masks of the picture's pixels."""
+"""Regions of objects: boxes and masks of data sets as masks of the picture's pixels."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _AGGREGATES = ("mean", "means", "protocol")
 
 @dataclass(frozen=True)
 class Objects:
-    """Where the label's objects are in one picture.
+    """Place of the label's objects in one picture.
 
     Attributes:
         mask: Pixels (H, W) bool that belong to them; at least one does.

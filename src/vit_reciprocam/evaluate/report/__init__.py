@@ -1,1 +1,1 @@
-"""Tables, intervals, plots and pages made of runs."""
+"""Tables, intervals, plots and pages from runs."""

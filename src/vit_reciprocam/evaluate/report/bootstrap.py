@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap over pictures, paired between methods."""
+"""Bootstrap over pictures, paired between methods: how sure a figure is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
     @property
     def is_clear(self) -> bool:
-        """Of a difference: 0 is not in the interval."""
+        """Whether 0 lies outside the interval, which makes a difference clear."""
         return self.low > 0 or self.high < 0
 
 
@@ -36,9 +36,10 @@ class Resampled:
 
     Attributes:
         methods: Their names.
-        pictures: How many.
-        values: Metric -> (1 + resamples, methods) in percent: first of the pictures as they are,
-            then of each resample, the same pictures for all methods; NaN where not measured.
+        pictures: Number of pictures.
+        values: Metric -> (1 + resamples, methods) in percent. The first row is of the pictures as
+            they are, each other one of a resample, which has the same pictures for all methods; NaN
+            where not measured.
     """
 
     methods: tuple[str, ...]
@@ -46,12 +47,12 @@ class Resampled:
     values: Mapping[str, np.ndarray]
 
     def figures(self, method: str) -> dict[str, Estimate]:
-        """A method's figures, those that were measured."""
+        """Return a method's figures by metric, those that were measured."""
         column = self.methods.index(method)
         return self._estimates({name: v[:, column] for name, v in self.values.items()})
 
     def differences(self, method: str, other: str) -> dict[str, Estimate]:
-        """A method's figures minus another's, paired: both from the same resampled pictures."""
+        """Return a method's figures minus another's, from the same resampled pictures."""
         a, b = self.methods.index(method), self.methods.index(other)
         return self._estimates({name: v[:, a] - v[:, b] for name, v in self.values.items()})
 
@@ -59,7 +60,7 @@ class Resampled:
         known = {name: column for name, column in columns.items() if not np.isnan(column[0])}
         found = {}
         for name, column in known.items():
-            drawn = column[1:][~np.isnan(column[1:])]  # NaN where no picture of a box was drawn
+            drawn = column[1:][~np.isnan(column[1:])]  # NaN where no picture with a box was drawn
             low, high = np.percentile(drawn if len(drawn) else column[:1], _INTERVAL)
             found[name] = Estimate(float(column[0]), float(low), float(high))
         return found
@@ -72,17 +73,18 @@ def resample(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Resampled:
-    """Bootstrap over pictures (Efron 1979): `Protocol.summary` of each resample, all at once.
+    """Return the figures of `summarize` for the pictures and for resamples of them.
 
-    Every figure is a mean over pictures or is made of such means, so a resample is a row of
-    weights, how often each picture was drawn, and all resamples are one product of matrices.
+    Bootstrap over pictures (Efron 1979). Every figure is a mean over pictures or is computed from
+    such means. So a resample is a row of weights, the number of times that each picture was drawn,
+    and all resamples are one product of matrices.
 
     Args:
-        columns: For each method columns (pictures,) in fractions, pictures in one order; NaN or
+        columns: Columns (pictures,) of each method in fractions, pictures in one order; NaN or
             absent where not measured.
-        protocol: For how ADCC is averaged.
-        resamples: How often as many pictures are drawn as there are, with replacement.
-        seed: Of the draws.
+        protocol: Protocol that says how ADCC is averaged.
+        resamples: Number of resamples; each draws as many pictures as there are, with replacement.
+        seed: Seed of the draws.
     """
     names = [name for name, metric in METRICS.items() if metric.is_stored]
     pictures = len(next(iter(columns.values()))["drop"])
@@ -107,7 +109,7 @@ def resample(
 
 
 def _weights(pictures: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each picture counts, in blocks (rows, pictures): once each, then as drawn."""
+    """Yield how often each picture counts, in blocks (rows, pictures): once, then as drawn."""
     yield np.ones((1, pictures))
     random = np.random.default_rng(seed)
     for start in range(0, resamples, _BLOCK):

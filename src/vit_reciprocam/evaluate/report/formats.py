@@ -38,7 +38,7 @@ _WITH_INTERVAL = (
 
 
 def number(value: float, signed: bool) -> str:
-    """With two digits, and a sign for differences; never −0.00."""
+    """Return a number with two digits, and a sign if `signed`; never −0.00."""
     shown = f"{value:+.2f}" if signed else f"{value:.2f}"
     if float(shown) == 0:
         shown = "0.00"
@@ -46,7 +46,7 @@ def number(value: float, signed: bool) -> str:
 
 
 def table_heading(metric: str) -> str:
-    """A metric's heading with an arrow to the better side."""
+    """Return a metric's heading with an arrow to the better side."""
     return f"{METRICS[metric].heading} {'↑' if METRICS[metric].higher else '↓'}"
 
 
@@ -54,37 +54,37 @@ def table_heading(metric: str) -> str:
 
 
 def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
-    """Sheets as tables, and under each where its figures come from; then the notes."""
-    text = [f"## {_plain(heading(table))}", ""]
+    """Return sheets as Markdown, under each the origin of its figures, and last the notes."""
+    text = [f"## {_escape(heading(table))}", ""]
     for sheet in sheets:
         columns = ["Method", *map(table_heading, sheet.metrics)]
         text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", markdown_row(columns)]
         text.append(markdown_row([":--", *("--:" for _ in sheet.metrics)]))
         for block in sheet.blocks:
-            text.append(markdown_row([f"*{_plain(block.heading)}*", *("" for _ in sheet.metrics)]))
+            text.append(markdown_row([f"*{_escape(block.heading)}*", *("" for _ in sheet.metrics)]))
             text += [
-                markdown_row([_plain(line.name), *map(_markdown_cell, line.cells)])
+                markdown_row([_escape(line.name), *map(_markdown_cell, line.cells)])
                 for line in block.lines
             ]
-        text += ["", _plain(provenance(table)), ""]
-    text += [f"- {_plain(note)}" for note in notes]
+        text += ["", _escape(provenance(table)), ""]
+    text += [f"- {_escape(note)}" for note in notes]
     return "\n".join(text) + "\n"
 
 
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    value, interval = _shown(cell)
+    value, interval = _format(cell)
     return f"**{value}** {interval}" if cell.best else f"{value} {interval}"
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+def _escape(text: str) -> str:
+    """Return text that Markdown shows as the given one."""
     text = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word it is itself
 
 
-def _shown(cell: Cell) -> tuple[str, str]:
+def _format(cell: Cell) -> tuple[str, str]:
     one = cell.estimate
     low, high = number(one.low, cell.signed), number(one.high, cell.signed)
     return number(one.value, cell.signed), f"[{low}, {high}]"
@@ -94,7 +94,7 @@ def _shown(cell: Cell) -> tuple[str, str]:
 
 
 def latex(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
-    """Sheets as floats, for a document with booktabs and graphicx; all provenance in comments."""
+    """Return sheets as floats for a document with booktabs and graphicx, provenance in comments."""
     text = ["% needs \\usepackage{booktabs,graphicx}", _WITH_INTERVAL]
     text += [f"% {name}: {' '.join(value.split())}" for name, value in full_provenance(table)]
     text += [f"% {' '.join(note.split())}" for note in notes]
@@ -135,7 +135,7 @@ def _tex_heading(metric: str) -> str:
 def _tex_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    value, interval = map(_tex, _shown(cell))
+    value, interval = map(_tex, _format(cell))
     value = f"\\textbf{{{value}}}" if cell.best else value
     return f"\\withinterval{{{value}}}{{{interval}}}"
 
@@ -144,13 +144,13 @@ def _tex_cell(cell: Cell | None) -> str:
 
 
 def figures_csv(tables: Sequence[Table]) -> str:
-    """A line for each method and model of all tables, with its provenance; figures in percent."""
+    """Return a CSV file with one line per method and model, its provenance and its figures."""
     rows = []
-    for number_, table in enumerate(tables, 1):
+    for place, table in enumerate(tables, 1):
         for model in table.models:
             for row in model.rows:
                 about = {
-                    "table": number_,
+                    "table": place,
                     **_origin(table),
                     "model": model.model,
                     "weights": model.weights,
@@ -169,13 +169,13 @@ def figures_csv(tables: Sequence[Table]) -> str:
 
 
 def ablation_csv(tables: Sequence[Table]) -> str:
-    """A line for each ablation: the variant's figures and its differences to the default."""
+    """Return a CSV file with one line per ablation: variant, default and their difference."""
     rows = []
-    for number_, table in enumerate(tables, 1):
+    for place, table in enumerate(tables, 1):
         for model in table.models:
             for pair in ablations(model):
                 about = {
-                    "table": number_,
+                    "table": place,
                     **_origin(table),
                     "model": model.model,
                     "weights": model.weights,

@@ -1,4 +1,4 @@
-"""The pictures of a report: the best, the worst, and those on which methods disagree most."""
+"""Pictures of a report: the best, the worst, and those on which methods disagree most."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vit_reciprocam.evaluate.store import columns_of, records_of
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.render import overlay
 
-__all__ = ["Overlay", "Section", "Shown", "agreement", "choose", "sections"]
+__all__ = ["Overlay", "Section", "Example", "agreement", "choose", "sections"]
 
-_SIDE = 224  # pixels of a picture on the page, at most
-_QUALITY = 82  # of JPEG
+_SIDE = 224  # pixels that a picture on the page has at most
+_QUALITY = 82  # JPEG's
 _GREY = "#8c8f96"
 _FLAT = 1e-6  # a map of a smaller norm around its mean is constant
 
@@ -39,16 +39,16 @@ class Overlay:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Example:
     """One picture: as the model saw it, and under the map of each method.
 
     Attributes:
-        name: Of its file or scene.
-        words: What is explained, and what the model said.
-        problem: Why it cannot be shown, or "".
-        uri: Of the picture.
-        overlays: One a method.
-        size: Width and height of all of them.
+        name: Name of its file or scene.
+        words: Class that is explained, and what the model said.
+        problem: Reason that it cannot be shown, or "".
+        uri: Data URI of the picture.
+        overlays: Overlays, one per method.
+        size: Width and height of all of them in pixels.
     """
 
     name: str
@@ -65,13 +65,18 @@ class Section:
 
     title: str
     words: str
-    pictures: tuple[Shown, ...]
+    pictures: tuple[Example, ...]
 
 
 def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]:
-    """The best, the worst and the most disputed pictures of a model, `count` each at most.
+    """Return the best, the worst and the most disputed pictures of a model, drawn.
 
-    Only of those that every method was measured on; a picture is the best or the worst, not both.
+    They are chosen among the pictures that every method was measured on.
+
+    Args:
+        table: Table that the model is in.
+        model: One model of it.
+        count: Number of pictures in each section, at most.
     """
     chosen = choose(table, model, count)
     show = _Painter(table, model, {index for indices in chosen.values() for index in indices})
@@ -88,7 +93,10 @@ def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]
 
 
 def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int]]:
-    """Indices of the best, the worst and the most disputed pictures of a model."""
+    """Return the indices of the best, the worst and the most disputed pictures of a model.
+
+    The first two are chosen by the reference method's ADCC, and no picture is in both.
+    """
     indices = _common(table, model)
     if not len(indices):
         return {}
@@ -107,12 +115,13 @@ def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int
 
 
 def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean Pearson correlation over all pairs of methods, (pictures,); 0 with a constant map.
+    """Return the mean Pearson correlation over all pairs of methods, (pictures,).
 
-    Of unit vectors u_m, the sum over pairs is (|Σ u_m|² - Σ |u_m|²) / 2.
+    A constant map correlates 0. With u_m the centred map of method m as a unit vector, the sum over
+    pairs is (|Σ u_m|² - Σ |u_m|²) / 2.
 
     Args:
-        maps: For each of two or more methods (pictures, cells).
+        maps: Maps (pictures, cells) of each method; two methods or more.
     """
     units = []
     for each in maps:
@@ -159,7 +168,7 @@ def _records(
 
 
 class _Painter:
-    """Draws a model's pictures, each read once."""
+    """Painter of a model's pictures, which reads each of them once."""
 
     def __init__(self, table: Table, model: ModelRows, indices: set[int]) -> None:
         run = table.run_of(model.model, model.reference)
@@ -168,14 +177,14 @@ class _Painter:
         self.records = _records(table, model, indices)
         self.preprocess = run.protocol.preprocess(Preprocess.from_dict(about["preprocess"]))
         self.class_names: Sequence[str] | None = about.get("class_names")
-        self.done: dict[int, Shown] = {}
+        self.done: dict[int, Example] = {}
 
-    def __call__(self, index: int) -> Shown:
+    def __call__(self, index: int) -> Example:
         if index not in self.done:
             self.done[index] = self._draw(index)
         return self.done[index]
 
-    def _draw(self, index: int) -> Shown:
+    def _draw(self, index: int) -> Example:
         records = {row.method: self.records[row.method, index] for row in self.model.rows}
         about = records[self.model.reference]
         problem, picture = "", None
@@ -189,7 +198,7 @@ class _Painter:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         grey = _uri(Image.new("RGB", size, _GREY))
 
-        def drawn(record: Mapping[str, Any] | None) -> str:
+        def draw(record: Mapping[str, Any] | None) -> str:
             if view is None:
                 return grey
             if record is None:
@@ -198,12 +207,12 @@ class _Painter:
             return _uri(overlay(view, saliency).resize(size))
 
         overlays = [
-            Overlay(row.method, row.is_null, 100 * record["adcc"], drawn(record))
+            Overlay(row.method, row.is_null, 100 * record["adcc"], draw(record))
             for row, record in ((row, records[row.method]) for row in self.model.rows)
         ]
         source = PurePath(about["source"])
         name = "/".join(source.parts[-2:])
-        return Shown(name, self._words(about), problem, drawn(None), tuple(overlays), size)
+        return Example(name, self._words(about), problem, draw(None), tuple(overlays), size)
 
     def _words(self, about: Mapping[str, Any]) -> str:
         target, label, predicted = about["target"], about["label"], about["predicted"]
@@ -219,7 +228,7 @@ class _Painter:
 
 
 def _read(about: Mapping[str, Any]) -> Image.Image:
-    """The picture of a record, if it is still there and the same."""
+    """Read the picture of a record, if it is still there and the same."""
     picture = Item(about["index"], about["source"]).read()
     if picture_digest(picture) != about["digest"]:
         raise ImageError(f"{about['source']} is not the picture that was measured: it has changed")

@@ -21,7 +21,7 @@ _WIDTH = 4.6  # inches, at 72 points: as wide as a phone
 _ROW = 0.46
 _MARGIN = 0.55
 _BINS = 40
-# what is drawn in these colours is given the page's own, in light and dark
+# These stand-in colours become the page's own, which differ in light and dark.
 _PAGE = {"#010101": "currentColor", "#010102": "var(--real)", "#010103": "var(--null)"}
 _INK, _REAL, _NULL = _PAGE
 _STYLE: Any = {
@@ -37,12 +37,15 @@ _STYLE: Any = {
 
 
 def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
-    """Each method's difference to the reference on one metric, with its interval; "" without any.
+    """Draw each method's difference to the reference on one metric, with its interval.
 
     Args:
-        model: Of a table.
-        metric: A name of `METRICS`.
-        key: Sets apart the names inside this SVG from those of others on the page.
+        model: One model of a table.
+        metric: Name in `METRICS`.
+        key: Prefix that keeps the names inside this SVG apart from those of others on the page.
+
+    Returns:
+        SVG, or "" if there is no difference to draw.
     """
     rows = [row for row in model.rows if metric in row.differences]
     if not rows:
@@ -59,9 +62,16 @@ def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
 
 
 def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) -> str:
-    """How one metric is spread over pictures, a histogram and the median for each method.
+    """Draw how one metric is spread over pictures: a histogram and the median of each method.
 
-    Arguments are those of `difference_plot`; the metric is one of a picture alone.
+    Args:
+        table: Table that the model is in.
+        model: One model of it.
+        metric: Name in `METRICS` of a metric that every picture has.
+        key: Prefix that keeps the names inside this SVG apart from those of others on the page.
+
+    Returns:
+        SVG.
     """
     figure, axes = _axes(model.rows)
     edges = np.linspace(0, 100, _BINS + 1)
@@ -81,7 +91,7 @@ def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) 
 
 
 def _axes(rows: Sequence[Row]) -> tuple[Figure, Any]:
-    """A figure with a line for each method, its name above it."""
+    """Return a figure with a line for each method, its name above it."""
     with matplotlib.rc_context(_STYLE):
         height = _ROW * len(rows) + _MARGIN
         figure = Figure(figsize=(_WIDTH, height))

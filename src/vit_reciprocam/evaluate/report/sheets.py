@@ -1,4 +1,4 @@
-"""What a report shows: the paper's tables as sheets of cells, and what stands under them."""
+"""Sheets of a report: the paper's tables as cells, and the sentences that stand under them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,19 @@ _TITLES = {
     "kernel": "Kernel",
     "score": "Score",
 }
-_DIGITS = 12  # of a digest, where it is cut
+_DIGITS = 12  # letters that are left of a digest
 _NULL_HEADING = "null baselines, which explain nothing"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, or a difference, which has a sign; marked as best, or not."""
+    """A figure or a difference of a table.
+
+    Attributes:
+        estimate: Value and interval.
+        signed: Whether it is a difference, which is shown with its sign.
+        best: Whether it is marked as best.
+    """
 
     estimate: Estimate
     signed: bool = False
@@ -71,7 +77,7 @@ class Sheet:
     Attributes:
         title: Its name.
         caption: What it shows.
-        metrics: Names of `METRICS`, one a column.
+        metrics: Names of `METRICS`, one per column.
         blocks: Its lines.
     """
 
@@ -86,12 +92,12 @@ class Ablation:
     """What one setting of ReciproCAM changes, all others alike.
 
     Attributes:
-        setting: Its name.
-        model: The model's name.
-        others: The kernel, and other settings that are alike and not the paper's.
-        base: With the setting as the paper has it.
-        variant: With another value.
-        differences: Variant minus base by metric, paired.
+        setting: Name of the setting.
+        model: Name of the model.
+        others: The kernel, and further settings in which both agree and differ from the paper.
+        base: Row with the setting as the paper has it.
+        variant: Row with another value.
+        differences: Metric -> variant minus base, paired.
     """
 
     setting: str
@@ -103,7 +109,7 @@ class Ablation:
 
 
 def figure_sheet(table: Table) -> Sheet:
-    """The layout of the paper's Table 1: methods of each model, null baselines below a rule."""
+    """Return the paper's Table 1: the methods of each model, null baselines below a rule."""
     names = tuple(table.metrics)
     blocks = []
     for model in table.models:
@@ -122,7 +128,7 @@ def figure_sheet(table: Table) -> Sheet:
 
 
 def difference_sheet(table: Table) -> Sheet | None:
-    """Each method's figures minus the reference method's; None where there is only that one."""
+    """Return each method's figures minus the reference's; None if there is only the reference."""
     names = tuple(table.metrics)
     blocks = []
     for model in table.models:
@@ -152,7 +158,10 @@ def _differences(found: Mapping[str, Estimate], names: Sequence[str]) -> tuple[C
 
 
 def ablations(model: ModelRows) -> list[Ablation]:
-    """Pairs of ReciproCAM's rows that differ in one setting, where one is as the paper has it."""
+    """Return the pairs of ReciproCAM's rows that differ in one setting.
+
+    One row of each pair has that setting as the paper has it.
+    """
     rows = [row for row in model.rows if row.name == "reciprocam"]
     found = []
     for setting, default in DEFAULTS.items():
@@ -169,14 +178,14 @@ def ablations(model: ModelRows) -> list[Ablation]:
 
 
 def ablation_sheets(table: Table) -> list[Sheet]:
-    """The layout of the paper's Tables 3 and 4, one for each setting that was varied."""
+    """Return sheets like the paper's Tables 3 and 4, one for each setting that was varied."""
     names = tuple(table.metrics)
     pairs = [pair for model in table.models for pair in ablations(model)]
     sheets = []
     for setting in _TITLES:
         blocks = []
         for pair in (pair for pair in pairs if pair.setting == setting):
-            alike = ", ".join(_written(pair.others))
+            alike = ", ".join(_spell(pair.others))
             base, variant = (
                 Line(
                     _setting(setting, row) + note,
@@ -194,7 +203,7 @@ def ablation_sheets(table: Table) -> list[Sheet]:
 
 
 def _others(row: Row, setting: str) -> dict[str, Any]:
-    """Those that are not the paper's, and the kernel, which has no usual one."""
+    """Return a row's further settings that are not the paper's, and the kernel in any case."""
     return {
         key: value
         for key, value in {**DEFAULTS, **row.settings}.items()
@@ -202,7 +211,7 @@ def _others(row: Row, setting: str) -> dict[str, Any]:
     }
 
 
-def _written(settings: Mapping[str, Any]) -> list[str]:
+def _spell(settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in sorted(settings.items())
@@ -210,20 +219,20 @@ def _written(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _setting(setting: str, row: Row) -> str:
-    return _written({setting: row.settings.get(setting, DEFAULTS[setting])})[0]
+    return _spell({setting: row.settings.get(setting, DEFAULTS[setting])})[0]
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
 def heading(table: Table) -> str:
-    """Protocol and data set, in a few words."""
+    """Return protocol and data set in a few words."""
     data = table.runs[0].settings["data"]
     return f"Protocol {table.runs[0].protocol.name} on {PurePath(data['name']).name}"
 
 
 def how_to_read(table: Table) -> str:
-    """What intervals and bold mean."""
+    """Return what intervals and bold mean."""
     return (
         "In brackets: 95 % bootstrap percentile intervals over pictures "
         f"({table.resamples} resamples, seed {table.seed}), each for itself. Differences are "
@@ -234,15 +243,15 @@ def how_to_read(table: Table) -> str:
 
 
 def findings(table: Table) -> list[str]:
-    """Sentences on where a null baseline beats methods that explain."""
+    """Return sentences on metrics where a null baseline beats methods that explain."""
     found = []
     for model in table.models:
         where = f"{model.model}: " if len(table.models) > 1 else ""
         found += [where + sentence for sentence in _beaten(model)]
     if found:
         found.append(
-            "A good figure on such a metric is no proof that a method explains: read it together "
-            "with the others."
+            "A good figure on such a metric does not prove that a method explains: read it "
+            "together with the others."
         )
     return found
 
@@ -279,7 +288,7 @@ def _beaten(model: ModelRows) -> list[str]:
 
 
 def provenance(table: Table) -> str:
-    """Where the figures come from, in one line."""
+    """Return the origin of the figures in one line."""
     settings = table.runs[0].settings
     data = settings["data"]
     weights = ", ".join(f"{one.model} (weights {one.weights[:_DIGITS]})" for one in table.models)
@@ -293,7 +302,7 @@ def provenance(table: Table) -> str:
 
 
 def full_provenance(table: Table) -> list[tuple[str, str]]:
-    """The same in full: names and values, for each run."""
+    """Return the origin of the figures in full: names and values, for each run."""
     protocol = table.runs[0].settings["protocol"]
     found = [("protocol", ", ".join(f"{key}={value}" for key, value in protocol.items()))]
     for run in table.runs:

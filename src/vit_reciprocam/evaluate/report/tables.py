@@ -1,7 +1,7 @@
-"""From runs to tables: every method's figures, their bootstrap intervals and paired differences.
+"""Tables of runs: every method's figures, their bootstrap intervals and paired differences.
 
-Runs share a table where they were measured under one protocol on the same pictures, and each table
-keeps the runs it was made of: a score does not travel without them.
+Runs share a table if they were measured under one protocol on the same pictures, and each table
+keeps the runs it was made of: a figure does not travel without them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vit_reciprocam.evaluate.report.bootstrap import Estimate, Resampled, resamp
 from vit_reciprocam.evaluate.store import columns_of, read_run
 from vit_reciprocam.methods.null import NULLS
 
-__all__ = ["DEFAULTS", "ModelRows", "Row", "Run", "Table", "is_default", "read_tables"]
+__all__ = ["DEFAULTS", "ModelRows", "Row", "Run", "Table", "read_tables"]
 
 DEFAULTS = {"kernel": "gaussian", "class_token": True, "layer": "norm1", "score": "probability"}
 """ReciproCAM's settings that change its maps, as the paper has them."""
@@ -40,12 +40,13 @@ class Row:
     """A method's line of a table.
 
     Attributes:
-        method: With its settings, as `MethodSpec` writes it.
-        name: The method alone.
+        method: Name of the method with its settings, as `MethodSpec` writes it.
+        name: Name of the method alone.
         settings: Its settings.
-        images: How many pictures it was measured on.
-        figures: By metric.
-        differences: To the model's reference method, paired; empty for that one.
+        images: Number of pictures that it was measured on.
+        figures: Metric -> figure.
+        differences: Metric -> difference to the model's reference method, paired; empty for that
+            one.
         best: Metrics on which it is marked as best.
     """
 
@@ -70,10 +71,11 @@ class ModelRows:
     Attributes:
         model: Its name.
         weights: SHA-256 of its weights.
-        reference: The method that others are compared with: ReciproCAM as the paper has it, else
-            the first.
+        reference: Method that others are compared with: ReciproCAM as the paper has it, else the
+            first.
         rows: Methods in the order of the runs, null baselines last.
-        paired: Of the pictures that all methods were measured on; None where there is none.
+        paired: Figures on the pictures that all methods were measured on; None where there are
+            none.
         notes: Plain sentences on what is missing.
     """
 
@@ -87,12 +89,12 @@ class ModelRows:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """What a run's folder holds.
 
     Attributes:
-        path: As given.
+        path: The folder.
         settings: The manifest, or what the run was begun with.
-        records: Of `store.SCHEMA`.
+        records: Table with the columns of `store.schema`.
     """
 
     path: Path
@@ -101,12 +103,12 @@ class Run:
 
     @property
     def protocol(self) -> Protocol:
-        """How it was measured."""
+        """Protocol that it was measured under."""
         return Protocol.from_dict(self.settings["protocol"])
 
     @property
     def digests(self) -> dict[int, str]:
-        """Index -> digest of the picture, of those that could be read."""
+        """Index -> digest of the picture, for those that could be read."""
         columns = self.records.select(["index", "digest"]).to_pydict()
         pairs = zip(columns["index"], columns["digest"], strict=True)
         return {index: digest for index, digest in pairs if digest}
@@ -117,11 +119,11 @@ class Table:
     """Runs of one protocol on the same pictures.
 
     Attributes:
-        runs: At least one.
-        models: Those with at least one picture measured.
-        resamples: How many the intervals are from.
-        seed: Of the resampling.
-        apart: Why the runs are not in the first table; "" for the first.
+        runs: Runs, at least one.
+        models: Models with at least one picture measured.
+        resamples: Number of resamples behind the intervals.
+        seed: Seed of the resampling.
+        apart: Reason that the runs are not in the first table; "" for the first.
         notes: Plain sentences on what is missing.
     """
 
@@ -134,12 +136,12 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """Those that were measured with any method, in the order of `METRICS`."""
+        """Metrics that were measured with any method, in the order of `METRICS`."""
         rows = [row for model in self.models for row in model.rows]
         return [name for name in METRICS if any(name in row.figures for row in rows)]
 
     def run_of(self, model: str, method: str) -> Run:
-        """The run that has a method of a model; there is one."""
+        """Return the run that has a method of a model; there is one."""
         return next(
             run
             for run in self.runs
@@ -150,16 +152,16 @@ class Table:
 def read_tables(
     paths: Sequence[str | Path], *, resamples: int = 1000, seed: int = 0
 ) -> list[Table]:
-    """The runs' tables: one where all runs were measured alike on the same pictures, else several.
+    """Read runs into tables: one if all were measured alike on the same pictures, else several.
 
     Args:
         paths: Folders of `evaluate`, also of runs that are not finished.
-        resamples: Of the bootstrap over pictures.
-        seed: Of the bootstrap.
+        resamples: Number of resamples of the bootstrap over pictures.
+        seed: Seed of the bootstrap.
 
     Raises:
-        InputError: If a folder is no run of this version, no picture was measured in any, or
-            `resamples` is below 1.
+        InputError: If a folder is not a run that this version reads, no picture was measured in
+            any, or `resamples` is below 1.
     """
     if resamples < 1:
         raise InputError(f"resamples must be 1 or more; got {resamples}")
@@ -168,13 +170,15 @@ def read_tables(
     reasons: list[str] = []
     for folder in folders.values():
         run = Run(folder, *read_run(folder))
-        differs = [_differs(group, run) for group in groups]
-        if "" in differs:
-            groups[differs.index("")].append(run)
+        reasons_apart = [_find_difference(group, run) for group in groups]
+        if "" in reasons_apart:
+            groups[reasons_apart.index("")].append(run)
         else:
             groups.append([run])
             reasons.append(
-                f"{folder} stands in a table of its own: {differs[0]}" if differs else ""
+                f"{folder} stands in a table of its own: {reasons_apart[0]}"
+                if reasons_apart
+                else ""
             )
     tables = [
         _table(group, resamples, seed, why) for group, why in zip(groups, reasons, strict=True)
@@ -187,8 +191,8 @@ def read_tables(
     return tables
 
 
-def _differs(group: Sequence[Run], run: Run) -> str:
-    """Why a run cannot share a table with others; "" where it can."""
+def _find_difference(group: Sequence[Run], run: Run) -> str:
+    """Return why a run cannot share a table with others; "" if it can."""
     first = group[0]
     if first.settings["protocol"] != run.settings["protocol"]:
         return f"its protocol is {run.protocol.name}, or differs from that of {first.path}"
@@ -287,22 +291,25 @@ def _row(
     return Row(method, spec["method"], settings, own.pictures, own.figures(method), differences)
 
 
-def is_default(name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a method is ReciproCAM as the paper has it, however it is computed."""
+def _is_default(name: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a method is ReciproCAM as the paper has it, however it is computed."""
     changes = {key: value for key, value in settings.items() if key not in _WAYS}
     return name == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS
 
 
 def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:
     for method, spec in specs.items():
-        if is_default(spec["method"], {k: v for k, v in spec.items() if k != "method"}):
+        if _is_default(spec["method"], {k: v for k, v in spec.items() if k != "method"}):
             return method
     real = [method for method, spec in specs.items() if spec["method"] not in NULLS]
     return (real or list(specs))[0]
 
 
 def _mark_best(rows: Sequence[Row], paired: Resampled) -> list[Row]:
-    """Mark the best of the real methods on each metric, with those that it is not clearly above."""
+    """Mark the best method on each metric, and those that it is not clearly better than.
+
+    Null baselines are left out, and nothing is marked if that would be every method.
+    """
     best: dict[str, set[str]] = {row.method: set() for row in rows}
     for metric, about in METRICS.items():
         real = [row for row in rows if not row.is_null and metric in row.figures]

@@ -1,4 +1,4 @@
-"""A report of runs: tables as Markdown, LaTeX and CSV, and one HTML page that stands alone."""
+"""Write a report of runs: tables as Markdown, LaTeX and CSV, and one page that stands alone."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ def write_report(
 ) -> dict[str, Any]:
     """Read runs and write their report into a folder.
 
-    Files: table1 (all methods and models) and, where ReciproCAM was run with other settings,
+    Its files are table1 (all methods and models) and, if ReciproCAM was run with several settings,
     ablation, each as .md, .tex and .csv; report.html; and last manifest.json.
 
     Args:
         runs: Folders of `evaluate`, finished or not.
-        out: The folder; an earlier report in it is replaced.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        out: Folder of the report; an earlier report in it is replaced.
+        resamples: Number of resamples of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        What the manifest says of the tables, and under "files" the names of the files.
+        The manifest's description of the tables, and under "files" the names of the files.
 
     Raises:
-        InputError: If a folder is no run, nothing was measured, or `out` is a run or holds files of
-            somebody else's.
+        InputError: If a folder is not a run, nothing was measured, or `out` is a run or holds files
+            of somebody else's.
     """
     if (out / RUN).exists():
         raise InputError(f"{out} is a run: write the report to another folder")
     check_folder(out)
     tables = read_tables(runs, resamples=resamples, seed=seed)
     content = make_report(tables)
-    about = {"tables": [_described(table) for table in tables]}
+    about = {"tables": [_describe(table) for table in tables]}
     write_folder(out, content, about)
     return {**about, "files": sorted(content)}
 
 
 def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
-    """File name -> content."""
+    """Return the report's files as name -> content."""
     figures = [(table, _figures(table)) for table in tables]
     changes = [(table, sheets.ablation_sheets(table)) for table in tables]
     found = {
@@ -79,14 +79,14 @@ def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
 
 
 def notes(table: Table) -> list[str]:
-    """All that is to be said of a table: what is missing, what stands out, how to read it."""
+    """Return all sentences about a table: what is missing, what stands out, how to read it."""
     missing = [*filter(None, [table.apart]), *table.notes]
     missing += [note for model in table.models for note in model.notes]
     return [*missing, *sheets.findings(table), sheets.how_to_read(table)]
 
 
 def render_page(tables: Sequence[Table]) -> str:
-    """The HTML page: tables, plots and pictures, with no reference to anything outside."""
+    """Return the HTML page: tables, plots and pictures, with no reference to anything outside."""
     template = _environment().get_template("report.html.jinja")
     return template.render(
         tables=[
@@ -106,7 +106,7 @@ def render_page(tables: Sequence[Table]) -> str:
                 "provenance": sheets.provenance(table),
                 "details": sheets.full_provenance(table),
                 "models": [
-                    _illustrated(table, model, f"t{number}-{place}")
+                    _illustrate(table, model, f"t{number}-{place}")
                     for place, model in enumerate(table.models)
                 ],
             }
@@ -121,7 +121,7 @@ def _figures(table: Table) -> list[sheets.Sheet]:
     return [sheets.figure_sheet(table), *([differences] if differences else [])]
 
 
-def _illustrated(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
+def _illustrate(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
     drawn = [
         (metric, plots.difference_plot(model, metric, key=f"{key}-{metric}-d"))
         for metric in _DIFFERENCES
@@ -138,8 +138,8 @@ def _illustrated(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
     }
 
 
-def _described(table: Table) -> dict[str, Any]:
-    """A table as plain JSON values."""
+def _describe(table: Table) -> dict[str, Any]:
+    """Return a table as plain JSON values."""
     return {
         "heading": sheets.heading(table),
         "provenance": sheets.full_provenance(table),
@@ -191,6 +191,6 @@ def _environment() -> jinja2.Environment:
 
 
 def _breakable(text: str) -> Markup:
-    """Text with places where a long name may be broken."""
+    """Return text with marks where a long name may be broken."""
     parts = re.split(r"(?<=[:,/_=])", text)
     return Markup("<wbr>").join(escape(part) for part in parts)
