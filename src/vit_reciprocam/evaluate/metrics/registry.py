@@ -32,7 +32,7 @@ KINDS = {
     "adcc": "always",
     "map": "always",
     "order": "with `--insertion`",
-    "location": "where boxes or masks of the label's objects are known and c is the label",
+    "location": "where the label's objects are known and c is the label",
 }
 """Kind -> when its metrics are measured.
 

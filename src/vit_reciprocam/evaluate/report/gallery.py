@@ -20,7 +20,7 @@ from vit_reciprocam.evaluate.store import columns_of, records_of
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.render import overlay
 
-__all__ = ["Overlay", "Section", "Example", "agreement", "choose", "sections"]
+__all__ = ["Example", "Overlay", "Section", "agreement", "choose", "sections"]
 
 _SIDE = 224  # pixels that a picture on the page has at most
 _QUALITY = 82  # JPEG's
