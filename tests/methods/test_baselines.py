@@ -595,7 +595,7 @@ def test_image_edges_are_pooled_sobel_gradients(grid):
     gradient = conv2d(pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)
     wanted = adaptive_avg_pool2d(gradient.square().sum(dim=1).sqrt(), grid).numpy()
     for dtype, digits in (("float64", 1e-12), ("float32", 1e-6)):
-        maps = DRAWN["image_edges"](images.numpy().astype(dtype), grid)
+        maps = DRAWN["image_edges"].draw(images.numpy().astype(dtype), grid)
         assert maps.dtype == dtype
         np.testing.assert_allclose(maps, wanted, rtol=0, atol=digits)
 
@@ -603,17 +603,19 @@ def test_image_edges_are_pooled_sobel_gradients(grid):
 @pytest.mark.parametrize("grid", [(14, 14), (7, 1), (3, 11)])
 def test_random_is_noise_upsampled_from_corner_to_corner(grid):
     images = torch.rand(3, 3, 8, 8).numpy()
-    noise = DRAWN["random"](images, (5, 5), cells=5)  # each cell on a patch
+    noise = DRAWN["random"].draw(images, (5, 5), cells=5)  # each cell on a patch
     assert noise.min() >= 0
     assert noise.max() < 1
     wanted = interpolate(
         torch.from_numpy(noise)[:, None], grid, mode="bicubic", align_corners=True
     )[:, 0]
-    np.testing.assert_allclose(DRAWN["random"](images, grid, cells=5), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        DRAWN["random"].draw(images, grid, cells=5), wanted, rtol=0, atol=1e-6
+    )
 
 
 def test_random_is_uniform_noise_of_every_picture():
-    drawn = DRAWN["random"](torch.rand(400, 1, 2, 2).numpy(), (4, 4))
+    drawn = DRAWN["random"].draw(torch.rand(400, 1, 2, 2).numpy(), (4, 4))
     quarters, _ = np.histogram(drawn, bins=4, range=(0, 1))
     assert np.all(abs(quarters / drawn.size - 0.25) < 0.03)  # 5 standard deviations
 
@@ -642,7 +644,7 @@ def test_nulls_run_the_model_on_one_image_only(method):
 def test_nulls_of_a_model_are_those_of_its_grid(method):
     images = images64()
     maps = method(model_of("plain"), images, TARGETS)
-    drawn = DRAWN[method.__name__](images.numpy(), GRID)
+    drawn = DRAWN[method.__name__].draw(images.numpy(), GRID)
     assert drawn.dtype == np.float64
     assert np.array_equal(maps, np.stack([drawn, drawn], axis=1))
 
