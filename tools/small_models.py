@@ -65,7 +65,9 @@ def find_candidates(pattern: str) -> Iterator[Candidate]:
     for one in architectures(pattern):
         prefix, _, name = one.spec.partition(":")
         if prefix not in _BUILDERS:
-            raise ModelError(f"{one.spec}: tools/small_models.py does not build {prefix} models yet")
+            raise ModelError(
+                f"{one.spec}: tools/small_models.py does not build {prefix} models yet"
+            )
         whole, small = _BUILDERS[prefix]
         yield Candidate(
             one.spec,

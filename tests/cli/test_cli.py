@@ -20,8 +20,8 @@ from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.cli.console import errors_in_one_line
 from vit_reciprocam.cli.evaluate import _print
-from vit_reciprocam.libraries import listing
 from vit_reciprocam.evaluate.metrics.registry import METRICS
+from vit_reciprocam.libraries import listing
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 
