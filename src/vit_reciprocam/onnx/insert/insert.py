@@ -17,11 +17,11 @@ from onnx import inliner
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_file_targets
-from vit_reciprocam.onnx.insert.builder import append_closed_form, append_direct
+from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.check import prove
+from vit_reciprocam.onnx.insert.closed_form import append_closed_form, append_direct
 from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph
-from vit_reciprocam.onnx.insert.nodes import PREFIX, Branch
 from vit_reciprocam.onnx.insert.outputs import append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, find_images, read
 from vit_reciprocam.onnx.insert.rounding import without_rounding

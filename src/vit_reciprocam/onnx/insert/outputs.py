@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import helper
 from vit_reciprocam.onnx.contract import check_file_targets
-from vit_reciprocam.onnx.insert.nodes import Branch
+from vit_reciprocam.onnx.insert.branch import Branch
 from vit_reciprocam.onnx.insert.read import Reading
 
 __all__ = ["append_outputs"]

@@ -23,8 +23,8 @@ from vit_reciprocam.onnx.insert.find import (
     refuse_others,
 )
 from vit_reciprocam.onnx.insert.graph import Graph
+from vit_reciprocam.onnx.insert.head import Tail, read_tail
 from vit_reciprocam.onnx.insert.layout import Layout, check_layout, find_layout
-from vit_reciprocam.onnx.insert.readout import Tail, read_tail
 
 __all__ = ["Reading", "find_images", "read"]
 

@@ -23,8 +23,8 @@ from onnx import helper
 from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import Part, SelfAttention
+from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.graph import Graph
-from vit_reciprocam.onnx.insert.nodes import PREFIX, Branch
 from vit_reciprocam.onnx.insert.read import Reading
 
 __all__ = ["append_closed_form", "append_direct"]
