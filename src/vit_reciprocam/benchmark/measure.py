@@ -36,7 +36,7 @@ from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.methods import MethodSpec, check_settings
-from vit_reciprocam.onnx.insert.cut_out import cut_plain
+from vit_reciprocam.onnx.insert.cut_out import cut_out_prediction
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.results.files import library_versions
 
@@ -144,8 +144,8 @@ def benchmark(
         naive: Measure "naive H"; of many patches it takes long.
         memory: Also measure peak memory, in a fresh process for each row.
         plain: For each classifier, of an ONNX file the untouched model's file, which "forward" then
-            runs, else None. By default what `cut_plain` makes of the file, which needs the package
-            onnx; the demo model brings its own.
+            runs, else None. By default what `cut_out_prediction` makes of the file, which needs the
+            package onnx; the demo model brings its own.
         clock: Gives seconds.
         progress: Called with the number of calls done and of all calls; the latter may change.
 
@@ -249,7 +249,7 @@ def _model(
     if plain is None and model.path == ASSETS / "demo.onnx":
         plain = ASSETS / "demo-plain.onnx"
     if plain is None:
-        cut_plain(model.path, cut)
+        cut_out_prediction(model.path, cut)
     files = OnnxFiles(options, str(cut if plain is None else plain))
     files.check(classifier.preprocess.size)
     return files

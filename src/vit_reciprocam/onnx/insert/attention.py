@@ -1,4 +1,9 @@
-"""The last self-attention of an ONNX graph, in whichever form an exporter or optimizer left it."""
+"""Read the last self-attention of an ONNX graph, in whichever form exporter and optimizer left it.
+
+It is either a softmax between two products, whose scale and bias are found by running the nodes in
+between, or one fused node, whose inputs and attributes mean what the operator's specification says:
+ONNX's Operators.md for Attention, ONNX Runtime's ContribOperators.md for the domain com.microsoft.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,10 @@ from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.find import FUSED, PRODUCTS, Found
 from vit_reciprocam.onnx.insert.graph import Graph
 
-__all__ = ["Part", "SelfAttention", "read_attention"]
+__all__ = ["AttentionTensor", "SelfAttention", "read_attention"]
 
-
+# The attributes of fused attention that are read here, or that change nothing where there are as
+# many keys as queries and no further inputs. All others have to be 0.
 _HARMLESS = frozenset(
     {
         "kv_num_heads",
@@ -29,19 +35,20 @@ _HARMLESS = frozenset(
         "scale",
         "softmax_precision",
     }
-)  # of fused attention
+)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Queries, keys or values of all heads, as a value of the graph.
+class AttentionTensor:
+    """Queries, keys, values or the output of all heads, as a value of the graph.
 
     Attributes:
         name: The value.
-        axes: What its axes are: of b images, h heads, t tokens, d their width; "bh" and "hd" are
-            two in one, the first outside.
-        bias: Added to it first; (h·d,).
-        weight: (D, h·d), applied first; None where the value is projected already.
+        axes: What each of its axes is: b images, h heads, t tokens, d the width of a head; "bh" and
+            "hd" are two in one, the first of them outside.
+        bias: What is added to it before it is used, (h·d,) or None.
+        weight: What it is multiplied with before that, (D, h·d); None where the value is projected
+            already.
     """
 
     name: str
@@ -55,22 +62,25 @@ class SelfAttention:
     """softmax(scale · q kᵀ + bias) v.
 
     Attributes:
-        query, key, value: Its parts.
-        output: The joined result, a value of the graph, and its `axes`.
-        heads: How many.
-        scale: Of the scores.
-        bias: (h or 1, t, t) or None.
-        inputs: The values that it is computed from.
+        query, key, value: The tensors q, k and v.
+        output: The result.
+        heads: The number of heads.
+        scale: What q kᵀ is multiplied with.
+        bias: What is added to it, (h or 1, t, t) or None.
     """
 
-    query: Part
-    key: Part
-    value: Part
-    output: Part
+    query: AttentionTensor
+    key: AttentionTensor
+    value: AttentionTensor
+    output: AttentionTensor
     heads: int
     scale: float
     bias: np.ndarray | None
-    inputs: tuple[str, ...]
+
+    @property
+    def operands(self) -> tuple[AttentionTensor, AttentionTensor, AttentionTensor]:
+        """Queries, keys and values."""
+        return self.query, self.key, self.value
 
 
 def read_attention(
@@ -80,13 +90,13 @@ def read_attention(
     batch: int,
     pixels: set[str],
 ) -> SelfAttention:
-    """An attention by its parts.
+    """Return an attention with its operands, scale and bias.
 
     Args:
         graph: The graph.
-        found: Where it is.
-        values: All from its queries, keys and values to its output, from one run.
-        batch: How many images the run had.
+        found: Where the attention is.
+        values: Everything from its queries, keys and values to its output, from one run.
+        batch: The number of images of that run.
         pixels: The values that depend on the images.
 
     Raises:
@@ -94,56 +104,67 @@ def read_attention(
     """
     node = graph.nodes[found.number]
     if node.op_type in FUSED:
-        return _fused(graph, node, values, pixels)
-    _, query, key, value, output = found
+        return _read_fused(graph, node, values, pixels)
     if node.op_type == "QLinearSoftmax":
         raise ModelError("the last attention is computed in integers")
-    shapes = [values[name].shape for name in found[1:]]
-    leading = shapes[0][:-2]
+    _, query, key, value, output = found
+    leading = values[query].shape[:-2]
     joined: tuple[str, ...]
     if len(leading) == 2 and leading[0] == batch:
         joined, heads = ("b", "h"), leading[1]
     elif len(leading) == 1 and leading[0] % batch == 0:
         joined, heads = ("bh",), leading[0] // batch
     else:
-        raise ModelError(f"attention's heads have the unknown layout {shapes[0]}")
-    product = graph.nodes[graph.maker[_scores(graph, node, query, key)]]
-    flags = {each.name: helper.get_attribute_value(each) for each in product.attribute}
+        raise ModelError(f"attention's heads have the unknown layout {values[query].shape}")
+    product = _find_product(graph, node.input[0], query, key)
+    flags = _attributes(product)
     if any(flags.get(flag) for flag in ("transA", "transBatchA", "transBatchB")):
         raise ModelError(f"stopped at {graph.describe(product.output[0])}: transposed queries")
-    across = flags.get("transB", 0)
-    scale, bias = _scale_and_bias(graph, node.input[0], query, key, values, bool(across), batch)
+    # Keys come as (…, d, t) to be multiplied with; a FusedMatMul may transpose them itself.
+    transposes = bool(flags.get("transB", 0))
+    scale, bias = _ask_scale_and_bias(graph, node.input[0], query, key, values, transposes, batch)
+    rows = (*joined, "t", "d")
     return SelfAttention(
-        query=Part(query, (*joined, "t", "d")),
-        key=Part(key, (*joined, "t", "d") if across else (*joined, "d", "t")),
-        value=Part(value, (*joined, "t", "d")),
-        output=Part(output, (*joined, "t", "d")),
+        query=AttentionTensor(query, rows),
+        key=AttentionTensor(key, rows if transposes else (*joined, "d", "t")),
+        value=AttentionTensor(value, rows),
+        output=AttentionTensor(output, rows),
         heads=heads,
         scale=scale,
         bias=bias,
-        inputs=(query, key, value),
     )
 
 
-def _scores(graph: Graph, softmax: onnx.NodeProto, query: str, key: str) -> str:
-    for number in graph.above([softmax.input[0]], until=[query, key]):
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
+
+
+def _find_product(graph: Graph, scores: str, query: str, key: str) -> onnx.NodeProto:
+    for number in graph.nodes_above([scores], until=[query, key]):
         node = graph.nodes[number]
         if node.op_type in PRODUCTS and list(node.input[:2]) == [query, key]:
-            return str(node.output[0])
-    raise ModelError(f"stopped at {graph.describe(softmax.input[0])}")
+            return node
+    raise ModelError(f"stopped at {graph.describe(scores)}")
 
 
-def _scale_and_bias(
+def _ask_scale_and_bias(
     graph: Graph,
     scores: str,
     query: str,
     key: str,
     values: Mapping[str, np.ndarray],
-    across: bool,
+    transposes: bool,
     batch: int,
 ) -> tuple[float, np.ndarray | None]:
-    """What stands between q kᵀ and the softmax, found by asking the graph."""
-    entering = graph.entering(graph.between([query, key], [scores]))
+    """Find what stands between q kᵀ and the softmax by running the nodes there.
+
+    With queries and keys of zeros the scores are the bias; what is more with the real ones has to
+    be a multiple of q kᵀ, and the multiple is the scale.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    entering = graph.values_entering(graph.nodes_between([query, key], [scores]))
     given = {name: values[name] for name in entering}
 
     def ask(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -151,9 +172,11 @@ def _scale_and_bias(
 
     q, k = values[query], values[key]
     added = ask(np.zeros_like(q), np.zeros_like(k))
-    product = q.astype(np.float64) @ (np.swapaxes(k, -1, -2) if across else k).astype(np.float64)
+    columns = (np.swapaxes(k, -1, -2) if transposes else k).astype(np.float64)
+    product = q.astype(np.float64) @ columns
     multiplied = ask(q, k) - added
-    finite = np.isfinite(added) & np.isfinite(multiplied)
+    finite = np.isfinite(added) & np.isfinite(multiplied)  # a mask adds -inf
+    # least squares: the scale that comes closest, and then how close
     scale = float((multiplied * product)[finite].sum() / (product[finite] ** 2).sum())
     off = np.abs(multiplied - scale * product)[finite].max()
     loose = 2e-2 if q.dtype == np.float16 else 1e-4
@@ -162,91 +185,113 @@ def _scale_and_bias(
             f"between {graph.describe(query)} and {graph.describe(scores)} stands more than a "
             "scale and a bias"
         )
-    heads = added.reshape(batch, -1, *added.shape[-2:])
-    return scale, _as_bias(heads)
+    return scale, _as_bias(added.reshape(batch, -1, *added.shape[-2:]))
 
 
-def _fused(
+def _read_fused(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray], pixels: set[str]
 ) -> SelfAttention:
-    """The parts of a fused attention node: ONNX's own, or of ONNX Runtime's optimizer."""
-    flags = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-    given = [*node.input, *[""] * 8]
+    """Return a fused attention node: ONNX's own, or one of ONNX Runtime's optimizer.
+
+    Raises:
+        ModelError: If its kind is not known, or what it computes is more than that.
+    """
+    flags = _attributes(node)
+    given = [*node.input, *[""] * 8]  # inputs left out at the end are empty names too
     output_axes: tuple[str, ...] = ("b", "t", "hd")
     mask = ""
     if node.domain in ("", "ai.onnx"):
+        # Q, K, V, attn_mask; then past_key, past_value and nonpad_kv_seqlen
         _refuse_extras(graph, node, flags, given[4:])
-        parts, mask = _standard(graph, node, values), given[3]
-        output_axes = parts[0].axes
+        operands, mask = _standard(graph, node, values), given[3]
+        output_axes = operands[0].axes
         shape = values[given[0]].shape
         heads = shape[1] if len(shape) == 4 else flags["q_num_heads"]
     elif node.domain == "com.microsoft" and node.op_type == "MultiHeadAttention":
+        # query, key, value, bias, key_padding_mask, attention_bias; then past_key, past_value, …
         _refuse_extras(graph, node, flags, [given[4], *given[6:]])
-        parts, heads, mask = _multi_head(graph, node, values), flags["num_heads"], given[5]
+        operands, heads, mask = _multi_head(graph, node, values), flags["num_heads"], given[5]
     elif node.domain == "com.microsoft" and node.op_type == "Attention":
+        # input, weights, bias; then mask_index, past, attention_bias, …
         _refuse_extras(graph, node, flags, given[3:])
-        parts, heads = _projecting(graph, node, flags), flags["num_heads"]
+        operands, heads = _projecting(graph, node, flags), flags["num_heads"]
     else:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
-    query, key, value = parts
+    query, key, value = operands
     if mask in pixels:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: a mask that varies")
-    bias = _fixed(graph, mask, values)
+    bias = None if not mask else values[mask] if mask in values else graph.constant(mask)
     inner = values[query.name].shape[-1] if query.weight is None else query.weight.shape[1]
     width = inner if query.axes[-1] == "d" else inner // heads
     return SelfAttention(
         query=query,
         key=key,
         value=value,
-        output=Part(node.output[0], output_axes),
+        output=AttentionTensor(node.output[0], output_axes),
         heads=heads,
-        scale=float(flags.get("scale") or 1 / math.sqrt(width)),
+        scale=float(flags.get("scale") or 1 / math.sqrt(width)),  # 0 and absent mean the usual one
         bias=None if bias is None else _as_bias(bias),
-        inputs=tuple(dict.fromkeys(part.name for part in parts)),
     )
 
 
-def _standard(graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> list[Part]:
-    """Of ONNX's Attention (opset 23): queries, keys and values by heads, or joined."""
+def _standard(
+    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
+) -> list[AttentionTensor]:
+    """Return the operands of ONNX's Attention (opset 23), in (b, h, t, d) or (b, t, h·d).
+
+    Raises:
+        ModelError: If heads share keys.
+    """
     shape = values[node.input[0]].shape
     if values[node.input[1]].shape != shape:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: shared keys")
     axes = ("b", "h", "t", "d") if len(shape) == 4 else ("b", "t", "hd")
-    return [Part(name, axes) for name in node.input[:3]]
+    return [AttentionTensor(name, axes) for name in node.input[:3]]
 
 
-def _multi_head(graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]) -> list[Part]:
-    """Of ONNX Runtime's MultiHeadAttention: joined heads, and their biases in one."""
-    names = list(node.input[:3])
+def _multi_head(
+    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
+) -> list[AttentionTensor]:
+    """Return the operands of ONNX Runtime's MultiHeadAttention, with biases that lie in one input.
+
+    Raises:
+        ModelError: If they are packed: (b, t, h, 3, d) in one, or keys in (b, h, t, d).
+    """
+    names, axes = list(node.input[:3]), ("b", "t", "hd")
     if any(values[name].ndim != 3 for name in names):
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
     bias = graph.constant(node.input[3]) if node.input[3:] and node.input[3] else None
     biases = [None] * 3 if bias is None else np.split(bias, 3)
-    return [Part(name, ("b", "t", "hd"), b) for name, b in zip(names, biases, strict=True)]
+    return [AttentionTensor(name, axes, b) for name, b in zip(names, biases, strict=True)]
 
 
-def _projecting(graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]) -> list[Part]:
-    """Of ONNX Runtime's Attention, which projects its input itself."""
+def _projecting(
+    graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]
+) -> list[AttentionTensor]:
+    """Return the operands of ONNX Runtime's Attention, which projects its one input itself.
+
+    Raises:
+        ModelError: If its weights are not constant.
+    """
     weight = graph.constant(node.input[1])
     if weight is None:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
+    # queries', keys' and values' weights side by side, alike wide where nothing else is said
     ends = np.cumsum(flags.get("qkv_hidden_sizes") or [weight.shape[1] // 3] * 3)[:2]
     bias = graph.constant(node.input[2]) if node.input[2:] and node.input[2] else None
     biases = [None] * 3 if bias is None else np.split(bias, ends)
     weights = np.split(weight, ends, axis=1)
     pairs = zip(biases, weights, strict=True)
-    return [Part(node.input[0], ("b", "t", "hd"), b, w) for b, w in pairs]
-
-
-def _fixed(graph: Graph, name: str, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    if not name:
-        return None
-    return values[name] if name in values else graph.constant(name)
+    return [AttentionTensor(node.input[0], ("b", "t", "hd"), b, w) for b, w in pairs]
 
 
 def _as_bias(mask: np.ndarray) -> np.ndarray | None:
-    """A mask or bias, the same for every image, as (h or 1, t, t) to add; None where it adds 0."""
-    if mask.dtype == bool:
+    """Return a mask or bias as (h or 1, t, t) to add, or None where it adds 0.
+
+    Raises:
+        ModelError: If it is not the same for every image.
+    """
+    if mask.dtype == bool:  # true where a query may look
         mask = np.where(mask, 0.0, -np.inf)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).astype(np.float32)
     if not (mask == mask[:1]).all():

@@ -1,4 +1,4 @@
-"""Whether what was put into a graph is right: run it, and the graph's own nodes under masks."""
+"""Prove what was put into a graph: run it, and the graph's own nodes under masks, one by one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,32 @@ __all__ = ["prove"]
 
 def prove(
     graph: Graph,
-    plain: Graph,
+    unrounded: Graph,
     reading: Reading,
     masking: Masking,
     model: onnx.ModelProto,
     targets: str,
 ) -> float:
-    """Run the model: its own outputs must be as before, its scores those of masks one by one.
+    """Run a model: its own outputs must be as before, its scores those of masks one by one.
+
+    Args:
+        graph: The file's graph.
+        unrounded: The same without rounding.
+        reading: What was read of that.
+        masking: The masks.
+        model: The model with the explanation in it.
+        targets: Whose maps it gives.
+
+    Returns:
+        The largest difference of scores, relative to the largest score.
 
     Raises:
-        ModelError: If they differ.
+        ModelError: If outputs or scores differ.
     """
     session = open_unoptimized(model, graph.folder)
     names = [value.name for value in session.get_outputs()]
     noise = reading.values[reading.images]
+    # Noise is what was read with; a smooth picture could answer otherwise.
     smooth = np.linspace(-1, 1, noise.size).reshape(noise.shape).astype(noise.dtype)
     worst = 0.0
     for pictures in (noise, smooth):
@@ -43,18 +55,22 @@ def prove(
         _check_outputs(before, after, reading)
         scores = after["scores"].reshape(*after["scores"].shape[:2], -1)
         chosen = after.get("classes", feeds.get("targets"))
+        # a dozen patches, corners among them, show what all would at a small part of the time
         patches = sorted({*np.linspace(0, scores.shape[2] - 1, 12).astype(int).tolist()})
-        expected = masked_scores(graph, plain, reading, masking, pictures, patches)
+        expected = _score_masks(graph, unrounded, reading, masking, pictures, patches)
         if chosen is not None:
             expected = np.take_along_axis(expected, chosen[:, :, None], axis=1)
-        worst = max(worst, _difference(scores[:, :, patches], expected, reading))
+        worst = max(worst, _compare(scores[:, :, patches], expected, reading))
     return worst
 
 
 def _check_outputs(
     before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], reading: Reading
 ) -> None:
-    """The graph's own outputs are as they were; float16 is computed in float32 on CPUs.
+    """Refuse outputs of the graph that are not as they were.
+
+    They are the same bit for bit, but for float16, which CPUs compute in float32 and round where a
+    value is an output.
 
     Raises:
         ModelError: If one is not.
@@ -66,14 +82,16 @@ def _check_outputs(
             raise ModelError(f"the output {name!r} is not as before, by {off:.1e}")
 
 
-def _difference(scores: np.ndarray, expected: np.ndarray, reading: Reading) -> float:
-    """The largest, relative to the largest score.
+def _compare(scores: np.ndarray, expected: np.ndarray, reading: Reading) -> float:
+    """Return the largest difference, relative to the largest score.
 
     Raises:
         ModelError: If it is too large, or patches rank otherwise than they should.
     """
     off = np.abs(scores - expected)
     difference = float(off.max() / expected.max())
+    # Scores that hardly vary from patch to patch can be close to what they should be and still make
+    # another map. So maps are also compared by shape, but for those that are flat.
     spread = np.ptp(expected, axis=2, keepdims=True)
     shapes = [each - each.mean(axis=2, keepdims=True) for each in (scores, expected)]
     shapes = [each / np.maximum(spread, 1e-30) for each in shapes]
@@ -87,20 +105,25 @@ def _difference(scores: np.ndarray, expected: np.ndarray, reading: Reading) -> f
     return difference
 
 
-def masked_scores(
+def _score_masks(
     graph: Graph,
-    plain: Graph,
+    unrounded: Graph,
     reading: Reading,
     masking: Masking,
     pictures: np.ndarray,
     patches: Sequence[int],
 ) -> np.ndarray:
-    """Scores (B, C, n) as the method says them: F masked, the nodes below it run, once a mask."""
-    entering = plain.entering(plain.between([reading.normed], [reading.logits]))
+    """Return scores (B, C, n) as the method defines them: F masked, the nodes after it run.
+
+    What stands before the cut rounds as the file does; what is masked does not.
+    """
+    entering = unrounded.values_entering(
+        unrounded.nodes_between([reading.normed], [reading.logits])
+    )
     wanted = [*dict.fromkeys([reading.normed, *entering])]
     given = graph.run({reading.images: pictures}, wanted)
     normed = given[reading.normed]
-    run = plain.part(given, [reading.logits])
+    run = unrounded.prepare(given, [reading.logits])
     masks = mask_matrix(reading.layout.grid, masking, prefix_tokens=reading.layout.prefix)
     first = reading.layout.axes[0]
     shape = [normed.shape[axis] for axis in reading.layout.axes]

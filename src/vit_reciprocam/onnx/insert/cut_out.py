@@ -1,4 +1,4 @@
-"""The untouched model of an explained file, to hold the explanation's cost against."""
+"""Cut the untouched model out of an explained file, to hold the explanation's cost against."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from vit_reciprocam.errors import MissingDependencyError, ModelError
 from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.onnx.run.protobuf import read_header
 
-__all__ = ["cut_plain"]
+__all__ = ["cut_out_prediction"]
 
 _WEIGHING = ("MatMul", "Gemm", "Conv", "MatMulInteger", "QLinearMatMul")
 
 
-def cut_plain(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Write a file cut down to its prediction, the nodes that the logits need.
+def cut_out_prediction(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Write the nodes of a file that its logits need as a file of their own.
 
     That is the untouched model where the explanation was inserted beside it. Where prediction and
     maps come from the same operations, as in files that `export` writes, it is not, and is refused.
 
     Args:
         path: A file with an explanation.
-        out: Where to write it; its weights lie in it or beside it.
+        out: The file to write; its weights lie in it or beside it.
 
     Raises:
         ModelError: If the prediction cannot be cut out.
@@ -38,12 +38,13 @@ def cut_plain(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
             f"cutting {path} down to its prediction (or give the untouched model: --plain FILE)",
             "onnx",
         ) from error
-    model = onnx.load(path, load_external_data=False)
     from vit_reciprocam.onnx.insert.graph import Graph
 
-    graph = Graph(model, Path(path).parent)
-    needed = graph.above([about.logits])
-    of_maps = graph.above(["scores"], until=["classes"])
+    graph = Graph(onnx.load(path, load_external_data=False), Path(path).parent)
+    needed = graph.nodes_above([about.logits])
+    of_maps = graph.nodes_above(["scores"], until=["classes"])
+    # An inserted branch shares what stands before F, but has copies of what comes after it. So if
+    # the maps need the prediction's last product too, nothing was inserted.
     last = [number for number in needed if graph.nodes[number].op_type in _WEIGHING]
     if last and max(last) in of_maps:
         raise ModelError(

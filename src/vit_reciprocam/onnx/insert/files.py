@@ -1,4 +1,4 @@
-"""ONNX files read and written, with weights that lie beside them."""
+"""Read and write ONNX files, with weights that lie beside them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["external_files", "load_model", "save_model"]
 
 
 def load_model(path: Path) -> onnx.ModelProto:
-    """A model; weights that lie beside the file stay there.
+    """Read a model; weights that lie beside the file stay there.
 
     Raises:
-        ModelError: If there is no such file, it is no ONNX file or cut short, or weights beside it
-            are missing or lie outside its folder.
+        ModelError: If there is no such file, it is not an ONNX file or cut short, or weights beside
+            it are missing or lie outside its folder.
     """
     if not path.is_file():
         raise ModelError(f"no such model file: {path}")
@@ -33,6 +33,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     folder = path.parent.resolve()
     for tensor in _external(model):
         place = _location(tensor)
+        # Links are resolved first: what they lead to would be copied beside the new file.
         target = (folder / place).resolve()
         if PurePosixPath(place).is_absolute() or not target.is_relative_to(folder):
             raise ModelError(f"{path} asks for weights outside its folder: {place!r}; refused")
@@ -45,9 +46,9 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
     """Write a model whole or not at all; weights beside the old file are copied beside the new one.
 
     Args:
-        model: Its external weights lie in `folder`.
+        model: A model whose external weights lie in `folder`.
         path: The file to write.
-        folder: Of the file that it was made from.
+        folder: The folder of the file that it was made from.
     """
     places = external_files(model)
     beside = path.parent.resolve() == folder.resolve()
@@ -74,7 +75,7 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:
-    """Where weights lie, relative to the file."""
+    """Return the files that hold weights, relative to the model's file."""
     return sorted({_location(tensor) for tensor in _external(model)})
 
 

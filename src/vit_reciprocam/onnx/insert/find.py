@@ -1,4 +1,8 @@
-"""Where the last attention stands in an ONNX graph, and the LayerNorm's output before it."""
+"""Find the last attention of an ONNX graph, and the LayerNorm's output that it is computed from.
+
+Every function takes `pixels`, the values that depend on the images: what does not depend on them,
+such as masks, position tables and learned queries, leads nowhere here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import NamedTuple
 
 import onnx
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.insert.graph import Graph, taken
+from vit_reciprocam.onnx.insert.graph import Graph, inputs_among, node_inputs
 
 __all__ = [
     "FUSED",
@@ -19,9 +23,15 @@ __all__ = [
     "refuse_others",
 ]
 
-_PASS = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
-_GUARDS = frozenset({"IsNaN", "Where"})  # of rows that are masked whole
-_VIEWS = _PASS | {
+# The kinds of nodes below include those that ONNX Runtime's optimizers and quantisers write in
+# place of ONNX's own: Fused..., QLinear..., ...Integer, Skip..., and those of com.microsoft.
+
+# These keep every number where it is; a Relu there is what quantisers make of rounding from 0 on.
+_KEEP = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+# Exporters put 0 for the NaN that softmax gives in rows that are masked as a whole.
+_GUARDS = frozenset({"IsNaN", "Where"})
+# These only move numbers: between a projection and the value that it projects, and around heads.
+_VIEWS = _KEEP | {
     "DynamicQuantizeLinear",
     "Reshape",
     "Flatten",
@@ -47,6 +57,7 @@ _PROJECTIONS = PRODUCTS | {
     "DynamicQuantizeMatMul",
     "MatMulIntegerToFloat",
 }
+# ReduceMean stands for a LayerNorm that was written as single operators, before opset 17.
 _NORMS = frozenset(
     {
         "LayerNormalization",
@@ -71,15 +82,16 @@ class Found(NamedTuple):
 
 
 def find_attention(graph: Graph, pixels: set[str]) -> Iterator[Found]:
-    """Attentions whose queries depend on the images, from the last one on.
+    """Yield the attentions whose queries depend on the images, the last one first.
 
-    One that learned vectors ask, as in pooling heads, is passed over.
+    One whose queries are learned vectors, as in pooling heads, is passed over.
     """
     for number in reversed(range(len(graph.nodes))):
         node = graph.nodes[number]
         found = None
         if node.op_type in FUSED:
             query = node.input[0]
+            # ONNX Runtime's Attention, QAttention and PackedAttention project one input themselves.
             alone = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
             key, value = (query, query) if alone else (node.input[1], node.input[2])
             found = Found(number, query, key, value, node.output[0])
@@ -95,15 +107,15 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
     Attention that learned vectors ask may stand below, and a softmax of the logits.
 
     Raises:
-        ModelError: Naming the other one.
+        ModelError: If there is another one; names it.
     """
-    above = set(graph.above([normed]))
-    for number in graph.above([logits]):
+    above = set(graph.nodes_above([normed]))
+    for number in graph.nodes_above([logits]):
         node = graph.nodes[number]
         mixes = node.op_type in FUSED or node.op_type in ("Softmax", "QLinearSoftmax")
         if not mixes or number in above or number == found.number:
             continue
-        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _PASS, pixels):
+        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _KEEP, pixels):
             continue
         other = _around_softmax(graph, number, pixels)
         asking = node.input[0] if node.op_type in FUSED else other and other.query
@@ -116,34 +128,33 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
 
 
 def _around_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:
+    """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
     node = graph.nodes[number]
     weights, products = [node.output[0]], set()
-    for name in weights:
-        for taker in graph.takers.get(name, []):
-            after = graph.nodes[taker]
+    for name in weights:  # grows as casts and guards are passed
+        for consumer in graph.consumers.get(name, []):
+            after = graph.nodes[consumer]
             if after.op_type in PRODUCTS:
-                products.add(taker)
-            elif after.op_type in _PASS | _GUARDS:
+                products.add(consumer)
+            elif after.op_type in _KEEP | _GUARDS:
                 weights += [each for each in after.output if each not in weights]
     if len(products) != 1:
         return None
     after = graph.nodes[products.pop()]
     if after.input[0] not in weights or _factor(after) not in pixels:
         return None
-    scores = _product_above(graph, node.input[0], pixels)
-    if scores is None:
+    before = _product_above(graph, node.input[0], pixels)
+    if before is None:
         return None
-    before = graph.nodes[graph.maker[scores]]
     return Found(number, before.input[0], _factor(before), _factor(after), after.output[0])
 
 
-def _product_above(graph: Graph, name: str, pixels: set[str]) -> str | None:
-    """The product of queries and keys above a softmax's input, past scale, bias and casts."""
-    while name in graph.maker:
-        node = graph.nodes[graph.maker[name]]
-        above = [each for each in dict.fromkeys(taken(node)) if each in pixels]
+def _product_above(graph: Graph, name: str, pixels: set[str]) -> onnx.NodeProto | None:
+    """Return the product of queries and keys above a softmax, past scale, bias and casts."""
+    while (node := graph.producer(name)) is not None:
         if node.op_type in PRODUCTS and _factor(node) in pixels:
-            return name
+            return node
+        above = inputs_among(node, pixels)
         if len(above) != 1:
             return None
         name = above[0]
@@ -151,14 +162,14 @@ def _product_above(graph: Graph, name: str, pixels: set[str]) -> str | None:
 
 
 def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
-    """F: the value that queries, keys and values are all projected from.
+    """Return F: the value that queries, keys and values are all projected from.
 
     Raises:
         ModelError: If there is none, or a LayerNorm does not make it; names the node.
     """
-    parts = [found.query, found.key, found.value]
-    alone = len(set(parts)) == 1  # projects by itself
-    projected = [found.query] if alone else _projected_from(graph, parts, pixels)
+    operands = [found.query, found.key, found.value]
+    projects_itself = len(set(operands)) == 1
+    projected = [found.query] if projects_itself else _projected_from(graph, operands, pixels)
     ways = [list(graph.walk_up(name, _VIEWS, pixels)) for name in projected]
     if not ways:
         raise ModelError("no projection of queries, keys and values was found")
@@ -168,9 +179,10 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
             "queries, keys and values of the last attention come from different values: stopped at "
             + ", ".join(sorted({graph.describe(way[-1]) for way in ways}))
         )
+    # The uppermost shared value is what the LayerNorm makes; below it are the same tokens in other
+    # shapes, or quantised.
     normed = shared[-1]
-    near = graph.nodes[graph.maker[normed]] if normed in graph.maker else None
-    if near is None or not _is_norm(graph, normed, pixels):
+    if not _is_norm(graph, normed, pixels):
         raise ModelError(
             f"the last attention's input is not a LayerNorm's output: stopped at "
             f"{graph.describe(normed)}; target_node= (--target-node) names the value to mask"
@@ -178,41 +190,43 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
     return normed
 
 
-def _projected_from(graph: Graph, parts: list[str], pixels: set[str]) -> list[str]:
-    waiting, seen = list(parts), set()
+def _projected_from(graph: Graph, names: list[str], pixels: set[str]) -> list[str]:
+    """Return what the nearest projections above some values take."""
+    waiting, seen = list(names), set()
     found: dict[str, None] = {}
     while waiting:
         name = waiting.pop()
-        if name in seen or name not in graph.maker:
+        node = graph.producer(name)
+        if name in seen or node is None:
             continue
         seen.add(name)
-        node = graph.nodes[graph.maker[name]]
-        above = [each for each in dict.fromkeys(taken(node)) if each in pixels]
+        # A product of two values that depend on the images, as gates are, projects nothing. Dynamic
+        # quantisers split a value into numbers, scale and zero point: what they take is projected.
         if node.op_type == "DynamicQuantizeLinear" or (
             node.op_type in _PROJECTIONS and _factor(node) not in pixels
         ):
             found[node.input[0]] = None
         else:
-            waiting += above
+            waiting += inputs_among(node, pixels)
     return list(found)
 
 
 def _factor(node: onnx.NodeProto) -> str:
-    """The second factor of a product."""
+    """Return the second factor of a product; QLinear... have scale and zero point before it."""
     return str(node.input[3] if node.op_type.startswith("QLinear") else node.input[1])
 
 
 def _is_norm(graph: Graph, name: str, pixels: set[str]) -> bool:
-    """Whether a LayerNorm, fused or in its parts, makes a value."""
+    """Tell whether a LayerNorm, as one node or as its single operators, makes a value."""
     waiting, seen = [name], 0
-    while waiting and seen < 16:
-        number = graph.maker.get(waiting.pop(0))
-        if number is None:
+    while waiting and seen < 16:  # a LayerNorm of single operators has about ten
+        node = graph.producer(waiting.pop(0))
+        if node is None:
             continue
-        node, seen = graph.nodes[number], seen + 1
+        seen += 1
         if node.op_type in _NORMS:
             return True
-        above = [each for each in taken(node) if each in pixels]
+        above = [each for each in node_inputs(node) if each in pixels]
         residual = node.op_type == "Add" and len(above) > 1
         if not residual and node.op_type not in _PROJECTIONS:
             waiting += above
@@ -220,10 +234,10 @@ def _is_norm(graph: Graph, name: str, pixels: set[str]) -> bool:
 
 
 def has_head(graph: Graph, logits: str, pixels: set[str]) -> bool:
-    """Whether a projection stands between the last LayerNorm and the logits."""
+    """Tell whether a projection stands between the last LayerNorm and the logits."""
     waiting, seen = [logits], set()
     while waiting:
-        number = graph.maker.get(waiting.pop())
+        number = graph.number_of.get(waiting.pop())
         if number is None or number in seen:
             continue
         seen.add(number)
@@ -231,5 +245,5 @@ def has_head(graph: Graph, logits: str, pixels: set[str]) -> bool:
         if node.op_type in _PROJECTIONS:
             return True
         if node.op_type not in _NORMS:
-            waiting += [name for name in taken(node) if name in pixels]
+            waiting += inputs_among(node, pixels)
     return False

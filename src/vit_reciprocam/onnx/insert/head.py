@@ -1,121 +1,158 @@
-"""From the last attention's output to the logits: which tokens the head reads, and where."""
+"""Read the head: which tokens reach the logits after the last attention, and where they are taken.
+
+The closed form holds where these are single prefix tokens, each taken out of a value that has all
+tokens. Exporters write that in many ways (Gather, Slice, Split and others), so the kinds of nodes
+are not asked: tokens are changed, and the values that change with them are looked at.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import SelfAttention
-from vit_reciprocam.onnx.insert.graph import Graph, taken
+from vit_reciprocam.onnx.insert.graph import Graph, inputs_among
 from vit_reciprocam.onnx.insert.layout import Layout
 
-__all__ = ["Readout", "Tail", "read_tail"]
+__all__ = ["HeadReads", "SingleTokenRead", "read_head"]
 
 
 @dataclass(frozen=True)
-class Readout:
-    """A value of the head that is made from one token.
+class SingleTokenRead:
+    """A value after the last attention that is made from one token.
 
     Attributes:
-        token: Which.
-        whole: The value with all tokens that it is taken from, and its token axis.
-        shape: Its own.
+        token: The number of that token.
+        source: The value with all tokens that it is taken from.
+        axis: The token axis of `source`.
+        shape: The shape of the value.
     """
 
     token: int
-    whole: str
+    source: str
     axis: int
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Tail:
-    """From the last attention's output to the logits, where the head reads prefix tokens only.
+class HeadReads:
+    """What is read after the last attention, where that is prefix tokens only.
 
     Attributes:
-        tokens: Values that enter besides the attention's output -> their token axis.
-        readouts: Values of the head, each made from one token.
+        sides: Values of all tokens that enter besides the attention's output, such as the skip
+            path -> their token axis.
+        reads: Values that are made from one token each; the logits depend on tokens through these.
     """
 
-    tokens: Mapping[str, int]
-    readouts: Mapping[str, Readout]
+    sides: Mapping[str, int]
+    reads: Mapping[str, SingleTokenRead]
 
 
-def read_tail(
+def read_head(
     graph: Graph,
     attention: SelfAttention,
     logits: str,
     values: Mapping[str, np.ndarray],
     layout: Layout,
     pixels: set[str],
-) -> Tail:
+) -> HeadReads:
     """Ask the graph which tokens the head reads, and where it takes them.
 
+    Args:
+        graph: The graph.
+        attention: Its last attention.
+        logits: The output that holds the prediction.
+        values: The attention's output and all that enters after it, from one run.
+        layout: The tokens' layout.
+        pixels: The values that depend on the images.
+
     Raises:
-        ModelError: With the reason why the closed form does not hold.
+        ModelError: If the closed form does not hold; says why.
     """
     output = attention.output.name
     prefix, count = layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1]
     if prefix == 0 or len(layout.axes) != 1:
         raise ModelError("the model has no prefix tokens")
-    numbers = graph.between([output], [logits])
-    inputs = [name for name in graph.entering(numbers) if name != output]
+    numbers = graph.nodes_between([output], [logits])
+    inputs = [name for name in graph.values_entering(numbers) if name != output]
     given = {name: values[name] for name in (output, *inputs)}
-    sides = {output: _token_axis(values[output].shape, count, attention.output.axes)}
-    for name in inputs:
-        if name in pixels:
-            sides[name] = _token_axis(values[name].shape, count)
+    axes = {output: _token_axis(values[output].shape, count, attention.output.axes)}
+    axes |= {name: _token_axis(values[name].shape, count) for name in inputs if name in pixels}
     made = [name for number in numbers for name in graph.nodes[number].output if name]
-    run = graph.part(given, made)
-    plain = run(given)
+    answers_to, shapes = _ask(graph, given, axes, made)
+    by_patches = answers_to(slice(prefix, count)) | axes.keys()
+    if logits in by_patches:
+        raise ModelError("the head reads all tokens, not prefix tokens alone")
+    by_prefix = [answers_to(slice(token, token + 1)) for token in range(prefix)]
+    reads: dict[str, SingleTokenRead] = {}
+    for number in numbers:
+        node = graph.nodes[number]
+        # A token is taken out where a node takes a value that patches move and makes one that they
+        # do not. If no prefix token moves that either, it is a shape or a constant.
+        sources = inputs_among(node, by_patches)
+        for name in node.output:
+            tokens = [token for token in range(prefix) if name in by_prefix[token]]
+            if not sources or name in by_patches or not tokens:
+                continue
+            if len(tokens) > 1:
+                raise ModelError(f"{graph.describe(name)} reads {len(tokens)} tokens at once")
+            axis = _token_axis(shapes[sources[0]], count)
+            reads[name] = SingleTokenRead(tokens[0], sources[0], axis, shapes[name])
+    if not reads:
+        raise ModelError("no value of the head that is made from one token was found")
+    return HeadReads({name: axis for name, axis in axes.items() if name != output}, reads)
+
+
+def _ask(
+    graph: Graph, given: Mapping[str, np.ndarray], axes: Mapping[str, int], made: Sequence[str]
+) -> tuple[Callable[[slice], set[str]], dict[str, tuple[int, ...]]]:
+    """Return which values answer to changes of tokens, as a function, and all values' shapes.
+
+    Args:
+        graph: The graph.
+        given: What enters.
+        axes: What of it has tokens, and on which axis.
+        made: The values to look at.
+    """
+    run = graph.prepare(given, made)
+    before = run(given)
     draw = np.random.default_rng(2)
 
-    def moved_by(tokens: slice) -> set[str]:
-        """What changes with tokens: by noise, weak and strong, and all one way or the other."""
-        moved: set[str] = set()
+    def answers_to(tokens: slice) -> set[str]:
+        answering: set[str] = set()
+        # One change could miss a way that is closed at it. Strong noise opens what is flat near the
+        # usual values, as a ReLU or a clip is. Noise of any strength leaves a mean over many
+        # numbers nearly where it is, so all are also moved together: far up, and far down.
         for size, shift in ((1, 0), (10, 0), (1, 5), (1, -5)):
             changed = dict(given)
-            for name, axis in sides.items():
+            for name, axis in axes.items():
                 value = given[name].copy()
                 part = value[(slice(None),) * axis + (tokens,)]
                 noise = size * draw.standard_normal(part.shape) + shift
                 part += noise.astype(part.dtype)
                 changed[name] = value
             after = run(changed)
-            moved |= {name for name in made if not _same(plain[name], after[name])}
-        return moved
+            answering |= {name for name in made if not _equal(before[name], after[name])}
+        return answering
 
-    full = moved_by(slice(prefix, count)) | sides.keys()
-    if logits in full:
-        raise ModelError("the head reads all tokens, not prefix tokens alone")
-    by_prefix = [moved_by(slice(token, token + 1)) for token in range(prefix)]
-    readouts: dict[str, Readout] = {}
-    for number in numbers:
-        node = graph.nodes[number]
-        whole = [name for name in taken(node) if name in full]
-        for name in node.output:
-            tokens = [token for token in range(prefix) if name in by_prefix[token]]
-            if not whole or name in full or not tokens:
-                continue
-            if len(tokens) > 1:
-                raise ModelError(f"{graph.describe(name)} reads {len(tokens)} tokens at once")
-            shape = plain[whole[0]].shape if whole[0] in plain else given[whole[0]].shape
-            axis = _token_axis(shape, count)
-            readouts[name] = Readout(tokens[0], whole[0], axis, plain[name].shape)
-    if not readouts:
-        raise ModelError("no value of the head that is made from one token was found")
-    return Tail({name: axis for name, axis in sides.items() if name != output}, readouts)
+    shapes = {name: value.shape for name, value in (*given.items(), *before.items())}
+    return answers_to, shapes
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.floating)))
 
 
-def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] | None = None) -> int:
-    if axes is not None:
+def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:
+    """Return the axis of all tokens in a value; the second one where several are as long.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if axes:
         axis = axes.index("t")
         found = [axis] if shape[axis] == count else []
     else:

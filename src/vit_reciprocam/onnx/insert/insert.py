@@ -1,4 +1,4 @@
-"""An explanation put into an ONNX file from anywhere: no PyTorch, and nothing of the file changed.
+"""Put an explanation into an ONNX file from anywhere: no PyTorch, and nothing of the file changed.
 
 The file keeps its nodes and outputs; a branch beside them gives scores and maps. What is inserted
 is checked before it is written: the outputs against the file's own, the scores against the graph's
@@ -19,12 +19,13 @@ from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_file_targets
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.check import prove
-from vit_reciprocam.onnx.insert.closed_form import append_closed_form, append_direct
+from vit_reciprocam.onnx.insert.closed_form import append_closed_form
+from vit_reciprocam.onnx.insert.direct import append_direct
 from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph
 from vit_reciprocam.onnx.insert.outputs import append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, find_images, read
-from vit_reciprocam.onnx.insert.rounding import without_rounding
+from vit_reciprocam.onnx.insert.rounding import remove_rounding
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.results.files import check_output, library_versions
@@ -41,12 +42,12 @@ class Inserted:
     Attributes:
         path: "closed-form" or "direct".
         direct_because: Why the closed form does not hold; empty where it does.
-        grid: (h, w).
-        prefix_tokens: P.
-        normed: The value that is masked.
-        classes: C.
-        difference: Between the inserted scores and the graph's own nodes run with F masked: the
-            largest, relative to the largest score.
+        grid: The patch grid (h, w).
+        prefix_tokens: P, the number of tokens before the patches.
+        normed: The name of F, the value that is masked.
+        classes: C, the number of classes.
+        difference: The largest difference between the inserted scores and those of the graph's own
+            nodes run with F masked, relative to the largest score.
     """
 
     path: str
@@ -90,56 +91,28 @@ def insert(
         size: Height and width of the pictures, where the graph leaves them open. The file written
             then takes that size alone.
         target_node: The value to mask or the node that makes it, where it is not found.
-        class_names: One a class, for the file's metadata.
+        class_names: One name per class, for the file's metadata.
         preprocess: What stands before the model, for the file's metadata; also as text, such as
             "imagenet" (`vit_reciprocam.pictures.presets`), with the graph's own size.
         name: What the model is called; by default the file's name.
 
     Raises:
-        ModelError: If the file cannot be read, or is none that can be explained; names the node
-            where reading stopped.
+        ModelError: If the file cannot be read or cannot be explained; names the node where reading
+            stopped.
         InputError: If a setting does not fit.
     """
     masking = Masking(kernel, class_token)
-    top = check_file_targets(targets)
+    check_file_targets(targets)
     source, destination = Path(source), check_output(destination)
-    model = load_model(source)
-    taken = [source, *(source.parent / place for place in external_files(model))]
-    if destination.resolve() in [file.resolve() for file in taken]:
-        raise InputError(f"{destination} belongs to the file to read: write to another place")
-    _check_opset(model, source)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    graph = Graph(model, source.parent)
-    ours = any(entry.key == METADATA_KEY for entry in model.metadata_props)
-    if ours or any(name.startswith(PREFIX) for name in graph.names):
-        raise ModelError(f"{source} holds an explanation already")
-    names = {"scores"} | (set() if raw else {"saliency"})
-    names |= {"targets"} if targets == "input" else {"classes"} if top else set()
-    if clash := graph.names & names:
-        raise ModelError(
-            f"{source} has values of its own named {', '.join(sorted(clash))}: rename them, since "
-            "the maps' outputs have these names"
-        )
+    graph = _open(source, destination)
+    _refuse_names(graph, source, targets, raw)
     try:
-        plain = without_rounding(graph, graph.varying(find_images(graph).name))
-        reading = read(plain, grid=grid, size=size, target_node=target_node)
+        unrounded = remove_rounding(graph, graph.dependents(find_images(graph).name))
+        reading = read(unrounded, grid=grid, size=size, target_node=target_node)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
-    if class_names is not None and len(class_names) != reading.classes:
-        raise InputError(
-            f"{len(class_names)} class names given for a model of {reading.classes} classes"
-        )
-    if top and top > reading.classes:
-        raise InputError(f"targets is {targets!r}, but the model has {reading.classes} classes")
-    height, width = reading.values[reading.images].shape[2:]
-    if isinstance(preprocess, str):
-        preprocess = parse_preprocess(preprocess, size=(height, width))
-    if preprocess is not None and preprocess.size != (height, width):
-        raise InputError(
-            f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
-        )
-    explained, inserted = _explained(graph, plain, reading, masking, targets, raw)
+    preprocess = _check_settings(reading, targets, class_names, preprocess)
+    explained, inserted = _explain(graph, unrounded, reading, masking, targets, raw)
     metadata = Metadata(
         name=name or source.stem,
         masking=masking,
@@ -158,13 +131,25 @@ def insert(
     return inserted
 
 
-def _check_opset(model: onnx.ModelProto, source: Path) -> None:
-    opset = _opset(model)
-    newest = onnx.defs.onnx_opset_version()
+def _open(source: Path, destination: Path) -> Graph:
+    """Read a file into a graph, its functions written out.
+
+    Raises:
+        ModelError: If it cannot be read, or is of an opset that is not known here.
+        InputError: If the destination is one of the files to read.
+    """
+    model = load_model(source)
+    files = [source, *(source.parent / place for place in external_files(model))]
+    if destination.resolve() in [file.resolve() for file in files]:
+        raise InputError(f"{destination} belongs to the file to read: write to another place")
+    opset, newest = _opset(model), onnx.defs.onnx_opset_version()
     if not _LEAST_OPSET <= opset <= newest:
         raise ModelError(
             f"{source} is written in opset {opset}; {_LEAST_OPSET} to {newest} are read here"
         )
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    return Graph(model, source.parent)
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -172,15 +157,61 @@ def _opset(model: onnx.ModelProto) -> int:
     return max(versions, default=0)
 
 
-def _explained(
-    graph: Graph, plain: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
+def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
+    """Refuse a file that has an explanation, or values with the names of one's outputs.
+
+    Raises:
+        ModelError: If it has.
+    """
+    ours = any(entry.key == METADATA_KEY for entry in graph.model.metadata_props)
+    if ours or any(name.startswith(PREFIX) for name in graph.names):
+        raise ModelError(f"{source} holds an explanation already")
+    names = {"scores"} | (set() if raw else {"saliency"})
+    names |= {"targets"} if targets == "input" else set() if targets == "all" else {"classes"}
+    if clash := graph.names & names:
+        raise ModelError(
+            f"{source} has values of its own named {', '.join(sorted(clash))}: rename them, since "
+            "the maps' outputs have these names"
+        )
+
+
+def _check_settings(
+    reading: Reading,
+    targets: str,
+    class_names: Sequence[str] | None,
+    preprocess: Preprocess | str | None,
+) -> Preprocess | None:
+    """Hold settings against what was read, and return the preprocessing.
+
+    Raises:
+        InputError: If one does not fit.
+    """
+    if class_names is not None and len(class_names) != reading.classes:
+        raise InputError(
+            f"{len(class_names)} class names given for a model of {reading.classes} classes"
+        )
+    top = check_file_targets(targets)
+    if top and top > reading.classes:
+        raise InputError(f"targets is {targets!r}, but the model has {reading.classes} classes")
+    height, width = reading.values[reading.images].shape[2:]
+    if isinstance(preprocess, str):
+        preprocess = parse_preprocess(preprocess, size=(height, width))
+    if preprocess is not None and preprocess.size != (height, width):
+        raise InputError(
+            f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
+        )
+    return preprocess
+
+
+def _explain(
+    graph: Graph, unrounded: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
 ) -> tuple[onnx.ModelProto, Inserted]:
-    """The model with its branch, by the closed form where the graph permits.
+    """Return the model with an explanation, by the closed form where the graph permits.
 
     Args:
-        graph: Of the file.
-        plain: The same without rounding.
-        reading: Of that.
+        graph: The file's graph.
+        unrounded: The same without rounding.
+        reading: What was read of that.
         masking: What to mask.
         targets: Which classes.
         raw: Without maps in [0, 1].
@@ -189,24 +220,14 @@ def _explained(
         ModelError: If what is inserted proves wrong.
     """
 
-    def built(because: str) -> tuple[onnx.ModelProto, Inserted]:
+    def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
         branch = Branch(_opset(graph.model))
         if because:
-            logits = append_direct(branch, plain, reading, masking)
+            logits = append_direct(branch, unrounded, reading, masking)
         else:
-            rounded = plain is not graph
-            logits = append_closed_form(branch, plain, reading, masking, rounded=rounded)
-        inputs, outputs = append_outputs(branch, reading, logits, targets=targets, raw=raw)
-        model = onnx.ModelProto()
-        model.CopyFrom(graph.model)
-        model.graph.node.extend(branch.nodes)
-        model.graph.initializer.extend(branch.weights)
-        images = next(each for each in model.graph.input if each.name == reading.images)
-        for axis in (2, 3):
-            dim = images.type.tensor_type.shape.dim[axis]
-            dim.dim_value = reading.values[reading.images].shape[axis]
-        model.graph.input.extend(inputs)
-        model.graph.output.extend(outputs)
+            rounded = unrounded is not graph
+            logits = append_closed_form(branch, unrounded, reading, masking, rounded=rounded)
+        model = _add_branch(graph, reading, branch, logits, targets, raw)
         return model, Inserted(
             path="direct" if because else "closed-form",
             direct_because=because,
@@ -214,13 +235,35 @@ def _explained(
             prefix_tokens=reading.layout.prefix,
             normed=reading.normed,
             classes=reading.classes,
-            difference=prove(graph, plain, reading, masking, model, targets),
+            difference=prove(graph, unrounded, reading, masking, model, targets),
         )
 
     because = reading.direct_because
     if not because:
         try:
-            return built("")
-        except ModelError as error:
+            return build("")
+        except ModelError as error:  # cannot be built, does not run or proves wrong
             because = str(error)
-    return built(because)
+    return build(because)
+
+
+def _add_branch(
+    graph: Graph, reading: Reading, branch: Branch, logits: str, targets: str, raw: bool
+) -> onnx.ModelProto:
+    """Return a copy of a graph's model with a branch and the outputs made of it.
+
+    Everything is appended, so that no node, weight or output of the file changes. Only the size of
+    the pictures is fixed, since the masks hold for one grid.
+    """
+    inputs, outputs = append_outputs(branch, reading, logits, targets=targets, raw=raw)
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    model.graph.node.extend(branch.nodes)
+    model.graph.initializer.extend(branch.weights)
+    images = next(each for each in model.graph.input if each.name == reading.images)
+    for axis in (2, 3):
+        dim = images.type.tensor_type.shape.dim[axis]
+        dim.dim_value = reading.values[reading.images].shape[axis]
+    model.graph.input.extend(inputs)
+    model.graph.output.extend(outputs)
+    return model

@@ -1,9 +1,14 @@
-"""Where the tokens of F are: on which axes, on which grid, and whether row by row."""
+"""Find where the tokens of F are: on which axes, on which grid, and whether they lie row by row.
+
+Axes and grid follow from shapes. The order of the tokens does not, so it is tested: patches of a
+picture are changed one by one, and each has to move its own token.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +16,9 @@ from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["Layout", "check_layout", "find_layout"]
+
+_MOST_PREFIX_TOKENS = 32
+_ENOUGH = 0.7  # of the patches changed; in a wrong order about one of eight is right by chance
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Layout:
     Attributes:
         axes: Its token axis, or the two of its grid.
         grid: (h, w).
-        prefix: P, how many tokens stand before the patches.
+        prefix: P, the number of tokens that stand before the patches.
     """
 
     axes: tuple[int, ...]
@@ -28,21 +36,28 @@ class Layout:
     prefix: int
 
     def cells(self) -> list[tuple[int, int]]:
-        """Up to eight patches, the same in no other order of rows and columns."""
+        """Return the patches to change: up to eight, drawn at random, but the same every time.
+
+        Patches with the same number row by row and column by column, such as the first, could not
+        tell these two orders apart, so they are left out where there are others.
+        """
         height, width = self.grid
         every = [(y, x) for y in range(height) for x in range(width)]
         others = [(y, x) for y, x in every if y * width + x != x * height + y]
         chosen = np.random.default_rng(1).permutation(len(others or every))[:8]
         return [(others or every)[number] for number in chosen]
 
-    def own(self, moves: Sequence[np.ndarray]) -> int:
-        """How many of the cells, changed in turn, moved their own token more than other cells did.
+    def count_own(self, moves: Sequence[np.ndarray]) -> int:
+        """Return how many cells moved their own token more than any other cell moved it.
 
-        Each token is held against itself, since some answer to every change.
+        Args:
+            moves: By how much the value changed with each of `cells` in turn.
         """
         others = tuple(axis for axis in range(moves[0].ndim) if axis not in self.axes)
         places = [self.prefix + y * self.grid[1] + x for y, x in self.cells()]
         moved = np.array([np.abs(m).sum(axis=others).reshape(-1)[places] for m in moves])
+        # Column t holds how far each cell moved token t. Tokens are not compared with one another:
+        # after attention some move more than all others, whichever cell is changed.
         return int((moved.argmax(axis=0) == np.arange(len(places))).sum())
 
 
@@ -52,10 +67,16 @@ def find_layout(
     maps: Sequence[tuple[int, ...]],
     given: tuple[int, int] | None,
 ) -> Layout:
-    """F's layout, from its shape and those of the convolutions above it.
+    """Return F's layout.
+
+    Args:
+        shape: The shape of F.
+        batch: The number of images that it was computed of.
+        maps: The shapes of the convolutions above it, of which one embeds the patches.
+        given: The grid, where the caller knows it.
 
     Raises:
-        ModelError: If it is not known, or no grid fits.
+        ModelError: If the layout is not known, or no grid fits.
     """
     if len(shape) == 4:  # (B, h, w, D)
         found = (shape[1], shape[2])
@@ -69,15 +90,17 @@ def find_layout(
     axis = 0 if shape[1] == batch and shape[0] != batch else 1
     tokens = shape[axis]
     if given is None:
-        grids = [each[2:] for each in maps if len(each) == 4]
-        fitting = [e for e in grids if e[0] * e[1] > 1 and 0 <= tokens - e[0] * e[1] <= 32]
+        grids = [(int(each[2]), int(each[3])) for each in maps if len(each) == 4]
+        fitting = [
+            (h, w) for h, w in grids if h * w > 1 and 0 <= tokens - h * w <= _MOST_PREFIX_TOKENS
+        ]
         if not fitting:
             raise ModelError(
                 f"the patch grid of {tokens} tokens was not found: grid= (--grid) gives its rows "
                 "and columns"
             )
-        nearest = min(reversed(fitting), key=lambda each: tokens - each[0] * each[1])
-        given = (int(nearest[0]), int(nearest[1]))
+        # the last of those that leave the fewest tokens over
+        given = min(reversed(fitting), key=lambda each: tokens - each[0] * each[1])
     prefix = tokens - given[0] * given[1]
     if prefix < 0:
         raise ModelError(f"a grid of {given} has more patches than there are tokens, {tokens}")
@@ -94,13 +117,17 @@ def check_layout(
 ) -> None:
     """Refuse tokens that do not lie row by row after the prefix.
 
+    Attention mixes tokens, so that a change of one patch may be seen best in another's token. The
+    test is therefore made in two steps: from pixels to the tokens before any attention, and, with a
+    whole token changed at a time, from there to F.
+
     Args:
         graph: The graph.
         pixels: The values that depend on the images.
-        pictures: What goes in.
-        normed: F.
+        pictures: The input's name -> pictures to change.
+        normed: The name of F.
         value: F of these pictures.
-        layout: Supposed.
+        layout: The layout that F is thought to have.
 
     Raises:
         ModelError: If they do not.
@@ -109,29 +136,23 @@ def check_layout(
     early = _before_attention(graph, pixels, pictures, value)
     _check_order(graph, images, pictures[images], early or normed, layout)
     if early:
-        _check_kept(graph, images, pictures[images], early, normed, layout)
+        _check_places(graph, images, pictures[images], early, normed, layout)
 
 
 def _check_order(
     graph: Graph, images: str, pictures: np.ndarray, tokens: str, layout: Layout
 ) -> None:
-    """Refuse tokens that do not lie row by row after the prefix: change patches, see which answer.
+    """Change patches of the pictures and see which tokens answer.
 
     Raises:
-        ModelError: If they do not.
+        ModelError: If they are not those that the layout says.
     """
     grid, cells = layout.grid, layout.cells()
-    height, width = pictures.shape[2] / grid[0], pictures.shape[3] / grid[1]
-    run = graph.part({images: pictures}, [tokens])
-    base = run({images: pictures})[tokens].astype(np.float64)
-    moves = []
-    for y, x in cells:
-        changed = pictures.copy()
-        rows = slice(round(y * height), round((y + 1) * height))
-        changed[:, :, rows, round(x * width) : round((x + 1) * width)] *= -1
-        moves.append(run({images: changed})[tokens] - base)
-    right = layout.own(moves)
-    if right < 0.7 * len(cells):
+    rows = [round(y * pictures.shape[2] / grid[0]) for y in range(grid[0] + 1)]
+    columns = [round(x * pictures.shape[3] / grid[1]) for x in range(grid[1] + 1)]
+    regions = [np.s_[:, :, rows[y] : rows[y + 1], columns[x] : columns[x + 1]] for y, x in cells]
+    right = layout.count_own(_measure_moves(graph, {images: pictures}, images, regions, tokens))
+    if right < _ENOUGH * len(cells):
         raise ModelError(
             f"the tokens do not lie as {layout.prefix} prefix tokens and a grid of {grid}, row by "
             f"row: of {len(cells)} patches changed, {right} moved their own token most; grid= "
@@ -139,42 +160,52 @@ def _check_order(
         )
 
 
-def _check_kept(
+def _check_places(
     graph: Graph, images: str, pictures: np.ndarray, early: str, normed: str, layout: Layout
 ) -> None:
-    """Refuse tokens that change places between the embedding and F.
+    """Change tokens before the first attention and see which tokens of F answer.
 
     Raises:
-        ModelError: If they do.
+        ModelError: If they are others, so that tokens change places in between.
     """
-    numbers = graph.between([early], [normed])
-    entering = [name for name in graph.entering(numbers) if name != early]
+    numbers = graph.nodes_between([early], [normed])
+    entering = [name for name in graph.values_entering(numbers) if name != early]
     given = graph.run({images: pictures}, [early, *entering])
-    run = graph.part(given, [normed])
-    base = run(given)[normed].astype(np.float64)
-    cells, moves = layout.cells(), []
-    for y, x in cells:
-        token = layout.prefix + y * layout.grid[1] + x
-        index = [slice(None)] * base.ndim
-        if len(layout.axes) == 1:
-            index[layout.axes[0]] = slice(token, token + 1)
-        else:
-            index[layout.axes[0]], index[layout.axes[1]] = slice(y, y + 1), slice(x, x + 1)
-        changed = given[early].copy()
-        changed[tuple(index)] *= -1
-        moves.append(run({**given, early: changed})[normed] - base)
-    right = layout.own(moves)
-    if right < 0.7 * len(cells):
+    cells, before = layout.cells(), (slice(None),) * layout.axes[0]
+    if len(layout.axes) == 1:
+        regions = [(*before, layout.prefix + y * layout.grid[1] + x) for y, x in cells]
+    else:
+        regions = [(*before, y, x) for y, x in cells]
+    right = layout.count_own(_measure_moves(graph, given, early, regions, normed))
+    if right < _ENOUGH * len(cells):
         raise ModelError(
             f"the tokens change places between {graph.describe(early)} and "
             f"{graph.describe(normed)}: of {len(cells)} changed, {right} moved themselves most"
         )
 
 
+def _measure_moves(
+    graph: Graph,
+    given: Mapping[str, np.ndarray],
+    changed: str,
+    regions: Sequence[Any],
+    seen: str,
+) -> list[np.ndarray]:
+    """Return how a value moves as regions of a given one change their sign, one at a time."""
+    run = graph.prepare(given, [seen])
+    base = run(given)[seen].astype(np.float64)
+    moves = []
+    for region in regions:
+        value = given[changed].copy()
+        value[region] *= -1
+        moves.append(run({**given, changed: value})[seen] - base)
+    return moves
+
+
 def _before_attention(
     graph: Graph, pixels: set[str], given: Mapping[str, np.ndarray], normed: np.ndarray
 ) -> str | None:
-    """The first value of F's shape that no attention has mixed yet, if there is one."""
+    """Return the first value of F's shape that no attention has mixed yet, if there is one."""
     values = []
     for node in graph.nodes:
         if "Softmax" in node.op_type or "Attention" in node.op_type:

@@ -1,4 +1,4 @@
-"""Nodes that make an explained file's outputs of the logits under all masks."""
+"""Append nodes that make an explained file's outputs of the logits under all masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ __all__ = ["append_outputs"]
 def append_outputs(
     branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool
 ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    """Scores, maps and classes as `onnx.metadata` names them, of logits (B, N, C) under all masks.
+    """Append scores, maps and classes as `vit_reciprocam.onnx.contract` names them.
+
+    Args:
+        branch: What takes the nodes.
+        reading: What was read of the graph.
+        logits: The logits (B, N, C) under all masks, by name.
+        targets: Whose maps: "all", "top1", "top2" … or "input".
+        raw: Whether to leave out the maps scaled to [0, 1].
 
     Returns:
         The inputs and the outputs that come beside the graph's own.
@@ -46,12 +53,17 @@ def append_outputs(
     scores = branch.op("Transpose", opened, perm=[0, 3, 1, 2], name="scores")
     outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
     if not raw:
-        low, high = (branch.reduce(each, scores, 2, 3) for each in ("ReduceMin", "ReduceMax"))
-        spread = branch.op("Sub", high, low)
-        least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
-        differs = branch.op("Greater", spread, least)
-        stretch = branch.op("Reciprocal", spread)
-        stretch = branch.op("Where", differs, stretch, branch.floats(0.0))
-        branch.op("Mul", branch.op("Sub", scores, low), stretch, name="saliency")
+        _append_maps(branch, scores)
         outputs.insert(0, helper.make_tensor_value_info("saliency", onnx.TensorProto.FLOAT, dims))
     return inputs, outputs
+
+
+def _append_maps(branch: Branch, scores: str) -> None:
+    """Append maps in [0, 1]; one whose scores are the same but for rounding is 0 everywhere."""
+    low, high = (branch.reduce(each, scores, 2, 3) for each in ("ReduceMin", "ReduceMax"))
+    spread = branch.op("Sub", high, low)
+    least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
+    differs = branch.op("Greater", spread, least)
+    stretch = branch.op("Reciprocal", spread)
+    stretch = branch.op("Where", differs, stretch, branch.floats(0.0))
+    branch.op("Mul", branch.op("Sub", scores, low), stretch, name="saliency")

@@ -1,8 +1,8 @@
-"""A foreign ONNX graph read as a Vision Transformer: where F stands, the grid, what the head reads.
+"""Read an ONNX graph as a Vision Transformer: where F stands, the grid, what the head reads.
 
 Exporters and optimizers write the same model in many ways. So the graph's structure is asked only
 for what cannot vary, the last attention and the value that its queries, keys and values come from;
-the rest is found by running parts of the graph and changing what goes in.
+the rest is found by running pieces of the graph and changing what goes in.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from vit_reciprocam.onnx.insert.find import (
     refuse_others,
 )
 from vit_reciprocam.onnx.insert.graph import Graph
-from vit_reciprocam.onnx.insert.head import Tail, read_tail
+from vit_reciprocam.onnx.insert.head import HeadReads, read_head
 from vit_reciprocam.onnx.insert.layout import Layout, check_layout, find_layout
 
 __all__ = ["Reading", "find_images", "read"]
+
+_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,18 @@ class Reading:
     """What is needed of a graph to explain it.
 
     Attributes:
-        images: The input that takes pictures, and the shape it was run with.
+        images: The input that takes pictures.
         logits: The output that holds the prediction.
-        batch: How many pictures at a time, where the graph fixes that.
+        batch: The number of pictures at a time, where the graph fixes it.
         classes: C.
         is_softmax: Whether that output holds probabilities already.
-        normed: F.
-        layout: Where its tokens are.
+        normed: The name of F.
+        layout: The places of F's tokens.
         attention: The last attention; None where it could not be taken apart.
-        tail: None where the closed form does not hold.
+        head: What is read after it; None where the closed form does not hold.
         direct_because: Why it does not; empty where it does.
-        values: Of one run with random images: all that stands or enters below F.
+        values: The pictures of one run with random ones, F, the logits, and all that is made or
+            taken on the way from F to the logits.
     """
 
     images: str
@@ -55,7 +59,7 @@ class Reading:
     normed: str
     layout: Layout
     attention: SelfAttention | None
-    tail: Tail | None
+    head: HeadReads | None
     direct_because: str
     values: Mapping[str, np.ndarray]
 
@@ -80,60 +84,40 @@ def read(
     """Read a graph.
 
     Args:
-        graph: A classifier's, images in, logits or probabilities out; `without_rounding`.
+        graph: A classifier's graph, images in, logits or probabilities out, without rounding.
         grid: Patch grid (h, w), where it is not found.
         size: Height and width of the pictures, where the graph leaves them open.
         target_node: The value to mask, or the node that makes it; by default the LayerNorm's output
             before the last attention.
 
     Raises:
-        ModelError: If it is none that can be explained; names the node where reading stopped.
+        ModelError: If it cannot be explained; names the node where reading stopped.
     """
-    images, logits = find_images(graph), _logits(graph)
-    pixels = graph.varying(images.name)
+    images, logits = find_images(graph), _find_logits(graph)
+    pixels = graph.dependents(images.name)
     if logits not in pixels:
         raise ModelError(f"output {logits!r} does not depend on input {images.name!r}")
-    found = _last_attention(graph, pixels, logits, required=target_node is None)
-    if target_node is None and found is not None:
-        normed = find_normed(graph, found, pixels)
-        refuse_others(graph, found, normed, logits, pixels)
-    else:
-        normed = _named(graph, target_node or "", pixels)
-    wanted = [normed, logits]
-    below = graph.between([normed], [logits])
-    wanted += graph.entering(below)
+    found, normed = _find_cut(graph, pixels, logits, target_node)
+    below = graph.nodes_between([normed], [logits])
+    wanted = [normed, logits, *graph.values_entering(below)]
     wanted += [name for number in below for name in graph.nodes[number].output if name]
-    convolutions = [
-        node.output[0]
-        for node in (graph.nodes[number] for number in graph.above([normed]))
-        if node.op_type in _CONVOLUTIONS and node.output[0] in pixels
-    ]
-    pictures, values = _first_run(graph, images, size, [*dict.fromkeys(wanted), *convolutions])
-    batch = len(pictures)
-    if values[logits].ndim != 2 or len(values[logits]) != batch:
-        raise ModelError(
-            f"output {logits!r} is {values[logits].shape}, not (batch, classes): no classifier?"
-        )
-    if not has_head(graph, logits, pixels):
-        raise ModelError(
-            f"output {logits!r} comes from a LayerNorm with no projection after it: it has "
-            "features, not classes"
-        )
-    is_softmax = _is_softmax(graph, logits, values[logits], pixels)
-    shapes = [values[name].shape for name in convolutions]
+    convolutions = _convolutions_above(graph, normed, pixels)
+    pictures, values = _first_run(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
+    is_softmax = _check_logits(graph, logits, values[logits], len(pictures), pixels)
     if not np.issubdtype(values[normed].dtype, np.floating):
         raise ModelError(
             f"{graph.describe(normed)} gives integers, which a mask would not scale: insert into "
             "the file before it is quantised, or quantise in the QDQ format"
         )
-    layout = find_layout(values[normed].shape, batch, shapes, grid)
+    shapes = [values[name].shape for name in convolutions]
+    layout = find_layout(values[normed].shape, len(pictures), shapes, grid)
     check_layout(graph, pixels, {images.name: pictures}, normed, values[normed], layout)
-    attention, tail, because = None, None, ""
+    attention, head, because = None, None, ""
     try:
         if found is None or found.number not in below:
             raise ModelError("no attention was found below the value to mask")
-        attention = read_attention(graph, found, values, batch, pixels)
-        tail = read_tail(graph, attention, logits, values, layout, pixels)
+        attention = read_attention(graph, found, values, len(pictures), pixels)
+        head = read_head(graph, attention, logits, values, layout, pixels)
     except ModelError as error:
         because = str(error)
     return Reading(
@@ -145,43 +129,14 @@ def read(
         normed=normed,
         layout=layout,
         attention=attention,
-        tail=tail,
+        head=head,
         direct_because=because,
         values={images.name: pictures, **values},
     )
 
 
-def _is_softmax(graph: Graph, name: str, logits: np.ndarray, pixels: set[str]) -> bool:
-    """Whether an output holds probabilities of classes that exclude each other.
-
-    Raises:
-        ModelError: If it holds no numbers, or independent probabilities.
-    """
-    if not np.isfinite(logits).all():
-        raise ModelError(f"output {name!r} holds NaN or infinity for random images")
-    through = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Relu"})
-    ends = list(graph.walk_up(name, through, pixels))
-    kinds = {graph.nodes[graph.maker[end]].op_type for end in ends if end in graph.maker}
-    if "Sigmoid" in kinds:
-        raise ModelError(
-            f"output {name!r} is a sigmoid's: classes that do not exclude each other have no "
-            "softmax score, which is what the method reads"
-        )
-    sums = logits.astype(np.float64).sum(axis=1)
-    return bool((logits >= 0).all() and np.abs(sums - 1).max() < 1e-2) and "Softmax" in kinds
-
-
-def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
-    dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
-
-
-_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-
-
 def find_images(graph: Graph) -> onnx.ValueInfoProto:
-    """The input that takes pictures.
+    """Return the input that takes pictures.
 
     Raises:
         ModelError: If there is none, or the model takes more than that.
@@ -202,7 +157,12 @@ def find_images(graph: Graph) -> onnx.ValueInfoProto:
     return found[0]
 
 
-def _logits(graph: Graph) -> str:
+def _find_logits(graph: Graph) -> str:
+    """Return the output that holds the classes' logits.
+
+    Raises:
+        ModelError: If that is not clear, or the file is explained already.
+    """
     outputs = list(graph.model.graph.output)
     for value in outputs:
         if value.name in ("saliency", "scores"):
@@ -215,33 +175,66 @@ def _logits(graph: Graph) -> str:
     return str((flat or outputs)[0].name)
 
 
-def _last_attention(graph: Graph, pixels: set[str], logits: str, *, required: bool) -> Found | None:
-    used = set(graph.above([logits]))
-    for found in find_attention(graph, pixels):
-        if found.number in used:
-            return found
-    if required:
+def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+
+
+def _find_cut(
+    graph: Graph, pixels: set[str], logits: str, target_node: str | None
+) -> tuple[Found | None, str]:
+    """Return the last attention and the name of F; a target node does without the attention.
+
+    Raises:
+        ModelError: If they are not found, or the images reach the logits through other attention.
+    """
+    used = set(graph.nodes_above([logits]))
+    found = next((each for each in find_attention(graph, pixels) if each.number in used), None)
+    if target_node is not None:
+        return found, _find_target(graph, target_node, pixels)
+    if found is None:
         kinds = {graph.nodes[number].op_type for number in used}
         seems = "; it looks like a CNN" if "Conv" in kinds and "Softmax" not in kinds else ""
         raise ModelError(
             f"no self-attention was found in the graph{seems}; target_node= (--target-node) names "
             "the value to mask in any graph"
         )
-    return None
+    normed = find_normed(graph, found, pixels)
+    refuse_others(graph, found, normed, logits, pixels)
+    return found, normed
 
 
-def _named(graph: Graph, target: str, pixels: set[str]) -> str:
-    made: list[str] = [node.output[0] for node in graph.nodes if node.name == target]
-    for name in (target, *made):
-        if name in graph.maker and name in pixels:
+def _find_target(graph: Graph, target: str, pixels: set[str]) -> str:
+    """Return the value that a caller names, or names the node of.
+
+    Raises:
+        ModelError: If there is none that depends on the images.
+    """
+    outputs: list[str] = [node.output[0] for node in graph.nodes if node.name == target]
+    for name in (target, *outputs):
+        if name in graph.number_of and name in pixels:
             return name
     raise ModelError(f"the graph has no node or value {target!r} that depends on the images")
+
+
+def _convolutions_above(graph: Graph, normed: str, pixels: set[str]) -> list[str]:
+    """Return what convolutions of the images make above F; one embeds the patches."""
+    nodes = [graph.nodes[number] for number in graph.nodes_above([normed])]
+    return [
+        node.output[0]
+        for node in nodes
+        if node.op_type in _CONVOLUTIONS and node.output[0] in pixels
+    ]
 
 
 def _first_run(
     graph: Graph, images: onnx.ValueInfoProto, size: tuple[int, int] | None, wanted: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Random images, two where the batch is open, and the values that they give."""
+    """Return random images, two where the batch is open, and the values that they give.
+
+    Raises:
+        ModelError: If the graph does not run, or not with pictures of that size.
+    """
     batch, _, height, width = _dims(images)
     if (height is None or width is None) and size is None:
         raise ModelError(
@@ -260,7 +253,37 @@ def _first_run(
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         if batch is not None:
             raise ModelError(f"the graph does not run: {error}") from error
+    # Some exporters leave the batch open in the input's shape but fix it to 1 inside.
     try:
         return pictures[:1], graph.run({images.name: pictures[:1]}, wanted)
     except Exception as error:
         raise ModelError(f"the graph does not run: {error}") from error
+
+
+def _check_logits(
+    graph: Graph, name: str, logits: np.ndarray, batch: int, pixels: set[str]
+) -> bool:
+    """Tell whether an output holds probabilities instead of logits.
+
+    Raises:
+        ModelError: If it holds neither of classes that exclude each other, or no numbers.
+    """
+    if logits.ndim != 2 or len(logits) != batch:
+        raise ModelError(f"output {name!r} is {logits.shape}, not (batch, classes): no classifier?")
+    if not has_head(graph, name, pixels):
+        raise ModelError(
+            f"output {name!r} comes from a LayerNorm with no projection after it: it has "
+            "features, not classes"
+        )
+    if not np.isfinite(logits).all():
+        raise ModelError(f"output {name!r} holds NaN or infinity for random images")
+    through = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Relu"})
+    ends = [graph.producer(end) for end in graph.walk_up(name, through, pixels)]
+    kinds = {node.op_type for node in ends if node is not None}
+    if "Sigmoid" in kinds:
+        raise ModelError(
+            f"output {name!r} is a sigmoid's: classes that do not exclude each other have no "
+            "softmax score, which is what the method reads"
+        )
+    sums = logits.astype(np.float64).sum(axis=1)
+    return bool((logits >= 0).all() and np.abs(sums - 1).max() < 1e-2) and "Softmax" in kinds

@@ -1,4 +1,4 @@
-"""Quantised graphs without the rounding of what flows through them.
+"""Remove the rounding of what flows through a quantised graph.
 
 Under a mask the scores of a class often differ by less than a hundredth, which int8 would drown. So
 the explanation of a graph with QuantizeLinear and DequantizeLinear nodes computes between them in
@@ -14,11 +14,16 @@ import onnx
 from onnx import helper
 from vit_reciprocam.onnx.insert.graph import Graph
 
-__all__ = ["without_rounding"]
+__all__ = ["remove_rounding"]
 
 
-def without_rounding(graph: Graph, pixels: set[str]) -> Graph:
-    """The graph with each rounded value taken as it was before, or itself if nothing is rounded."""
+def remove_rounding(graph: Graph, pixels: set[str]) -> Graph:
+    """Return a graph that takes each rounded value as it was before; itself if none is rounded.
+
+    Args:
+        graph: The graph.
+        pixels: The values that depend on the images; weights stay rounded.
+    """
     rounding = {
         node.output[0]: node
         for node in graph.nodes
@@ -37,7 +42,7 @@ def without_rounding(graph: Graph, pixels: set[str]) -> Graph:
 
 
 def _holds_no_negative(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether the zero of a QuantizeLinear node is its least number."""
+    """Tell whether the zero of a QuantizeLinear node is its least number."""
     if len(node.input) < 3:
         return True  # uint8 from 0 on
     zero = graph.constant(node.input[2])
