@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -85,3 +86,19 @@ def reference_images(shared_data):
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (images - mean[:, None, None]) / std[:, None, None], labels
+
+
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory):
+    """Names of a model and of a writer, as in `exporters` -> the ONNX file that it writes."""
+    import exporters
+
+    folder = tmp_path_factory.mktemp("sources")
+
+    @functools.cache
+    def write(name, writer):
+        path = folder / f"{name}-{writer}.onnx".replace(" ", "-")
+        exporters.WRITERS[writer](exporters.build(name), exporters.pictures(name), path)
+        return path
+
+    return write

@@ -1,6 +1,7 @@
-"""ONNX files as others write them: tiny models through exporters and optimizers, none ours."""
+"""Tiny models, and the tools of others that write ONNX files of them."""
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -125,7 +126,7 @@ MODELS = {
 
 
 def build(name, *, seed=0):
-    """A seeded model that is not indifferent to its input."""
+    """Return a seeded model whose weights are large enough for masks to matter."""
     torch.manual_seed(seed)
     model = MODELS[name][0]().eval()
     with torch.no_grad():
@@ -134,8 +135,14 @@ def build(name, *, seed=0):
     return model
 
 
-def dynamo(model, images, path, *, batch=None, opset=None):
-    """torch.onnx.export, the newer exporter."""
+def pictures(name, count=3):
+    """Return the seeded images that a model of MODELS is exported with."""
+    shape = (32, 48) if name == "rectangle" else (32, 32)
+    return torch.randn(count, 3, *shape, generator=torch.Generator().manual_seed(5))
+
+
+def export_dynamo(model, images, path, *, batch=None, opset=None):
+    """Export by the newer exporter of PyTorch."""
     shapes = None if batch == "fixed" else ({0: torch.export.Dim("batch")},)
     _quietly(
         torch.onnx.export,
@@ -150,8 +157,8 @@ def dynamo(model, images, path, *, batch=None, opset=None):
     )
 
 
-def torchscript(model, images, path, *, batch=None, opset=None):
-    """torch.onnx.export, the older exporter."""
+def export_torchscript(model, images, path, *, batch=None, opset=None):
+    """Export by the older exporter of PyTorch."""
     axes = None if batch == "fixed" else {"images": {0: "batch"}}
     _quietly(
         torch.onnx.export,
@@ -165,31 +172,43 @@ def torchscript(model, images, path, *, batch=None, opset=None):
     )
 
 
-def timm_export(model, images, path):
-    """timm's own export helper, which switches fused attention off."""
+def export_timm(model, images, path):
+    """Export by timm's own helper, which switches fused attention off."""
     from timm.utils.onnx import onnx_export
 
     _quietly(onnx_export, model, str(path), example_input=images[:1], opset=17, batch_size=1)
 
 
-def onnxruntime_optimized(source, path):
-    """What ONNX Runtime writes of a graph that it has optimized."""
+_FIXED = {"batch": "fixed"}
+# name -> writer(model, images, path)
+WRITERS = {
+    "dynamo 18": functools.partial(export_dynamo, opset=18),
+    "dynamo fixed": functools.partial(export_dynamo, **_FIXED),
+    "dynamo 23": functools.partial(export_dynamo, opset=23),  # has a node Attention
+    "torchscript 14": functools.partial(export_torchscript, opset=14, **_FIXED),  # no LayerNorm
+    "torchscript 17": functools.partial(export_torchscript, opset=17),
+    "timm": export_timm,
+}
+
+
+def optimize_with_onnxruntime(source, path):
+    """Write what ONNX Runtime makes of a graph when it loads it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(path)
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def transformers_optimized(source, path):
-    """What ONNX Runtime's optimizer for transformers writes."""
+def optimize_with_transformers(source, path):
+    """Write what ONNX Runtime's optimizer for transformers makes of a graph."""
     found = _quietly(
         optimizer.optimize_model, str(source), "vit", num_heads=3, hidden_size=24, opt_level=0
     )
     found.save_model_to_file(str(path))
 
 
-def halved(source, path, *, keep_io=True):
-    """All weights and values in float16."""
+def convert_to_float16(source, path, *, keep_io=True):
+    """Convert all weights and values to float16."""
     model = _quietly(float16.convert_float_to_float16, onnx.load(source), keep_io_types=keep_io)
     onnx.save(model, path)
 
@@ -204,8 +223,8 @@ class Pictures(quantization.CalibrationDataReader):
         return self.left.pop() if self.left else None
 
 
-def quantized(source, path, batches):
-    """Statically to int8, with QuantizeLinear and DequantizeLinear nodes."""
+def quantize(source, path, batches):
+    """Quantise to int8 statically, with QuantizeLinear and DequantizeLinear nodes."""
     name = onnx.load(source, load_external_data=False).graph.input[0].name
     _quietly(
         quantization.quantize_static,
@@ -218,7 +237,7 @@ def quantized(source, path, batches):
 
 
 def _quietly(function, *args, **options):
-    """Exporters print, warn and log."""
+    """Call a function without its prints, warnings and logs."""
     logging.disable(logging.CRITICAL)
     try:
         with (
