@@ -33,7 +33,6 @@ def load_model(path: Path) -> onnx.ModelProto:
     folder = path.parent.resolve()
     for tensor in _external(model):
         place = _location(tensor)
-        # Links are resolved first: what they lead to would be copied beside the new file.
         target = (folder / place).resolve()
         if PurePosixPath(place).is_absolute() or not target.is_relative_to(folder):
             raise ModelError(f"{path} asks for weights outside its folder: {place!r}; refused")

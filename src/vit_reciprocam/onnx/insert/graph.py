@@ -137,6 +137,7 @@ class Graph:
         self.model = model
         self.folder = folder
         self.nodes = _sort(model.graph)
+        self._taken = [node_inputs(node) for node in self.nodes]
         self.number_of = {
             name: number for number, node in enumerate(self.nodes) for name in node.output if name
         }
@@ -154,8 +155,8 @@ class Graph:
     def consumers(self) -> dict[str, list[int]]:
         """Value -> the numbers of the nodes that take it."""
         consumers: dict[str, list[int]] = {}
-        for number, node in enumerate(self.nodes):
-            for name in dict.fromkeys(node_inputs(node)):
+        for number, taken in enumerate(self._taken):
+            for name in dict.fromkeys(taken):
                 consumers.setdefault(name, []).append(number)
         return consumers
 
@@ -166,8 +167,8 @@ class Graph:
     def dependents(self, source: str) -> set[str]:
         """Return the values that depend on what a value holds, not only on its shape."""
         found = {source}
-        for node in self.nodes:
-            if node.op_type not in ("Shape", "Size") and not found.isdisjoint(node_inputs(node)):
+        for node, taken in zip(self.nodes, self._taken, strict=True):
+            if node.op_type not in ("Shape", "Size") and not found.isdisjoint(taken):
                 found.update(name for name in node.output if name)
         return found
 
@@ -180,7 +181,7 @@ class Graph:
             if name in stop or number is None or number in found:
                 continue
             found.add(number)
-            waiting += node_inputs(self.nodes[number])
+            waiting += self._taken[number]
         return sorted(found)
 
     def nodes_between(self, start: Iterable[str], end: Iterable[str]) -> list[int]:
@@ -188,26 +189,23 @@ class Graph:
         start = list(start)
         values, found = set(start), []
         for number in self.nodes_above(end, until=start):
-            node = self.nodes[number]
-            if not values.isdisjoint(node_inputs(node)):
+            if not values.isdisjoint(self._taken[number]):
                 found.append(number)
-                values.update(node.output)
+                values.update(self.nodes[number].output)
         return found
 
     def values_entering(self, numbers: Sequence[int]) -> list[str]:
         """Return what some nodes take from other nodes or from the graph's inputs."""
         made = {name for number in numbers for name in self.nodes[number].output}
-        entering = dict.fromkeys(
-            name for number in numbers for name in node_inputs(self.nodes[number])
-        )
+        taken = dict.fromkeys(name for number in numbers for name in self._taken[number])
         outside = self.number_of.keys() | {value.name for value in self.inputs}
-        return [name for name in entering if name not in made and name in outside]
+        return [name for name in taken if name not in made and name in outside]
 
     def constant(self, name: str) -> np.ndarray | None:
         """Return a value that no input of the graph changes, or None if one does."""
         inputs = {value.name for value in self.inputs}
         numbers = self.nodes_above([name])
-        if any(not inputs.isdisjoint(node_inputs(self.nodes[number])) for number in numbers):
+        if any(not inputs.isdisjoint(self._taken[number]) for number in numbers):
             return None
         if name in self.weights and not self.weights[name].external_data:
             return np.asarray(numpy_helper.to_array(self.weights[name]))
@@ -238,8 +236,7 @@ class Graph:
     def _piece(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> onnx.ModelProto:
         """Return the nodes from some values to others as a model."""
         numbers = self.nodes_above(wanted, until=given)
-        taken = {name for number in numbers for name in node_inputs(self.nodes[number])}
-        taken.update(wanted)
+        taken = {name for number in numbers for name in self._taken[number]} | set(wanted)
         made = {name for number in numbers for name in self.nodes[number].output}
         inputs = [
             helper.make_tensor_value_info(
