@@ -94,7 +94,7 @@ def read_attention(
 
     Args:
         graph: The graph.
-        found: Where the attention is.
+        found: The place of the attention.
         values: Everything from its queries, keys and values to its output, from one run.
         batch: The number of images of that run.
         pixels: The values that depend on the images.
@@ -185,7 +185,7 @@ def _ask_scale_and_bias(
             f"between {graph.describe(query)} and {graph.describe(scores)} stands more than a "
             "scale and a bias"
         )
-    return scale, _as_bias(added.reshape(batch, -1, *added.shape[-2:]))
+    return scale, _to_bias(added.reshape(batch, -1, *added.shape[-2:]))
 
 
 def _read_fused(
@@ -203,18 +203,18 @@ def _read_fused(
     if node.domain in ("", "ai.onnx"):
         # Q, K, V, attn_mask; then past_key, past_value and nonpad_kv_seqlen
         _refuse_extras(graph, node, flags, given[4:])
-        operands, mask = _standard(graph, node, values), given[3]
+        operands, mask = _read_standard(graph, node, values), given[3]
         output_axes = operands[0].axes
         shape = values[given[0]].shape
         heads = shape[1] if len(shape) == 4 else flags["q_num_heads"]
     elif node.domain == "com.microsoft" and node.op_type == "MultiHeadAttention":
         # query, key, value, bias, key_padding_mask, attention_bias; then past_key, past_value, …
         _refuse_extras(graph, node, flags, [given[4], *given[6:]])
-        operands, heads, mask = _multi_head(graph, node, values), flags["num_heads"], given[5]
+        operands, heads, mask = _read_multi_head(graph, node, values), flags["num_heads"], given[5]
     elif node.domain == "com.microsoft" and node.op_type == "Attention":
         # input, weights, bias; then mask_index, past, attention_bias, …
         _refuse_extras(graph, node, flags, given[3:])
-        operands, heads = _projecting(graph, node, flags), flags["num_heads"]
+        operands, heads = _read_projecting(graph, node, flags), flags["num_heads"]
     else:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
     query, key, value = operands
@@ -230,11 +230,11 @@ def _read_fused(
         output=AttentionTensor(node.output[0], output_axes),
         heads=heads,
         scale=float(flags.get("scale") or 1 / math.sqrt(width)),  # 0 and absent mean the usual one
-        bias=None if bias is None else _as_bias(bias),
+        bias=None if bias is None else _to_bias(bias),
     )
 
 
-def _standard(
+def _read_standard(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
     """Return the operands of ONNX's Attention (opset 23), in (b, h, t, d) or (b, t, h·d).
@@ -249,7 +249,7 @@ def _standard(
     return [AttentionTensor(name, axes) for name in node.input[:3]]
 
 
-def _multi_head(
+def _read_multi_head(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
     """Return the operands of ONNX Runtime's MultiHeadAttention, with biases that lie in one input.
@@ -265,7 +265,7 @@ def _multi_head(
     return [AttentionTensor(name, axes, b) for name, b in zip(names, biases, strict=True)]
 
 
-def _projecting(
+def _read_projecting(
     graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]
 ) -> list[AttentionTensor]:
     """Return the operands of ONNX Runtime's Attention, which projects its one input itself.
@@ -285,7 +285,7 @@ def _projecting(
     return [AttentionTensor(node.input[0], ("b", "t", "hd"), b, w) for b, w in pairs]
 
 
-def _as_bias(mask: np.ndarray) -> np.ndarray | None:
+def _to_bias(mask: np.ndarray) -> np.ndarray | None:
     """Return a mask or bias as (h or 1, t, t) to add, or None where it adds 0.
 
     Raises:

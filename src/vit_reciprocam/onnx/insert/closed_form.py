@@ -1,18 +1,19 @@
 """Append nodes that give the logits under all masks at once: the closed form as one more attention.
 
-It has one row per mask, and the readout token's query in all of them. Let M (T, T) be the levels of
-all tokens: rows of ones for the prefix tokens, then one row per patch, its mask. A token at level l
-has the score s_l and the value v_l. Where keys and values are projected affinely, these are
-s_0 + l (s_1 - s_0) and v_0 + l (v_1 - v_0), with the same v_0 for all tokens. So the output is
+This attention has one row per mask, and the readout token's query in every row. The level of a
+token is the number that a mask multiplies it with. M (T, T) holds all levels: rows of ones for the
+prefix tokens, then one row per patch, its mask. A token at level l has the score s_l and the value
+v_l. If keys and values are projected affinely, these are s_0 + l (s_1 - s_0) and
+v_0 + l (v_1 - v_0), with the same v_0 for all tokens. So the output is
 
     o = v_0 + (A * M) (v_1 - v_0),    A = softmax(s_0 + M * (s_1 - s_0)),
 
-where * multiplies element by element, and one row s holds for all rows of M. Where keys are not
+where * multiplies element by element, and one row s holds for all rows of M. If keys are not
 affine, because they are normalised after the projection, each level of the masks has scores of its
 own: the argument of the softmax is s_0 + Σ over the levels l of [M = l] * (s_l - s_0).
 
-The T rows stand in the places of T tokens, so a copy of the block's remaining nodes takes them in
-place of the attention's output, as it is.
+The T rows stand in the places of T tokens: a copy of the block's remaining nodes takes them as the
+block takes the attention's output.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def append_closed_form(
         graph: The graph as it was read.
         reading: What was read.
         masking: The masks.
-        rounded: Whether they are for a graph that rounds, whose queries, keys and values are then
-            computed anew, without rounding.
+        rounded: Whether the file's graph rounds; its queries, keys and values are then computed
+            anew, without rounding.
 
     Raises:
         ModelError: If the closed form does not hold; says why.
@@ -61,7 +62,7 @@ def append_closed_form(
     for token in sorted({read.token for read in head.reads.values()}):
         slots = branch.ints(*[token] * (prefix + patches))
         output = _append_attention(branch, attention, operands, token, masking.class_token)
-        given = {attention.output.name: _as_output(branch, output, reading, attention.output)}
+        given = {attention.output.name: _join_heads(branch, output, reading, attention.output)}
         # What enters beside the attention's output, as the skip path does, is not masked: the
         # readout token's own, once per mask.
         for name, axis in head.sides.items():
@@ -199,9 +200,9 @@ def _append_operands(
     if rounded:
         between = graph.nodes_between([reading.normed], names)
         names = branch.copy(graph, between, {reading.normed: reading.normed})
-    query = _as_heads(branch, attention.query, reading, heads, names)
-    key = _as_heads(branch, attention.key, reading, heads, names, transposed=True)
-    value = _as_heads(branch, attention.value, reading, heads, names)
+    query = _split_heads(branch, attention.query, reading, heads, names)
+    key = _split_heads(branch, attention.key, reading, heads, names, transposed=True)
+    value = _split_heads(branch, attention.value, reading, heads, names)
     if zero.value.any():
         value = branch.op("Sub", value, branch.floats(zero.value))
     keys = {1.0: key}
@@ -239,7 +240,7 @@ def _append_attention(
     return branch.op("Add", output, branch.floats(zero.value)) if zero.value.any() else output
 
 
-def _as_heads(
+def _split_heads(
     branch: Branch,
     operand: AttentionTensor,
     reading: Reading,
@@ -274,10 +275,10 @@ def _append_keys(
     given = {normed: branch.op("Mul", normed, branch.const(level, kind.type))}
     numbers = graph.nodes_between([normed], [attention.key.name])
     names = branch.copy(graph, numbers, given)
-    return _as_heads(branch, attention.key, reading, attention.heads, names, transposed=True)
+    return _split_heads(branch, attention.key, reading, attention.heads, names, transposed=True)
 
 
-def _as_output(branch: Branch, joined: str, reading: Reading, output: AttentionTensor) -> str:
+def _join_heads(branch: Branch, joined: str, reading: Reading, output: AttentionTensor) -> str:
     """Append (B, h, T, d) float32 in the layout and type of the attention's output."""
     axes, value = output.axes, reading.values[output.name]
     if axes[0] == "bh":

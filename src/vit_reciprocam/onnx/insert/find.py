@@ -26,11 +26,11 @@ __all__ = [
 # The kinds of nodes below include those that ONNX Runtime's optimizers and quantisers write in
 # place of ONNX's own: Fused..., QLinear..., ...Integer, Skip..., and those of com.microsoft.
 
-# These keep every number where it is; a Relu there is what quantisers make of rounding from 0 on.
+# Nodes that leave every number in its place; a Relu among them is what `remove_rounding` leaves.
 _KEEP = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
-# Exporters put 0 for the NaN that softmax gives in rows that are masked as a whole.
+# Nodes that put 0 in place of the NaN that softmax gives for rows that are masked as a whole.
 _GUARDS = frozenset({"IsNaN", "Where"})
-# These only move numbers: between a projection and the value that it projects, and around heads.
+# Nodes that only move numbers, between a value, its projections and their heads.
 _VIEWS = _KEEP | {
     "DynamicQuantizeLinear",
     "Reshape",
@@ -96,7 +96,7 @@ def find_attention(graph: Graph, pixels: set[str]) -> Iterator[Found]:
             key, value = (query, query) if alone else (node.input[1], node.input[2])
             found = Found(number, query, key, value, node.output[0])
         elif node.op_type in ("Softmax", "QLinearSoftmax"):
-            found = _around_softmax(graph, number, pixels)
+            found = _read_softmax(graph, number, pixels)
         if found and found.query in pixels:
             yield found
 
@@ -104,7 +104,7 @@ def find_attention(graph: Graph, pixels: set[str]) -> Iterator[Found]:
 def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: set[str]) -> None:
     """Refuse a graph in which images reach the logits through another attention beside or below.
 
-    Attention that learned vectors ask may stand below, and a softmax of the logits.
+    Attention whose queries are learned vectors may stand below, and so may a softmax of the logits.
 
     Raises:
         ModelError: If there is another one; names it.
@@ -117,9 +117,9 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
             continue
         if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _KEEP, pixels):
             continue
-        other = _around_softmax(graph, number, pixels)
-        asking = node.input[0] if node.op_type in FUSED else other and other.query
-        if asking is None or asking in pixels:
+        other = _read_softmax(graph, number, pixels)
+        query = node.input[0] if node.op_type in FUSED else other and other.query
+        if query is None or query in pixels:
             raise ModelError(
                 f"besides the last attention that could be read, {graph.describe(found.output)}, "
                 f"images reach the logits through {graph.describe(node.output[0])}; target_node= "
@@ -127,11 +127,11 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
             )
 
 
-def _around_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:
+def _read_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:
     """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
     node = graph.nodes[number]
     weights, products = [node.output[0]], set()
-    for name in weights:  # grows as casts and guards are passed
+    for name in weights:  # the list grows inside the loop, behind each cast and guard
         for consumer in graph.consumers.get(name, []):
             after = graph.nodes[consumer]
             if after.op_type in PRODUCTS:
@@ -143,13 +143,13 @@ def _around_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None
     after = graph.nodes[products.pop()]
     if after.input[0] not in weights or _factor(after) not in pixels:
         return None
-    before = _product_above(graph, node.input[0], pixels)
+    before = _find_product(graph, node.input[0], pixels)
     if before is None:
         return None
     return Found(number, before.input[0], _factor(before), _factor(after), after.output[0])
 
 
-def _product_above(graph: Graph, name: str, pixels: set[str]) -> onnx.NodeProto | None:
+def _find_product(graph: Graph, name: str, pixels: set[str]) -> onnx.NodeProto | None:
     """Return the product of queries and keys above a softmax, past scale, bias and casts."""
     while (node := graph.producer(name)) is not None:
         if node.op_type in PRODUCTS and _factor(node) in pixels:
@@ -169,7 +169,7 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
     """
     operands = [found.query, found.key, found.value]
     projects_itself = len(set(operands)) == 1
-    projected = [found.query] if projects_itself else _projected_from(graph, operands, pixels)
+    projected = [found.query] if projects_itself else _find_projected(graph, operands, pixels)
     ways = [list(graph.walk_up(name, _VIEWS, pixels)) for name in projected]
     if not ways:
         raise ModelError("no projection of queries, keys and values was found")
@@ -190,7 +190,7 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
     return normed
 
 
-def _projected_from(graph: Graph, names: list[str], pixels: set[str]) -> list[str]:
+def _find_projected(graph: Graph, names: list[str], pixels: set[str]) -> list[str]:
     """Return what the nearest projections above some values take."""
     waiting, seen = list(names), set()
     found: dict[str, None] = {}

@@ -104,7 +104,7 @@ def _sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     awaited = {name for node in graph.node for name in node.output if name}
     ordered: list[onnx.NodeProto] = []
     left = list(graph.node)
-    while left:  # once where the order is right already, which is kept then
+    while left:  # one pass is enough where the order is right already
         waiting = []
         for node in left:
             if awaited.isdisjoint(node_inputs(node)):
@@ -148,7 +148,7 @@ class Graph:
 
     @functools.cached_property
     def names(self) -> set[str]:
-        """The names of all values and nodes, also inside of nodes."""
+        """The names of all values and nodes, also in subgraphs."""
         return _all_names(self.model.graph)
 
     @functools.cached_property

@@ -82,16 +82,16 @@ def read_head(
     axes = {output: _token_axis(values[output].shape, count, attention.output.axes)}
     axes |= {name: _token_axis(values[name].shape, count) for name in inputs if name in pixels}
     made = [name for number in numbers for name in graph.nodes[number].output if name]
-    answers_to, shapes = _ask(graph, given, axes, made)
-    by_patches = answers_to(slice(prefix, count)) | axes.keys()
+    moved_by, shapes = _prepare_changes(graph, given, axes, made)
+    by_patches = moved_by(slice(prefix, count)) | axes.keys()
     if logits in by_patches:
         raise ModelError("the head reads all tokens, not prefix tokens alone")
-    by_prefix = [answers_to(slice(token, token + 1)) for token in range(prefix)]
+    by_prefix = [moved_by(slice(token, token + 1)) for token in range(prefix)]
     reads: dict[str, SingleTokenRead] = {}
     for number in numbers:
         node = graph.nodes[number]
-        # A token is taken out where a node takes a value that patches move and makes one that they
-        # do not. If no prefix token moves that either, it is a shape or a constant.
+        # A token is taken out by a node that takes a value which patches move, and makes one which
+        # they do not. If no prefix token moves that one either, it is a shape or a constant.
         sources = inputs_among(node, by_patches)
         for name in node.output:
             tokens = [token for token in range(prefix) if name in by_prefix[token]]
@@ -106,26 +106,27 @@ def read_head(
     return HeadReads({name: axis for name, axis in axes.items() if name != output}, reads)
 
 
-def _ask(
+def _prepare_changes(
     graph: Graph, given: Mapping[str, np.ndarray], axes: Mapping[str, int], made: Sequence[str]
 ) -> tuple[Callable[[slice], set[str]], dict[str, tuple[int, ...]]]:
-    """Return which values answer to changes of tokens, as a function, and all values' shapes.
+    """Return a function from tokens to the values that change with them, and all values' shapes.
 
     Args:
         graph: The graph.
-        given: What enters.
-        axes: What of it has tokens, and on which axis.
+        given: The values that enter.
+        axes: Those of them that have tokens -> their token axis.
         made: The values to look at.
     """
     run = graph.prepare(given, made)
     before = run(given)
     draw = np.random.default_rng(2)
 
-    def answers_to(tokens: slice) -> set[str]:
-        answering: set[str] = set()
-        # One change could miss a way that is closed at it. Strong noise opens what is flat near the
-        # usual values, as a ReLU or a clip is. Noise of any strength leaves a mean over many
-        # numbers nearly where it is, so all are also moved together: far up, and far down.
+    def moved_by(tokens: slice) -> set[str]:
+        moved: set[str] = set()
+        # A single change could miss a dependence. Where a ReLU or a clip is flat around the usual
+        # values, weak noise does not get through it, but strong noise does. And noise of any
+        # strength leaves the mean over many numbers nearly where it is, so all numbers are also
+        # moved together: once far up, once far down.
         for size, shift in ((1, 0), (10, 0), (1, 5), (1, -5)):
             changed = dict(given)
             for name, axis in axes.items():
@@ -135,11 +136,11 @@ def _ask(
                 part += noise.astype(part.dtype)
                 changed[name] = value
             after = run(changed)
-            answering |= {name for name in made if not _equal(before[name], after[name])}
-        return answering
+            moved |= {name for name in made if not _equal(before[name], after[name])}
+        return moved
 
     shapes = {name: value.shape for name, value in (*given.items(), *before.items())}
-    return answers_to, shapes
+    return moved_by, shapes
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
@@ -147,7 +148,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:
-    """Return the axis of all tokens in a value; the second one where several are as long.
+    """Return the axis of all tokens in a value; axis 1 where several are as long.
 
     Raises:
         ModelError: If there is none.

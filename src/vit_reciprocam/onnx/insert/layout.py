@@ -23,7 +23,7 @@ _ENOUGH = 0.7  # of the patches changed; in a wrong order about one of eight is 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a value's tokens are.
+    """The places of a value's tokens.
 
     Attributes:
         axes: Its token axis, or the two of its grid.
@@ -133,7 +133,7 @@ def check_layout(
         ModelError: If they do not.
     """
     (images,) = pictures
-    early = _before_attention(graph, pixels, pictures, value)
+    early = _find_early_tokens(graph, pixels, pictures, value)
     _check_order(graph, images, pictures[images], early or normed, layout)
     if early:
         _check_places(graph, images, pictures[images], early, normed, layout)
@@ -202,7 +202,7 @@ def _measure_moves(
     return moves
 
 
-def _before_attention(
+def _find_early_tokens(
     graph: Graph, pixels: set[str], given: Mapping[str, np.ndarray], normed: np.ndarray
 ) -> str | None:
     """Return the first value of F's shape that no attention has mixed yet, if there is one."""

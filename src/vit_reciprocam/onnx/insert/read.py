@@ -101,8 +101,8 @@ def read(
     below = graph.nodes_between([normed], [logits])
     wanted = [normed, logits, *graph.values_entering(below)]
     wanted += [name for number in below for name in graph.nodes[number].output if name]
-    convolutions = _convolutions_above(graph, normed, pixels)
-    pictures, values = _first_run(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
+    convolutions = _find_convolutions(graph, normed, pixels)
+    pictures, values = _run_once(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
     is_softmax = _check_logits(graph, logits, values[logits], len(pictures), pixels)
     if not np.issubdtype(values[normed].dtype, np.floating):
         raise ModelError(
@@ -217,7 +217,7 @@ def _find_target(graph: Graph, target: str, pixels: set[str]) -> str:
     raise ModelError(f"the graph has no node or value {target!r} that depends on the images")
 
 
-def _convolutions_above(graph: Graph, normed: str, pixels: set[str]) -> list[str]:
+def _find_convolutions(graph: Graph, normed: str, pixels: set[str]) -> list[str]:
     """Return what convolutions of the images make above F; one embeds the patches."""
     nodes = [graph.nodes[number] for number in graph.nodes_above([normed])]
     return [
@@ -227,7 +227,7 @@ def _convolutions_above(graph: Graph, normed: str, pixels: set[str]) -> list[str
     ]
 
 
-def _first_run(
+def _run_once(
     graph: Graph, images: onnx.ValueInfoProto, size: tuple[int, int] | None, wanted: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return random images, two where the batch is open, and the values that they give.
