@@ -17,7 +17,6 @@ from vit_reciprocam.libraries import LIBRARIES
 __all__ = [
     "GENERATOR",
     "check_folder",
-    "check_output",
     "holds_results",
     "is_ours",
     "library_versions",
@@ -136,21 +135,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """The ONNX file to write, before the work that makes it.
-
-    Raises:
-        InputError: If it cannot be written there.
-    """
-    file = Path(path)
-    if file.suffix != ".onnx":
-        raise InputError(f"the file to write must end in .onnx; got {file}")
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: name a file")
-    if not file.parent.is_dir():
-        raise InputError(f"there is no folder {file.parent} to write {file.name} to: make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"{file} cannot be written: no permission for {file.parent}")
-    return file

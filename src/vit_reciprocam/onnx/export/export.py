@@ -31,8 +31,9 @@ from vit_reciprocam.onnx.export.trace import (
     store_as_half,
     trace,
 )
+from vit_reciprocam.onnx.paths import check_output
 from vit_reciprocam.pictures.preprocess import Preprocess
-from vit_reciprocam.results.files import check_output, library_versions
+from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Exported", "export", "export_plain"]
 

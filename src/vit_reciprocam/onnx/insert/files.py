@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 import onnx
 from onnx import external_data_helper
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.onnx.paths import find_weights
 from vit_reciprocam.results.files import write_atomically
 
 __all__ = ["external_files", "load_model", "save_model"]
@@ -31,13 +32,13 @@ def load_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{path} is not an ONNX file, or was cut short")
     folder = path.parent.resolve()
-    for tensor in _external(model):
-        place = _location(tensor)
-        target = (folder / place).resolve()
-        if PurePosixPath(place).is_absolute() or not target.is_relative_to(folder):
-            raise ModelError(f"{path} asks for weights outside its folder: {place!r}; refused")
-        if not target.is_file():
-            raise ModelError(f"{path} needs the file {place!r} beside it, which is missing")
+    for place in external_files(model):
+        # A link out of the folder is refused too: insert copies the file that it leads to.
+        if not find_weights(path, place).resolve().is_relative_to(folder):
+            raise ModelError(
+                f"{path} asks for weights outside its folder, by the link {place!r}: that is "
+                "refused. Put the file itself in place of the link"
+            )
     return model
 
 

@@ -26,9 +26,10 @@ from vit_reciprocam.onnx.insert.graph import Graph
 from vit_reciprocam.onnx.insert.outputs import append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, find_images, read
 from vit_reciprocam.onnx.insert.rounding import remove_rounding
+from vit_reciprocam.onnx.paths import check_output
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.presets import parse_preprocess
-from vit_reciprocam.results.files import check_output, library_versions
+from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Inserted", "insert"]
 

@@ -12,9 +12,10 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.onnx.paths import find_weights
 
 __all__ = ["Header", "digest", "read_header"]
 
@@ -182,23 +183,12 @@ def _checked(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
         ModelError: If one lies outside the folder, is not there, or is too short.
     """
     found = []
-    for name, end in sorted(locations.items()):
-        inside = PurePosixPath(name), PureWindowsPath(name)
-        if any(one.anchor or ".." in one.parts for one in inside):
+    for location, end in sorted(locations.items()):
+        weights = find_weights(file, location)
+        if weights.stat().st_size < end:
             raise ModelError(
-                f"{file} asks for weights outside its own folder, in {name!r}: that is refused. "
-                "Store its weights beside it, by onnx.save(..., save_as_external_data=True)"
+                f"{weights}, which holds weights of {file.name}, is truncated: it has "
+                f"{weights.stat().st_size} bytes, and {end} are needed"
             )
-        beside = file.parent / name
-        if not beside.is_file():
-            raise ModelError(
-                f"{file} has its weights in {name!r}, which is not beside it: copy that file into "
-                f"{file.parent} too"
-            )
-        if beside.stat().st_size < end:
-            raise ModelError(
-                f"{beside}, which holds weights of {file.name}, is truncated: it has "
-                f"{beside.stat().st_size} bytes, and {end} are needed"
-            )
-        found.append(beside)
+        found.append(weights)
     return tuple(found)
