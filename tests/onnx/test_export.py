@@ -35,6 +35,7 @@ from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot
 from vit_reciprocam.onnx.contract import Metadata
+from vit_reciprocam.onnx.export import trace
 from vit_reciprocam.onnx.export.export import export, export_plain
 from vit_reciprocam.pictures.preprocess import Preprocess
 
@@ -377,8 +378,8 @@ def test_an_interrupted_export_leaves_what_was_there(tmp_path, model, monkeypatc
 
 
 def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, model, monkeypatch):
-    real = vr.onnx.traced.attend
-    monkeypatch.setattr("vit_reciprocam.onnx.export.trace.attend", lambda *args: 1.01 * real(*args))
+    real = trace.attend
+    monkeypatch.setattr(trace, "attend", lambda *args: 1.01 * real(*args))
     with pytest.raises(ModelError, match="logits differ from PyTorch's by"):
         export(model, tmp_path / "model.onnx", size=SIZE)
     assert not list(tmp_path.iterdir())

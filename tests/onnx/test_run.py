@@ -457,7 +457,7 @@ def test_external_data(files, tmp_path, images, expected, backend):
     with pytest.raises(ModelError, match=r"m\.bin, which holds weights of m\.onnx, is truncated"):
         OnnxExplainer(path, backend=backend)
     weights.unlink()
-    with pytest.raises(ModelError, match=r"'weights/m\.bin', which is not beside it: copy"):
+    with pytest.raises(ModelError, match=r"'weights/m\.bin', which is missing: copy"):
         OnnxExplainer(path, backend=backend)
     outside = tmp_path / "outside.bin"
     outside.write_bytes(content)
@@ -469,7 +469,7 @@ def test_external_data(files, tmp_path, images, expected, backend):
             for entry in weight.external_data:
                 entry.value = where if entry.key == "location" else entry.value
         path.write_bytes(moved.SerializeToString())
-        with pytest.raises(ModelError, match="asks for weights outside its own folder, in '"):
+        with pytest.raises(ModelError, match="asks for weights outside its folder, in '"):
             OnnxExplainer(path, backend=backend)
 
 
