@@ -1,8 +1,15 @@
-"""What stands at the top of an ONNX file, read without the onnx package and without its weights.
+"""Facts about an ONNX file, read by a small protobuf reader of our own and not by the package onnx.
 
-An ONNX file is one protobuf message. Only the few fields that are needed here are looked at, and
-everything else is skipped, so that a file of gigabytes costs a few milliseconds. Field numbers:
-onnx.proto, ModelProto and what it holds.
+An ONNX file is one protobuf message. The package onnx is a large dependency, and would read all of
+the file, weights included. The core, which only runs explained files, does without it: the few
+fields that it needs are read here by hand, and everything else is skipped, so that a file of
+gigabytes costs a few milliseconds. They are the metadata, the opset, the names of inputs and
+outputs, and where external weights lie. A damaged file is told from one that is not an ONNX file.
+
+A message is a row of fields. Each begins with an integer that holds the number of the field and how
+its value is stored: as an integer of variable length ("varint"), in 4 or 8 bytes, or as a length
+and so many bytes, which are text or another message
+(https://protobuf.dev/programming-guides/encoding). The numbers of the fields are in onnx.proto.
 """
 
 from __future__ import annotations
@@ -19,32 +26,32 @@ from vit_reciprocam.onnx.paths import find_weights
 
 __all__ = ["Header", "digest", "read_header"]
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # how a field's value is stored
 
 
 class _DamagedError(Exception):
-    """The bytes are no protobuf message."""
+    """The bytes are not a protobuf message."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """What an ONNX file says of itself.
 
     Attributes:
-        properties: Its metadata.
-        opsets: Version of each operator domain; "" is ONNX's own.
+        properties: The file's metadata.
+        opset: Version of ONNX's own operators.
         external: Files beside it that hold its weights.
-        ends: Names of the graph's inputs and outputs.
+        ports: Names of the graph's inputs and outputs.
     """
 
     properties: dict[str, str]
-    opsets: dict[str, int]
+    opset: int
     external: tuple[Path, ...]
-    ends: frozenset[str]
+    ports: frozenset[str]
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read it, and check that the files of its weights are there.
+    """Read the header of an ONNX file, and check that the files of its weights are there.
 
     Raises:
         ModelError: If there is no such file, it is not an ONNX file or not a whole one, or its
@@ -57,21 +64,26 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise ModelError(f"{file} is empty (0 bytes)")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         begin = bytes(data[:16])
-        version = begin[1] if begin[0] == 1 << 3 | _VARINT and len(begin) > 1 else None
+        # The first field of a model is its ir_version, number 1, an integer.
+        looks_like_onnx = len(begin) > 1 and begin[0] == 1 << 3 | _VARINT
         try:
-            properties, opsets, locations, ends = _model(data)
+            properties, opset, locations, ports = _read_model(data)
         except _DamagedError as error:
-            if version is None:
+            if not looks_like_onnx:
                 raise ModelError(f"{file} is not an ONNX file: it begins with {begin!r}") from error
             raise ModelError(f"{file} is truncated or damaged: fetch or write it anew") from error
-    if not ends:
-        what = "not an ONNX file" if version is None else "truncated or damaged: it holds no graph"
+    if not ports:
+        what = "truncated or damaged: it holds no graph" if looks_like_onnx else "not an ONNX file"
         raise ModelError(f"{file} is {what}")
-    return Header(properties, opsets, _checked(file, locations), frozenset(ends))
+    return Header(properties, opset, _find_external(file, locations), frozenset(ports))
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the file and then of the files of its weights, by name."""
+    """Return the SHA-256 of a file followed by the files of its weights in the order of names.
+
+    Raises:
+        ModelError: As `read_header`.
+    """
     summary = hashlib.sha256()
     for file in (Path(path), *read_header(path).external):
         with file.open("rb") as opened:
@@ -80,67 +92,73 @@ def digest(path: str | os.PathLike[str]) -> str:
     return summary.hexdigest()
 
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # where the bytes of a value begin and end
 Data = bytes | mmap.mmap
 
 
-def _model(data: Data) -> tuple[dict[str, str], dict[str, int], dict[str, int], set[str]]:
-    """Of a ModelProto: metadata, opsets, the end of what is used of each external file, ends."""
+def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[str]]:
+    """Read a ModelProto.
+
+    Returns:
+        Its metadata; the version of ONNX's operators; the location of each file of external weights
+        -> how many of its bytes are needed; the names of inputs and outputs.
+    """
     properties: dict[str, str] = {}
-    opsets: dict[str, int] = {}
+    opset = 1
     locations: dict[str, int] = {}
-    ends: set[str] = set()
-    for number, value in _fields(data, (0, len(data))):
+    ports: set[str] = set()
+    for number, value in _read_fields(data, (0, len(data))):
         if number == 7:  # graph
-            for inner, part in _fields(data, _span(value)):
+            for inner, part in _read_fields(data, _as_span(value)):
                 if inner == 5:  # initializer
-                    _external(data, _span(part), locations)
+                    _note_external(data, _as_span(part), locations)
                 elif inner in (11, 12):  # input, output
-                    ends.add(_text(data, dict(_fields(data, _span(part))).get(1, (0, 0))))
+                    fields = dict(_read_fields(data, _as_span(part)))
+                    ports.add(_as_text(data, fields.get(1, (0, 0))))
         elif number == 8:  # opset_import
-            opset = dict(_fields(data, _span(value)))
-            domain = _text(data, opset[1]) if 1 in opset else ""
-            version = opset.get(2, 0)
-            opsets[domain] = version if isinstance(version, int) else 0
+            fields = dict(_read_fields(data, _as_span(value)))
+            domain, version = _as_text(data, fields.get(1, (0, 0))), fields.get(2, 0)
+            if domain == "":
+                opset = version if isinstance(version, int) else 0
         elif number == 14:  # metadata_props
-            properties |= _entry(data, _span(value))
-    return properties, opsets, locations, ends
+            properties |= _read_entry(data, _as_span(value))
+    return properties, opset, locations, ports
 
 
-def _external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
-    """Add to `locations` where a TensorProto's values lie, if outside this file."""
+def _note_external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
+    """Add to `locations` where the values of a TensorProto lie, if outside this file."""
     about: dict[str, str] = {}
-    for number, value in _fields(data, tensor):
+    for number, value in _read_fields(data, tensor):
         if number == 13:  # external_data
-            about |= _entry(data, _span(value))
+            about |= _read_entry(data, _as_span(value))
     if "location" in about:
-        ends = (about.get("offset", "0"), about.get("length", "0"))
-        if not all(end.isdigit() for end in ends):
+        offset_and_length = (about.get("offset", "0"), about.get("length", "0"))
+        if not all(text.isdigit() for text in offset_and_length):
             raise _DamagedError
-        known = locations.get(about["location"], 0)
-        locations[about["location"]] = max(known, sum(map(int, ends)))
+        needed = sum(map(int, offset_and_length))
+        locations[about["location"]] = max(locations.get(about["location"], 0), needed)
 
 
-def _entry(data: Data, span: Span) -> dict[str, str]:
-    """Of a StringStringEntryProto."""
-    pair = dict(_fields(data, span))
-    return {_text(data, pair.get(1, (0, 0))): _text(data, pair.get(2, (0, 0)))}
+def _read_entry(data: Data, span: Span) -> dict[str, str]:
+    """Read a StringStringEntryProto: a key and its value."""
+    pair = dict(_read_fields(data, span))
+    return {_as_text(data, pair.get(1, (0, 0))): _as_text(data, pair.get(2, (0, 0)))}
 
 
-def _fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
-    """Number and value of each field of a message: an integer, or where its bytes lie."""
+def _read_fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
+    """Yield number and value of each field of a message: an integer, or where its bytes lie."""
     at, end = span
     while at < end:
-        key, at = _varint(data, at, end)
+        key, at = _read_varint(data, at, end)
         number, kind = key >> 3, key & 7
         value: int | Span
         if kind == _VARINT:
-            value, at = _varint(data, at, end)
+            value, at = _read_varint(data, at, end)
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
             value, at = (at, at + size), at + size
         elif kind == _BYTES:
-            size, at = _varint(data, at, end)
+            size, at = _read_varint(data, at, end)
             value, at = (at, at + size), at + size
         else:
             raise _DamagedError
@@ -149,7 +167,8 @@ def _fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
         yield number, value
 
 
-def _varint(data: Data, at: int, end: int) -> tuple[int, int]:
+def _read_varint(data: Data, at: int, end: int) -> tuple[int, int]:
+    """Read an integer and where the next byte lies: 7 bits per byte, the lowest first."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:
@@ -162,22 +181,22 @@ def _varint(data: Data, at: int, end: int) -> tuple[int, int]:
     raise _DamagedError
 
 
-def _span(value: int | Span) -> Span:
+def _as_span(value: int | Span) -> Span:
     if isinstance(value, int):
         raise _DamagedError
     return value
 
 
-def _text(data: Data, value: int | Span) -> str:
-    start, end = _span(value)
+def _as_text(data: Data, value: int | Span) -> str:
+    start, end = _as_span(value)
     try:
         return data[start:end].decode()
     except UnicodeDecodeError as error:
         raise _DamagedError from error
 
 
-def _checked(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
-    """The files of external data.
+def _find_external(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
+    """Return the files of external weights.
 
     Raises:
         ModelError: If one lies outside the folder, is not there, or is too short.

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO, each behind one function: a file in, a `Session` out. No torch."""
+"""ONNX Runtime and OpenVINO behind one function: a file in, a `Session` out, without torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import numpy as np
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, check_choice
 from vit_reciprocam.onnx.run.protobuf import Header, read_header
 
-__all__ = ["BACKENDS", "Port", "Session", "open_session"]
+__all__ = ["BACKENDS", "Port", "Session", "open_onnxruntime", "open_session"]
 
 BACKENDS = ("onnxruntime", "openvino")
 
-Feed = Mapping[str, np.ndarray]
+Feed = Mapping[str, np.ndarray]  # inputs by name
 
 _VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # OpenVINO's devices that stand for others
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Session:
     """A file made ready in a runtime.
 
     Attributes:
-        backend: Of `BACKENDS`.
-        device: What it runs on, by the runtime's name.
-        inputs: By name.
-        outputs: By name.
-        run_all: Names of outputs, and inputs by name for each of several runs -> a list of those
-            outputs for each run. Runs may overlap where the session has several streams.
-        streams: How many runs may overlap.
+        backend: The runtime, one of `BACKENDS`.
+        device: The device it runs on, by the runtime's name.
+        inputs: Input name -> its type and shape.
+        outputs: Output name -> its type and shape.
+        run_all: Function of the names of some outputs, and of the inputs by name for each of
+            several runs. It returns a list of those outputs for each run. Runs may overlap where
+            the session has several streams.
+        streams: Number of runs that may overlap.
     """
 
     backend: str
@@ -57,7 +59,13 @@ class Session:
     streams: int = 1
 
     def run(self, names: Sequence[str], batch: Feed) -> list[np.ndarray]:
-        """These outputs of a batch, in pieces where the graph's is static or there are streams."""
+        """Return these outputs of a batch, each with the batch as its first axis.
+
+        The batch is cut into pieces where the graph's own is static, or where streams share it.
+
+        Raises:
+            ModelError: If the runtime fails.
+        """
         count = len(next(iter(batch.values())))
         fixed = self.inputs[next(iter(batch))].shape[0]
         step = fixed or math.ceil(count / self.streams)
@@ -65,7 +73,8 @@ class Session:
         for start in range(0, count, step):
             piece = {name: value[start : start + step] for name, value in batch.items()}
             if fixed and start + step > count:
-                rows = np.arange(step).clip(0, count - start - 1)  # the last image again
+                # The last piece is filled up with its last image; what that gives is cut off.
+                rows = np.arange(step).clip(0, count - start - 1)
                 piece = {name: value[rows] for name, value in piece.items()}
             pieces.append(piece)
         results = self.run_all(names, pieces)
@@ -87,11 +96,11 @@ def open_session(
     Args:
         path: The file.
         backend: "onnxruntime" or "openvino".
-        device: Of ONNX Runtime an execution provider, such as "CUDAExecutionProvider" or "cuda";
-            of OpenVINO a device, such as "GPU" or "AUTO:GPU,CPU". What is not there is refused:
+        device: For ONNX Runtime an execution provider, such as "CUDAExecutionProvider" or "cuda";
+            for OpenVINO a device, such as "GPU" or "AUTO:GPU,CPU". What is not there is refused:
             nothing runs on another device than the one named.
-        threads: Of the CPU, inside one run; None leaves it to the runtime.
-        streams: Of OpenVINO: how many runs may overlap.
+        threads: Number of CPU threads inside one run; None leaves it to the runtime.
+        streams: Number of runs that may overlap, in OpenVINO only.
 
     Raises:
         ModelError: If the file cannot be read, or the runtime cannot run it.
@@ -103,30 +112,56 @@ def open_session(
         if number is not None and number < 1:
             raise InputError(f"{name} must be 1 or more; got {number}")
     header = read_header(path)
-    opset = header.opsets.get("", 1)
     if backend == "openvino":
-        return _openvino(Path(path), header, device, threads, streams)
+        return _open_in_openvino(Path(path), header, device, threads, streams)
     if streams is not None:
         raise InputError("streams are OpenVINO's: pass backend='openvino', or threads=")
-    return _onnxruntime(Path(path), opset, device, threads)
+    return _open_in_onnxruntime(Path(path), header.opset, device, threads)
 
 
-def _onnxruntime(path: Path, opset: int, device: str, threads: int | None) -> Session:
+def open_onnxruntime(
+    model: Path | bytes,
+    *,
+    provider: str = "CPUExecutionProvider",
+    threads: int | None = None,
+    optimize: bool = True,
+    weights_folder: Path | None = None,
+) -> Any:
+    """Return an `onnxruntime.InferenceSession`, whose errors are those of ONNX Runtime.
+
+    Args:
+        model: An ONNX file, or the bytes of one.
+        provider: Name of the execution provider.
+        threads: Number of CPU threads inside one run; None leaves it to ONNX Runtime.
+        optimize: Whether nodes may be rearranged and fused. Without, each runs as it stands.
+        weights_folder: Folder of the external weights, where the model is given as bytes.
+    """
     import onnxruntime
 
-    provider = _provider(device, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     # Between runs threads would go on spinning and slow down whatever runs then.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if weights_folder is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_folder.resolve()))
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def _open_in_onnxruntime(path: Path, opset: int, device: str, threads: int | None) -> Session:
+    import onnxruntime
+
+    provider = _find_provider(device, onnxruntime.get_available_providers())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of falling back, which is refused below
-            session = onnxruntime.InferenceSession(path, options, providers=[provider])
+            # ONNX Runtime warns of falling back to another provider, which is refused below.
+            warnings.simplefilter("ignore")
+            session = open_onnxruntime(path, provider=provider, threads=threads)
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise _unfit(path, "ONNX Runtime", "onnxruntime", opset, error) from error
+        raise _loading_error(path, "ONNX Runtime", "onnxruntime", opset, error) from error
     if provider not in session.get_providers():
         raise ModelError(
             f"ONNX Runtime has {provider} but could not start it, and would run {path} on "
@@ -139,12 +174,12 @@ def _onnxruntime(path: Path, opset: int, device: str, threads: int | None) -> Se
         try:
             return [session.run(list(names), dict(feed)) for feed in feeds]
         except Exception as error:
-            raise ModelError(f"{path} failed in ONNX Runtime: {_reason(error)}") from error
+            raise ModelError(f"{path} failed in ONNX Runtime: {_one_line(error)}") from error
 
     def ports(nodes: Any) -> dict[str, Port]:
         return {
             node.name: Port(
-                _dtype(path, node.name, node.type),
+                _to_dtype(path, node.name, node.type),
                 tuple(side if isinstance(side, int) else None for side in node.shape),
             )
             for node in nodes
@@ -154,8 +189,8 @@ def _onnxruntime(path: Path, opset: int, device: str, threads: int | None) -> Se
     return Session("onnxruntime", provider, inputs, outputs, run_all)
 
 
-def _provider(device: str, available: Sequence[str]) -> str:
-    """ONNX Runtime's name of a device, which may be written without "ExecutionProvider"."""
+def _find_provider(device: str, available: Sequence[str]) -> str:
+    """Return the provider that a device names, also without "ExecutionProvider" at its end."""
     wanted = device.lower().removesuffix("executionprovider")
     for provider in available:
         if provider.lower().removesuffix("executionprovider") == wanted:
@@ -178,17 +213,17 @@ _DTYPES = {
 }
 
 
-def _dtype(path: Path, name: str, written: str) -> np.dtype[Any]:
-    """Of ONNX Runtime's name of a type, such as "tensor(float)"."""
-    kind = re.fullmatch(r"tensor\((\w+)\)", written)
+def _to_dtype(path: Path, name: str, type_name: str) -> np.dtype[Any]:
+    """Return NumPy's type for ONNX Runtime's name of a type, such as "tensor(float)"."""
+    kind = re.fullmatch(r"tensor\((\w+)\)", type_name)
     if kind is None or kind[1] not in _DTYPES:
         raise ModelError(
-            f"{path}: {name!r} is {written}, and only tensors of NumPy's types can be read"
+            f"{path}: {name!r} is {type_name}, and only tensors of NumPy's types can be read"
         )
     return np.dtype(_DTYPES[kind[1]])
 
 
-def _openvino(
+def _open_in_openvino(
     path: Path, header: Header, device: str, threads: int | None, streams: int | None
 ) -> Session:
     try:
@@ -212,10 +247,9 @@ def _openvino(
                 raise InputError(f"OpenVINO's device {device} has no {name}: leave it out")
         config = {name: value for name, value in config.items() if name in known}
     try:
-        compiled = _compiled(core, path, device, config)
+        compiled = _compile(core, path, device, config)
     except RuntimeError as error:
-        opset = header.opsets.get("", 1)
-        raise _unfit(path, "OpenVINO", "openvino", opset, error) from error
+        raise _loading_error(path, "OpenVINO", "openvino", header.opset, error) from error
 
     # Requests in turn, and not an AsyncInferQueue: that may drop its Python callback in a thread of
     # its own, without Python's lock, and the process with it.
@@ -226,7 +260,7 @@ def _openvino(
     def run_all(names: Sequence[str], feeds: Sequence[Feed]) -> list[list[np.ndarray]]:
         ports = [compiled.output(name) for name in names]
 
-        def taken(request: Any) -> list[np.ndarray]:
+        def collect(request: Any) -> list[np.ndarray]:
             request.wait()
             return [np.array(request.get_tensor(port).data) for port in ports]
 
@@ -239,15 +273,15 @@ def _openvino(
                 for number, feed in enumerate(feeds):
                     request = requests[number % count]
                     if number >= count:
-                        results.append(taken(request))
+                        results.append(collect(request))
                     request.start_async(dict(feed))
                 last = range(len(feeds) - count, len(feeds))
-                return results + [taken(requests[number % count]) for number in last]
+                return results + [collect(requests[number % count]) for number in last]
             except BaseException as error:
                 requests.clear()  # some may still run
                 if not isinstance(error, RuntimeError):
                     raise
-                raise ModelError(f"{path} failed in OpenVINO: {_reason(error)}") from error
+                raise ModelError(f"{path} failed in OpenVINO: {_one_line(error)}") from error
 
     def ports(found: Any) -> dict[str, Port]:
         return {
@@ -256,15 +290,15 @@ def _openvino(
                 tuple(side.get_length() if side.is_static else None for side in port.partial_shape),
             )
             for port in found
-            for name in port.names & header.ends  # a port may have others besides
+            for name in port.names & header.ports  # OpenVINO may give a port other names besides
         }
 
     inputs, outputs = ports(compiled.inputs), ports(compiled.outputs)
     return Session("openvino", device, inputs, outputs, run_all, streams or 1)
 
 
-def _compiled(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:
-    """Compile a file; where OpenVINO's fusing of element-wise nodes fails, without it.
+def _compile(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:
+    """Compile a file, without fusing element-wise nodes where OpenVINO fails at that.
 
     OpenVINO 2026.4 runs out of registers on some long chains of static shape ("not enough registers
     for a snippet"). Without fusing these are the same nodes, one by one.
@@ -281,25 +315,28 @@ def _check_device(device: str, available: Sequence[str]) -> None:
     """Refuse a device that OpenVINO does not have here; "GPU" also names "GPU.0".
 
     Raises:
-        InputError: If it does not; the message lists those that it has.
+        InputError: If OpenVINO does not have it; the message lists the devices that it has.
     """
     virtual, _, listed = device.partition(":")
     names = listed.split(",") if virtual in _VIRTUAL and listed else [device]
     for name in names:
-        plain = re.sub(r"\(\d+\)$", "", name.strip().removeprefix("-"))
-        parts = {one.partition(".")[0] for one in available} | {*available}
-        if plain not in parts and device not in _VIRTUAL:
+        # AUTO and MULTI take priorities and exclusions: "AUTO:-CPU,GPU(2)" names CPU and GPU.
+        bare = re.sub(r"\(\d+\)$", "", name.strip().removeprefix("-"))
+        known = {one.partition(".")[0] for one in available} | {*available}
+        if bare not in known and device not in _VIRTUAL:
             raise InputError(
-                f"OpenVINO has no device {plain!r} here; available: {', '.join(available)}, and "
+                f"OpenVINO has no device {bare!r} here; available: {', '.join(available)}, and "
                 f"{', '.join(_VIRTUAL)} of these"
             )
 
 
-def _unfit(path: Path, runtime: str, package: str, opset: int, error: Exception) -> ModelError:
+def _loading_error(
+    path: Path, runtime: str, package: str, opset: int, error: Exception
+) -> ModelError:
     return ModelError(
         f"{path}, of opset {opset}, cannot be loaded by {runtime} {version(package)}: "
-        f"{_reason(error)}. Where an operator or opset is too new for it, upgrade {package}, take "
-        "the other backend, or write the file with a lower opset"
+        f"{_one_line(error)}. Where an operator or opset is too new for it, upgrade {package}, "
+        "take the other backend, or write the file with a lower opset"
     )
 
 
@@ -309,7 +346,7 @@ _NOISE = re.compile(
 )
 
 
-def _reason(error: Exception) -> str:
-    """A runtime's message in one line, without the places in its sources."""
+def _one_line(error: Exception) -> str:
+    """Return a runtime's message in one line, without the places in its sources."""
     text = " ".join(_NOISE.sub("", str(error)).split()).rstrip(".: ")
     return text[:400] or type(error).__name__
