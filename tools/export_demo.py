@@ -1,7 +1,7 @@
 """Make the bundled assets from trained weights: `python tools/export_demo.py`.
 
-Writes `demo.onnx` (prediction and all maps), `demo-plain.onnx` (the prediction alone, to hold the
-cost against) and `demo.png` into the package.
+This writes into the package `demo.onnx` (prediction and all maps), `demo-plain.onnx` (the
+prediction alone, to compare costs with) and `demo.png`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from train_demo import ARCHITECTURE, SIZE
 from vit_reciprocam.classifier.load import ASSETS
-from vit_reciprocam.onnx.export.export import export, export_plain
+from vit_reciprocam.onnx.export.export import export, export_prediction
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
@@ -26,16 +26,19 @@ def main() -> None:
     """Read the weights and write the assets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--weights", type=Path, default=Path(__file__).with_name("demo.safetensors")
+        "--weights",
+        type=Path,
+        default=Path(__file__).with_name("demo.safetensors"),
+        help="File that `train_demo.py` wrote.",
     )
-    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--out", type=Path, default=ASSETS, help="Folder to write the assets to.")
     args = parser.parse_args()
     model = VisionTransformer(**ARCHITECTURE).eval()
     model.load_state_dict(load_file(args.weights))
     export(
         model, args.out / "demo.onnx", class_names=list(CLASSES), preprocess=PREPROCESS, name="demo"
     )
-    export_plain(model, args.out / "demo-plain.onnx", size=PREPROCESS.size)
+    export_prediction(model, args.out / "demo-plain.onnx", size=PREPROCESS.size)
     draw_scene(PICTURE_SEED, size=PICTURE_SIZE, objects=3).image.save(args.out / "demo.png")
 
 

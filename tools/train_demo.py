@@ -1,20 +1,20 @@
 """Train the bundled demo model on drawn scenes: `python tools/train_demo.py --out runs/demo`.
 
-A plain timm VisionTransformer learns two things at once. Its class token says of each class
-whether it is in the scene, each for itself: with a softmax over the classes present, evidence
-for one object would count against the other. Every patch token names what it lies on (token
-labelling, Jiang et al. 2021, "All Tokens Matter"), without which so small a model on so few
-pictures would hardly learn; that part is not shipped.
+A timm VisionTransformer learns two things at once. From its class token it predicts for each
+class, independently of the others, whether it is in the scene: with a softmax over the classes
+present, evidence for one object would count against the other. From every patch token it predicts
+what the patch shows (token labelling, Jiang et al. 2021, "All Tokens Matter"). Without that, so
+small a model would hardly learn from so few pictures; this second head is not shipped.
 
-Half of the patches are dropped at random until the last epochs, which halves the cost. In half
-of the scenes the class token enters the last block as it entered the first, so that the last
-block, where the method masks, learns to read the patches rather than to trust what was decided
-before. Two short further stages, on classes alone, show that block's attention only some of the
-patches, and those faintly, so that little evidence counts as what it is. The weights shipped are
-the mean of those after each stage (Izmailov et al. 2018, "Averaging Weights Leads to Wider
-Optima").
+Until the last two epochs half of the patches are dropped at random, which halves the cost. In half
+of the scenes the class token enters the last block as it entered the first. So the last block,
+where the method masks, learns to read the patches rather than to trust what earlier blocks decided.
+Two short further stages, on classes alone, show the last block's attention only some of the
+patches, and those faintly, so that a little evidence moves the prediction only a little. The
+weights shipped are the mean of those after each stage (Izmailov et al. 2018, "Averaging Weights
+Leads to Wider Optima").
 
-Seeded; under an hour on two cores.
+The training is seeded and takes under an hour on two cores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ BACKGROUND = len(CLASSES)
 
 
 def draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene: pixels (SIZE, SIZE, 3), classes present (classes,), patch classes."""
+    """Draw a scene: pixels (SIZE, SIZE, 3), classes present (classes,), patch classes (GRID, GRID).
+
+    A patch has the class of the object that covers more than 40 % of it, else it is background.
+    """
     scene = draw_scene(seed, size=SIZE)
     present = np.zeros(len(CLASSES), dtype=np.float32)
     present[list(scene.labels)] = 1
@@ -67,7 +70,7 @@ def draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw_many(first: int, count: int) -> Batch:
-    """Images uint8 (count, 3, SIZE, SIZE), classes present and patch classes of many scenes."""
+    """Draw many scenes: images uint8 (count, 3, SIZE, SIZE), classes present, patch classes."""
     with ProcessPoolExecutor() as pool:
         drawn = pool.map(draw, range(first, first + count), chunksize=256)
         images, present, patches = (torch.from_numpy(np.stack(c)) for c in zip(*drawn, strict=True))
@@ -75,7 +78,7 @@ def draw_many(first: int, count: int) -> Batch:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Turn uint8 into the model's input: mean 0.5, standard deviation 0.5."""
+    """Turn uint8 images into the model's input: mean 0.5, standard deviation 0.5."""
     return images.float() / 127.5 - 1
 
 
@@ -88,7 +91,7 @@ def augment(images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def learn_to_see(model: VisionTransformer, namer: nn.Linear, keep: int, batch: Batch) -> Losses:
-    """First stage: classes from the class token, patch classes from `keep` random patches."""
+    """Return the losses of the first stage: classes, and patch classes of `keep` random patches."""
     images, present, patches = batch
     images, patches = augment(images, patches)
     tokens = model._pos_embed(model.patch_embed(normalise(images)))
@@ -104,7 +107,7 @@ def learn_to_see(model: VisionTransformer, namer: nn.Linear, keep: int, batch: B
 
 
 def learn_from_little(model: VisionTransformer, batch: Batch) -> Losses:
-    """Second stage: classes alone, where the last block's attention sees few and faint patches."""
+    """Return the loss of the second stage, whose last attention sees few and faint patches."""
     images, present, patches = batch
     images, _ = augment(images, patches)
     tokens = model._pos_embed(model.patch_embed(normalise(images)))
@@ -112,8 +115,8 @@ def learn_from_little(model: VisionTransformer, batch: Batch) -> Losses:
     count = len(images)
     share, level = torch.rand(count, 1, 1), 0.1 + 0.9 * torch.rand(count, 1, 1)
     seen = level * (torch.rand(count, x.shape[1], 1) < share)
-    seen = torch.where(torch.rand(count, 1, 1) < 0.3, 1.0, seen)  # the rest as ever
-    seen[:, 0] = 1.0
+    seen = torch.where(torch.rand(count, 1, 1) < 0.3, 1.0, seen)  # in 30 % of scenes, everything
+    seen[:, 0] = 1.0  # the class token
     block = model.blocks[-1]
     x = x + block.attn(block.norm1(x) * seen)
     x = x + block.mlp(block.norm2(x))
@@ -123,14 +126,14 @@ def learn_from_little(model: VisionTransformer, batch: Batch) -> Losses:
 
 
 def forgetful(tokens: Tensor, blank: Tensor) -> Tensor:
-    """The class token as it was at first, in half of the scenes."""
+    """Replace the class token, in half of the scenes, by what it was at first."""
     forget = torch.rand(len(tokens), 1, 1) < 0.5
     return torch.cat([torch.where(forget, blank, tokens[:, :1]), tokens[:, 1:]], dim=1)
 
 
 @torch.no_grad()
 def accuracy(model: VisionTransformer, valid: Batch) -> float:
-    """Share of scenes whose top class is one of those present."""
+    """Return the share of scenes whose top class is one of those present."""
     images, present, _ = valid
     model.eval()
     top = torch.cat([model(normalise(batch)).argmax(1) for batch in images.split(250)])
@@ -148,7 +151,7 @@ def fit(
     lr: float,
     batch: int = 64,
 ) -> list[dict[str, float]]:
-    """One epoch for each loss, with one warm-up and decay over all; the log of each epoch."""
+    """Train one epoch per loss, with one warm-up and decay over all; return each epoch's log."""
     began = time.monotonic()
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -182,9 +185,11 @@ def fit(
 def main() -> None:
     """Train in stages and write `demo.safetensors` and `demo.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--scenes", type=int, default=36_000)
-    parser.add_argument("--start", type=Path, help="folder of a finished first stage, to skip it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="Folder to write weights and log to."
+    )
+    parser.add_argument("--scenes", type=int, default=36_000, help="Number of training scenes.")
+    parser.add_argument("--start", type=Path, help="Folder of a finished first stage, to skip it.")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -215,7 +220,7 @@ def main() -> None:
 
 
 def write(model: VisionTransformer, log: list[dict[str, float]], folder: Path) -> None:
-    """The weights, and how they came about."""
+    """Write the weights, and a record of how they were trained."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "demo.safetensors")
     record = {"architecture": ARCHITECTURE, "classes": list(CLASSES), "log": log}

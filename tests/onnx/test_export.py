@@ -36,7 +36,7 @@ from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot
 from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.onnx.export import trace
-from vit_reciprocam.onnx.export.export import export, export_plain
+from vit_reciprocam.onnx.export.export import export, export_prediction
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 SIZE = (12, 20)
@@ -378,8 +378,8 @@ def test_an_interrupted_export_leaves_what_was_there(tmp_path, model, monkeypatc
 
 
 def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, model, monkeypatch):
-    real = trace.attend
-    monkeypatch.setattr(trace, "attend", lambda *args: 1.01 * real(*args))
+    real = trace.attend_by_convolution
+    monkeypatch.setattr(trace, "attend_by_convolution", lambda *args: 1.01 * real(*args))
     with pytest.raises(ModelError, match="logits differ from PyTorch's by"):
         export(model, tmp_path / "model.onnx", size=SIZE)
     assert not list(tmp_path.iterdir())
@@ -433,7 +433,7 @@ def test_what_load_returns_brings_the_rest(tmp_path):
 
 
 def test_the_plain_model(tmp_path, model):
-    export_plain(model, tmp_path / "model.onnx", size=SIZE)
+    export_prediction(model, tmp_path / "model.onnx", size=SIZE)
     images = images_of(3, SIZE)
     got = onnx_runtime(tmp_path / "model.onnx")(images=images.numpy())
     assert list(got) == ["logits"]

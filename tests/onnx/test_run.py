@@ -29,7 +29,7 @@ from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
 from vit_reciprocam.methods import METHODS
 from vit_reciprocam.methods.null import NULLS
-from vit_reciprocam.onnx.export.export import export_plain
+from vit_reciprocam.onnx.export.export import export_prediction
 from vit_reciprocam.onnx.insert.insert import insert
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
@@ -666,7 +666,7 @@ def test_a_half_precision_file(tmp_path, images, expected, backend):
 def test_the_recipes_for_int8_and_float16(tmp_path, monkeypatch, shared_data, deit_tiny_weights):
     """Those of the docs as they stand there; on 100 photographs the docs give the figures."""
     classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
-    export_plain(classifier.model, tmp_path / "deit-plain.onnx", size=(224, 224))
+    export_prediction(classifier.model, tmp_path / "deit-plain.onnx", size=(224, 224))
     photographs = sorted((shared_data / "imagenet-samples").glob("*.jpg"))
     (tmp_path / "photos").mkdir()
     for photograph in photographs[::25]:

@@ -7,67 +7,86 @@ With weights e = exp(s - c), for a c that is the same for every mask, the heads 
 
 where window(x)[n] sums x over the places of n's window that have the level: a convolution with
 ones there, of each channel by itself. All weights are positive, so nothing cancels. The stencil of
-`closed_form` is faster in PyTorch, this is in ONNX Runtime and OpenVINO.
+`closed_form` is faster in PyTorch, this is faster in ONNX Runtime and OpenVINO.
 
-Letters of the shapes as in `closed_form`; here positions come last, as in convolutions.
+The letters of the shapes are those of `closed_form`; here positions come last, as convolutions want
+them.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 from vit_reciprocam.core.closed_form import Parts
 from vit_reciprocam.core.masks import kernel_window
 
-__all__ = ["attend"]
+__all__ = ["attend_by_convolution"]
 
-_ROOM = 8.0  # of c above what all masks share: their weights fit float16 too, once converted
-_LEAST, _MOST = -80.0, 75.0  # so that weights, and sums of weights times values, fit float32
+# c lies this far above the largest score that all masks share, so that the weights of these scores
+# still fit float16 where somebody converts the file.
+_ROOM = 8.0
+# Scores are cut off here, so that weights, and sums of weights times values, fit float32.
+_LEAST, _MOST = -80.0, 75.0
 
 
-def attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Tensor:
-    """The readout tokens' heads for row 0 and under every mask, (rows, b, r, k, d).
+def attend_by_convolution(
+    parts: Parts, grid: tuple[int, int], kernel: str
+) -> Float[Tensor, "rows b r k d"]:
+    """Return the readout tokens' heads, row 0 without a mask and row 1 + n under mask n.
 
     c is near the largest score of what all masks share, so that the denominator never vanishes.
     Where several scores of one window lie more than 83 above that score, they count as equal.
+
+    Args:
+        parts: Scores and values from `closed_form`.
+        grid: (h, w) of the patches.
+        kernel: Name of the kernel whose window is kept.
     """
     s_prefix, s_outside = _positions_last(parts.s_prefix), _positions_last(parts.s_outside)
-    alike = s_outside.expand(s_prefix.shape[0], -1, -1, -1)
-    c = torch.cat([s_prefix, alike], dim=-1).amax(dim=-1, keepdim=True) + _ROOM  # (b, r, k, 1)
+    shared = torch.cat([s_prefix, s_outside.expand(s_prefix.shape[0], -1, -1, -1)], dim=-1)
+    c = shared.amax(dim=-1, keepdim=True) + _ROOM  # (b, r, k, 1)
 
-    def weights(s: Tensor) -> Tensor:
+    def weights(s: Float[Tensor, "b r k t"]) -> Float[Tensor, "b r k t"]:
         return (s - c).clamp(_LEAST, _MOST).exp()
 
     u = parts.u.permute(0, 2, 3, 1)  # (b, k, d, t)
     row_0 = u @ _positions_last(parts.s).softmax(dim=-1).permute(0, 2, 3, 1)  # (b, k, d, r)
     e_prefix, e_outside = weights(s_prefix), weights(s_outside)
-    below = e_prefix.sum(dim=-1, keepdim=True) + _outside(e_outside, grid, kernel)  # (b, r, k, n)
-    above: Tensor | float = 0.0  # (b, r, k, d, n)
+    denominator = e_prefix.sum(dim=-1, keepdim=True)
+    denominator = denominator + _sum_outside(e_outside, grid, kernel)  # (b, r, k, n)
+    numerator: Tensor | float = 0.0  # (b, r, k, d, n)
     if parts.prefix:
-        of_prefix = u[..., : e_prefix.shape[-1]] @ e_prefix.permute(0, 2, 3, 1)
-        above = of_prefix.permute(0, 3, 1, 2).unsqueeze(-1)
+        u_prefix = u[..., : e_prefix.shape[-1]]
+        summed = u_prefix @ e_prefix.permute(0, 2, 3, 1)  # (b, k, d, r)
+        numerator = summed.permute(0, 3, 1, 2).unsqueeze(-1)
     for level, s in parts.s_levels.items():
         e = weights(_positions_last(s))
-        of, factor = (1.0, level) if parts.linear else (level, 1.0)
-        u_level = parts.u_levels[of].permute(0, 2, 3, 1).unsqueeze(1)
-        below = below + _window(e, grid, kernel, level)
-        above = above + _window(e.unsqueeze(3) * u_level, grid, kernel, level, factor)
-    rows = torch.cat([row_0.permute(0, 3, 1, 2).unsqueeze(-1), above / below.unsqueeze(3)], dim=-1)
-    rows = parts.v_0.unsqueeze(-1) + rows
+        # Where u is linear in the level, u at level 1 is all there is, and the level is a factor.
+        held_at, factor = (1.0, level) if parts.linear else (level, 1.0)
+        u_level = parts.u_levels[held_at].permute(0, 2, 3, 1).unsqueeze(1)  # (b, 1, k, d, n)
+        denominator = denominator + _sum_window(e, grid, kernel, level)
+        numerator = numerator + _sum_window(e.unsqueeze(3) * u_level, grid, kernel, level, factor)
+    row_0 = row_0.permute(0, 3, 1, 2).unsqueeze(-1)  # (b, r, k, d, 1)
+    rows = torch.cat([row_0, numerator / denominator.unsqueeze(3)], dim=-1)
+    rows = parts.v_0.unsqueeze(-1) + rows  # (b, r, k, d, 1 + n)
     return rows.permute(4, 0, 1, 2, 3)
 
 
-def _positions_last(s: Tensor) -> Tensor:
-    """Scores (b, t, r, k) as (b, r, k, t)."""
+def _positions_last(s: Float[Tensor, "b t r k"]) -> Float[Tensor, "b r k t"]:
     return s.permute(0, 2, 3, 1)
 
 
-def _window(
-    x: Tensor, grid: tuple[int, int], kernel: str, level: float, factor: float = 1.0
-) -> Tensor:
-    """For each patch (..., n) the sum over its window's places of a level, times a factor."""
+def _sum_window(
+    x: Float[Tensor, "b *channels n"],
+    grid: tuple[int, int],
+    kernel: str,
+    level: float,
+    factor: float = 1.0,
+) -> Float[Tensor, "b *channels n"]:
+    """Sum x, for each patch, over the places of its window that have a level, times a factor."""
     places = [place for place in kernel_window(kernel) if place.level == level]
     margin = max(max(abs(place.down), abs(place.right)) for place in places)
     if not margin:
@@ -81,22 +100,29 @@ def _window(
     return summed.flatten(2).view(x.shape)
 
 
-def _outside(e: Tensor, grid: tuple[int, int], kernel: str) -> Tensor:
-    """For each patch the sum of e over the patches outside its window, a full square.
+def _sum_outside(
+    e: Float[Tensor, "b r k n_or_1"], grid: tuple[int, int], kernel: str
+) -> Float[Tensor, "*b_r_k n"]:
+    """Sum e, for each patch, over the patches outside its window, a full square.
 
-    e is (b, r, k, n), or (b, r, k, 1) where it is the same for all patches.
+    Args:
+        e: One weight per patch, or one alone where it is the same for all patches.
+        grid: (h, w) of the patches.
+        kernel: Name of the kernel.
     """
     margin = max(place.down for place in kernel_window(kernel))
-    near_rows, near_columns = (_near(size, margin).to(e) for size in grid)
+    near_rows, near_columns = (_lie_near(size, margin).to(e) for size in grid)
     if e.shape[-1] == 1:
         kept = near_rows.sum(dim=1)[:, None] * near_columns.sum(dim=1)
         return e * (grid[0] * grid[1] - kept).flatten()
+    # In the rows near the patch count the columns beyond its window, in all other rows everything:
+    # sums of positive numbers, where the whole minus the window would cancel.
     e = e.unflatten(-1, grid)
     sides = near_rows @ (e @ (1 - near_columns))
     return (sides + (1 - near_rows) @ e.sum(dim=-1, keepdim=True)).flatten(-2)
 
 
-def _near(size: int, margin: int) -> Tensor:
-    """Which of `size` rows lie within a margin of which, (size, size)."""
+def _lie_near(size: int, margin: int) -> Bool[Tensor, "size size"]:
+    """Tell for each pair of `size` rows whether they are at most a margin apart."""
     numbers = torch.arange(size)
     return (numbers[:, None] - numbers).abs() <= margin

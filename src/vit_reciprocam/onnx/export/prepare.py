@@ -1,0 +1,201 @@
+"""What `export` finds out, converts and refuses before it writes: model, image size and classes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_reciprocam.core.split import Cut, Split
+from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.dispatch import split_model
+from vit_reciprocam.libraries.validation import check_mode
+from vit_reciprocam.pictures.preprocess import Preprocess
+
+__all__ = [
+    "check_classes",
+    "check_model",
+    "choose_size",
+    "convert_to_float32",
+    "count_bytes",
+    "cut_example",
+    "find_second_size",
+    "unpack_classifier",
+]
+
+
+def unpack_classifier(
+    model: Any, class_names: Sequence[str] | None, preprocess: Preprocess | None, name: str | None
+) -> tuple[nn.Module, Sequence[str] | None, Preprocess | None, str]:
+    """Return a module with its class names, preprocessing and name.
+
+    What is None is taken from the `Classifier`, where the model is one.
+
+    Raises:
+        ModelError: If the model is neither a module nor a classifier that holds one.
+    """
+    if isinstance(model, nn.Module):
+        return model, class_names, preprocess, name or type(model).__name__
+    inner = getattr(model, "model", None)
+    if not hasattr(model, "preprocess"):
+        raise ModelError(
+            "model must be a torch.nn.Module or what vit_reciprocam.load returns, got "
+            f"{type(model).__name__}"
+        )
+    if not isinstance(inner, nn.Module):
+        raise ModelError(
+            f"{name or model.name} is not a PyTorch model but an ONNX file already: copy the file, "
+            "or export the model that it was made from"
+        )
+    return (
+        inner,
+        model.class_names if class_names is None else class_names,
+        preprocess or model.preprocess,
+        name or model.name,
+    )
+
+
+def choose_size(
+    preprocess: Preprocess | None, size: tuple[int, int] | None
+) -> tuple[Preprocess | None, tuple[int, int]]:
+    """Return the preprocessing and the (height, width) of the images, made to agree.
+
+    Raises:
+        InputError: If neither says a size, or the size is not one.
+    """
+    if size is None:
+        if preprocess is None:
+            raise InputError(
+                "the size of the images is not known: pass size=(height, width) or preprocess="
+            )
+        return preprocess, preprocess.size
+    good = len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    if not good:
+        raise InputError(f"size must be (height, width) in pixels, got {size!r}")
+    size = (size[0], size[1])
+    return preprocess and dataclasses.replace(preprocess, size=size), size
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot run, or that may not give the same result each time.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    if any(tensor.is_meta for tensor in _all_tensors(model)):
+        raise ModelError(
+            f"the {type(model).__name__} is on the meta device, which holds shapes and no numbers: "
+            "load its weights onto a device"
+        )
+    check_mode(model)
+    split_model(model)  # if it refuses, its reasons name the user's own model, not a copy
+
+
+def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
+    """Return the model in float32 on the CPU: itself where it is that already, else a copy.
+
+    Args:
+        model: Any module.
+        half: Whether to round weight matrices to what float16 can hold, in a copy.
+
+    Raises:
+        ModelError: If the model cannot be copied, or its weights exceed float16.
+    """
+    floats = [tensor for tensor in _all_tensors(model) if tensor.is_floating_point()]
+    fits = all(tensor.dtype == torch.float32 for tensor in floats)
+    if fits and not half and all(one.device.type == "cpu" for one in _all_tensors(model)):
+        return model
+    try:
+        converted = copy.deepcopy(model).to("cpu").float()
+    except Exception as error:  # copying runs code of whatever the module holds
+        raise ModelError(
+            f"the model cannot be copied, which float32 on the CPU needs ({error}): convert it "
+            "with model.float().cpu() before"
+        ) from error
+    if half:
+        _round_to_half(converted)
+    return converted
+
+
+@torch.no_grad()
+def _round_to_half(model: nn.Module) -> None:
+    """Round weight matrices to float16, in place; vectors, such as biases, stay as they are."""
+    for weight in model.parameters():
+        rounded = weight.half().float()
+        if not rounded.isfinite().all():
+            raise ModelError(
+                "weights of this model exceed float16, whose largest number is 65504: leave out "
+                "half"
+            )
+        if weight.ndim > 1:
+            weight.copy_(rounded)
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return how many bytes the model's numbers take in float32."""
+    return 4 * sum(tensor.numel() for tensor in _all_tensors(model))
+
+
+def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+@torch.no_grad()
+def cut_example(split: Split, size: tuple[int, int]) -> tuple[Cut, int]:
+    """Return the cut of one black image of a size, and the number of classes.
+
+    Raises:
+        ModelError: If the model does not give one score per class.
+    """
+    cut = split.cut(torch.zeros(1, 3, *size))
+    logits = cut.rest(cut.norm(cut.x), cut.x)
+    if logits.ndim != 2:
+        raise ModelError(
+            f"the model gives {tuple(logits.shape)} for an image, not one score per class"
+        )
+    return cut, logits.shape[1]
+
+
+def find_second_size(
+    split: Split, size: tuple[int, int], patch: tuple[int, int]
+) -> tuple[int, int]:
+    """Return another image size that the model takes, for a file that leaves the size open.
+
+    Args:
+        split: The model's split.
+        size: (height, width) that it takes.
+        patch: (height, width) that each patch of the grid covers, in pixels.
+
+    Raises:
+        InputError: If it takes no other, with the model's reason.
+    """
+    if split.direct_because:
+        raise InputError(
+            "this model's maps need a loop over the masks of one image size "
+            f"({split.direct_because}): leave out dynamic_size"
+        )
+    second = size[0] + patch[0], size[1] + 2 * patch[1]
+    try:
+        cut_example(split, second)
+    except (InputError, AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the size of the images cannot stay open: {error}. Leave out dynamic_size"
+        ) from error
+    return second
+
+
+def check_classes(classes: int, class_names: Sequence[str] | None, top: int | None) -> None:
+    """Refuse class names or a number of top classes that do not fit the model's classes.
+
+    Raises:
+        InputError: If one does not fit.
+    """
+    if class_names is not None and len(class_names) != classes:
+        raise InputError(f"{len(class_names)} class names given for a model of {classes} classes")
+    if top is not None and top > classes:
+        raise InputError(f"targets='top{top}' of a model of {classes} classes: ask for fewer")
