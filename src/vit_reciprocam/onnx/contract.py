@@ -1,11 +1,15 @@
-"""What an explained ONNX file says of itself, in ONNX's metadata properties.
+"""The contract of an explained ONNX file: its inputs and outputs, and what it says of itself.
 
-Such a file has the model's own outputs and, with h by w patches and K of its C classes,
+Such a file takes preprocessed pictures (B, 3, H, W) and gives the model's own outputs. With h by w
+patches and K of the model's C classes it has besides
 
-    saliency  (B, K, h, w)  maps in [0, 1]; absent where the file was asked for raw scores
-    scores    (B, K, h, w)  probability of each class with only that window kept
-    classes   (B, K) int64  which classes these are; absent where K = C
-    targets   (B, K) int64  the input that names them, where `targets` is "input"
+    saliency  (B, K, h, w)  output: maps in [0, 1]; absent where only raw scores were asked for
+    scores    (B, K, h, w)  output: probability of each class with only that window kept
+    classes   (B, K) int64  output: which classes these are; only where they are the top classes
+    targets   (B, K) int64  input: which classes to explain; only where `Metadata.targets` is
+                            "input"
+
+What it says of itself is one of ONNX's metadata properties: `Metadata` as JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 __all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
 
 METADATA_KEY = "vit_reciprocam"
+# The version of the JSON's layout. A file of another layout is refused with the version of the
+# package that wrote it. Whoever raises the number raises it in examples/browser/page/model.js too.
 _SCHEMA = 3
 _TOP = re.compile(r"top([1-9]\d*)")
 
@@ -32,17 +38,19 @@ _TOP = re.compile(r"top([1-9]\d*)")
 class Metadata:
     """What an explained model is, and how its maps were made.
 
+    The names of the attributes are the keys of the JSON.
+
     Attributes:
         name: What the model is called.
         masking: What the maps in the graph keep, and where they cut.
-        path: By which they are computed: "closed-form" or "direct".
-        targets: Of which classes: "all", "top3" and the like, or "input".
-        images: The input that takes the preprocessed pictures.
-        logits: The output that holds the prediction.
+        path: How the maps are computed: "closed-form" or "direct".
+        targets: Which classes are explained: "all", "top3" and the like, or "input".
+        images: Name of the input that takes the preprocessed pictures.
+        logits: Name of the output that holds the prediction.
         probabilities: Whether that output has been through the softmax.
-        class_names: One a class; None where not known.
-        preprocess: What stands before the model; None where not known.
-        versions: Of the libraries that wrote the file.
+        class_names: One name per class; None where they are not known.
+        preprocess: What stands before the model; None where it is not known.
+        versions: Library -> its version, for the libraries that wrote the file.
     """
 
     name: str
@@ -57,7 +65,7 @@ class Metadata:
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def to_properties(self) -> dict[str, str]:
-        """As ONNX metadata properties."""
+        """Return it as ONNX metadata properties."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values |= {
             "schema": _SCHEMA,
@@ -69,10 +77,15 @@ class Metadata:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], *, file: str) -> Metadata:
-        """From a file's metadata properties.
+        """Read it from a file's metadata properties.
+
+        Args:
+            properties: The file's metadata properties.
+            file: Name of the file, for messages.
 
         Raises:
-            ModelError: If this package did not write the file, or a later one did.
+            ModelError: If the file holds no explanation, or one whose layout this version of the
+                package does not read.
         """
         if METADATA_KEY not in properties:
             raise ModelError(
@@ -116,10 +129,10 @@ class Metadata:
 
 
 def check_file_targets(targets: str) -> int | None:
-    """How many classes a file that is asked for "top3" explains; None for "all" and "input".
+    """Return how many classes a file for "top3" explains, 3; None for "all" and "input".
 
     Raises:
-        InputError: If it is none of these.
+        InputError: If `targets` is none of these.
     """
     top = _TOP.fullmatch(targets)
     if targets in ("all", "input"):
