@@ -1,4 +1,4 @@
-"""How long the built page takes in Chromium: `python examples/browser/measure.py`."""
+"""Measure how long the built page takes in Chromium: `python examples/browser/measure.py`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Print median, fastest and slowest of steps that are taken in turn, in milliseconds."""
+    """Print median, fastest and slowest time of each step in milliseconds; steps take turns."""
     handler = functools.partial(_Quiet, directory=PAGE)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,10 +1,10 @@
-// The page: files in, classes and their maps out. One run of the model a picture, none a map.
+// The page: files in, classes and their maps out. One run of the model per picture, none per map.
 import { minMax, paint, strongest } from "./map.js";
 import { explain, open } from "./model.js";
 import { decode, pixelsOf, region, tensor, view } from "./picture.js";
 
-const LONGER_SIDE = 560; // of the picture as it is shown
-const MOST_CLASSES = 12; // shown at a time
+const LONGER_SIDE = 560; // pixels of the picture as it is shown
+const MOST_CLASSES = 12; // in the list at a time
 const PICTURE_ALONE = -1;
 
 const part = (id) => document.getElementById(id);
@@ -27,7 +27,7 @@ const nameOf = (index) => model.metadata.class_names?.[index] ?? `class ${index}
 
 // --- what the user sees --------------------------------------------------------------------------
 
-/** The part of the picture that the model sees. */
+/** Draw the part of the picture that the model sees. */
 function showPicture() {
   const { x, y, width, height } = region(picture, model.metadata.preprocess);
   const scale = LONGER_SIDE / Math.max(width, height);
@@ -42,7 +42,7 @@ function showPicture() {
   canvas.setAttribute("aria-label", `The picture ${picture.name}`);
 }
 
-/** A class's map over the picture; all of it was computed before. */
+/** Draw a class's map over the picture; it was computed with the prediction. */
 function showMap(index) {
   const canvas = part("map");
   canvas.hidden = index === PICTURE_ALONE;
@@ -64,7 +64,7 @@ function showMap(index) {
   );
 }
 
-/** One row of the list. */
+/** Make one row of the list. */
 function classRow(index) {
   const alone = index === PICTURE_ALONE;
   const row = document.createElement("label");
@@ -86,7 +86,7 @@ function classRow(index) {
   return row;
 }
 
-/** The most probable classes, of those that the search leaves. */
+/** List the most probable of the classes that the search leaves. */
 function showClasses() {
   const wanted = part("search").value.trim().toLowerCase();
   const found = shown.order.filter((index) => nameOf(index).toLowerCase().includes(wanted));
@@ -138,7 +138,7 @@ async function readModel(file, demo = false) {
   return { ...(await open(bytes, file.name)), name: file.name, demo };
 }
 
-/** Take a file, a model or a picture; what was there stays if it cannot be used. */
+/** Use a file, a model or a picture. If it cannot be used, what was there stays. */
 async function take(file) {
   const before = { model, picture };
   document.body.classList.add("working");
@@ -168,7 +168,7 @@ async function discard(old) {
   if (old.model !== model) await old.model?.session.release();
 }
 
-/** The bundled model and picture. */
+/** Show the bundled model and picture. */
 async function start() {
   part("status").textContent = "Loading the model …";
   const [onnx, png] = await Promise.all(

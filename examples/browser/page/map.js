@@ -1,7 +1,7 @@
 // From scores to a coloured map, as vit_reciprocam draws it in Python.
 import { resize } from "./resize.js";
 
-/** Evenly spaced colours of matplotlib's viridis (CC0), weak to strong. */
+/** Evenly spaced colours of matplotlib's viridis (CC0), from weak to strong. */
 const VIRIDIS = (
   "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c " +
   "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
@@ -9,7 +9,7 @@ const VIRIDIS = (
   .split(" ")
   .map((colour) => [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
 
-/** Scores of one class scaled to [0, 1]; all 0 where they differ by no more than rounding. */
+/** Scale the scores of one class to [0, 1]; to 0 if they differ by no more than rounding. */
 export function minMax(scores) {
   const low = scores.reduce((a, b) => Math.min(a, b));
   const high = scores.reduce((a, b) => Math.max(a, b));
@@ -17,7 +17,7 @@ export function minMax(scores) {
   return { low, high, flat, map: scores.map((value) => (flat ? 0 : (value - low) / (high - low))) };
 }
 
-/** A map of [rows, columns] in [0, 1] as a smooth coloured picture of width x height. */
+/** Return a map of [rows, columns] in [0, 1] as a smooth coloured picture of width x height. */
 export function paint(map, [rows, columns], width, height) {
   const smooth = resize({ data: map, width: columns, height: rows }, width, height, "bicubic");
   const image = new ImageData(width, height);
@@ -33,7 +33,7 @@ export function paint(map, [rows, columns], width, height) {
   return image;
 }
 
-/** Where a map is strongest, in words. */
+/** Say in words where a map is strongest. */
 export function strongest(map, [rows, columns]) {
   const at = map.indexOf(map.reduce((a, b) => Math.max(a, b)));
   const third = (place, count) => Math.floor((3 * (place + 0.5)) / count);

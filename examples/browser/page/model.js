@@ -1,17 +1,17 @@
-// An explained ONNX file, as `vit-reciprocam export` and `insert` write it, in the browser.
+// Opens and runs an explained ONNX file, as `vit-reciprocam export` and `insert` write it.
 import * as ort from "./ort.wasm.bundle.min.mjs";
 
 import { checkPreprocess } from "./picture.js";
 
-const KEY = "vit_reciprocam"; // of the metadata property; its layout: onnx/contract.py
+const KEY = "vit_reciprocam"; // the metadata property that onnx/contract.py describes
 const SCHEMA = 3;
-const [GRAPH, METADATA] = [7, 14]; // the numbers of those fields in ONNX's ModelProto
+const [GRAPH, METADATA] = [7, 14]; // numbers of these fields in ONNX's ModelProto
 
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
 ort.env.wasm.numThreads = 1; // more would ask the server for two special headers
 ort.env.wasm.proxy = true; // in a worker: the page stays alive while a large model runs
 
-/** The fields of a protobuf message that hold bytes: [number, bytes]. */
+/** Yield [number, bytes] for each field of a protobuf message that holds bytes. */
 function* fields(bytes) {
   let at = 0;
   const varint = () => {
@@ -37,7 +37,7 @@ function* fields(bytes) {
   if (at > bytes.length) throw new Error("a protobuf message cut short");
 }
 
-/** What the file says of itself, or undefined. */
+/** Return what the file says of itself, or undefined if it is not an explained file. */
 function readProperty(bytes, name) {
   let [value, hasGraph] = [undefined, false];
   try {
@@ -54,7 +54,11 @@ function readProperty(bytes, name) {
   return value;
 }
 
-/** @throws {Error} in a sentence, if the file is none that this page can explain with */
+/**
+ * Return what the file says of itself, checked.
+ *
+ * @throws {Error} in a sentence, if this page cannot explain with the file
+ */
 function readMetadata(bytes, name) {
   const metadata = readProperty(bytes, name);
   if (!metadata) {
@@ -79,7 +83,7 @@ function readMetadata(bytes, name) {
 }
 
 /**
- * Open a file's bytes: {session, metadata}.
+ * Open a file's bytes and return {session, metadata}.
  *
  * @throws {Error} in a sentence, if this page cannot explain with it
  */
@@ -104,12 +108,12 @@ export async function open(bytes, name) {
 }
 
 /**
- * Prediction and maps from one run.
+ * Compute prediction and maps in one run.
  *
  * @param {{session: ort.InferenceSession, metadata: object}} model
  * @param {Float32Array} input 3 x height x width, preprocessed
  * @returns {Promise<{probabilities: Float32Array, grid: number[], scores: Map<number, Float32Array>}>}
- *   of every class the probability; of every explained class, by number, its scores on the grid
+ *   the probability of each class; the number of each explained class -> its scores on the grid
  */
 export async function explain({ session, metadata }, input) {
   const feeds = {

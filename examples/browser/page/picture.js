@@ -1,10 +1,10 @@
-// From a file to what the model takes: the same numbers as vit_reciprocam.Preprocess in Python.
+// Turns a file into what the model takes: the same numbers as vit_reciprocam.Preprocess in Python.
 import { INTERPOLATIONS, resize } from "./resize.js";
 
 const MOST_PIXELS = 80_000_000;
-const LONGEST_SIDE = 16_384; // of a canvas
+const LONGEST_SIDE = 16_384; // pixels; a canvas cannot be longer
 
-/** A number rounded to the nearest integer, halves to the even one, as Python's round. */
+/** Round to the nearest integer, halves to the even one, as Python's round does. */
 function round(value) {
   const below = Math.floor(value);
   const part = value - below;
@@ -12,9 +12,9 @@ function round(value) {
 }
 
 /**
- * An upright picture without transparency: {bitmap, width, height}.
+ * Decode a file to {bitmap, width, height}, upright.
  *
- * @throws {Error} in a sentence, if it is none
+ * @throws {Error} in a sentence, if it is not a picture that this page can use
  */
 export async function decode(file) {
   let bitmap;
@@ -33,7 +33,7 @@ export async function decode(file) {
   return { bitmap, width, height };
 }
 
-/** Its pixels, four bytes each, transparency laid on white. */
+/** Return a picture's pixels, four bytes each, with transparency laid on white. */
 export function pixelsOf({ bitmap, width, height }) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -43,7 +43,7 @@ export function pixelsOf({ bitmap, width, height }) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** The size to resize to, and where in that the centre crop begins. */
+/** Return the size to resize to, and where in the resized picture the centre crop begins. */
 function plan({ width, height }, { size, resize: how, crop_pct: share, half }) {
   const [wantHeight, wantWidth] = size.map((side) => Math.floor(side / share));
   let [toWidth, toHeight] = [wantWidth, wantHeight];
@@ -64,7 +64,7 @@ function plan({ width, height }, { size, resize: how, crop_pct: share, half }) {
   return { toWidth, toHeight, top, left };
 }
 
-/** Where in the picture lies what the model sees. */
+/** Return the rectangle of the picture that the model sees. */
 export function region(picture, preprocess) {
   const { toWidth, toHeight, top, left } = plan(picture, preprocess);
   const [across, down] = [picture.width / toWidth, picture.height / toHeight];
@@ -77,7 +77,7 @@ export function region(picture, preprocess) {
   };
 }
 
-/** The pixels that the model sees, resized and cropped. */
+/** Return the pixels that the model sees, resized and cropped. */
 export function view(pixels, preprocess) {
   const { toWidth, toHeight, top, left } = plan(pixels, preprocess);
   const resized = resize(pixels, toWidth, toHeight, preprocess.interpolation);
@@ -90,7 +90,7 @@ export function view(pixels, preprocess) {
   return { data, width, height };
 }
 
-/** The model's input: floats, channel after channel, normalised. */
+/** Return the model's input: normalised floats, channel after channel. */
 export function tensor({ data, width, height }, { mean, std }) {
   const plane = width * height;
   return Float32Array.from({ length: 3 * plane }, (_, at) => {
@@ -99,7 +99,11 @@ export function tensor({ data, width, height }, { mean, std }) {
   });
 }
 
-/** @throws {Error} in a sentence, if this page cannot prepare pictures in that way */
+/**
+ * Refuse a preprocessing that this page cannot do.
+ *
+ * @throws {Error} in a sentence
+ */
 export function checkPreprocess({ interpolation }) {
   if (!INTERPOLATIONS.includes(interpolation)) {
     throw new Error(

@@ -1,8 +1,9 @@
 // Resampling as Pillow does it, to the last bit: one pass across and one down, in which each output
 // is a weighted sum of inputs. Where the picture shrinks, the filter is widened with it, so that no
-// pixel is skipped. (Since 13, Pillow goes down first in some tall pictures, and bytes are rounded
-// in between: there it may differ by a step or two.) Canvas would be quicker, but every browser
-// resamples in its own way, and predictions depend on it.
+// pixel is skipped. A canvas would be quicker, but every browser resamples in its own way, and
+// predictions depend on it.
+// Since version 13, Pillow resamples some tall pictures downwards first, and bytes are rounded
+// between the passes: there the result may differ by a step or two.
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 
@@ -17,7 +18,7 @@ const FILTERS = {
 };
 export const INTERPOLATIONS = Object.keys(FILTERS);
 
-/** For each of `size` outputs: the first input that counts, and the inputs' weights. */
+/** Return, for each of `size` outputs, the first input that counts and the inputs' weights. */
 function weights(inputs, size, interpolation) {
   const [reach, weight] = FILTERS[interpolation];
   const step = inputs / size;
@@ -35,14 +36,14 @@ function weights(inputs, size, interpolation) {
   });
 }
 
-/** Pillow's arithmetic for bytes: weights in steps of 2^-22, sums rounded to whole bytes. */
+/** Pillow's arithmetic for bytes: weights are rounded to steps of 2^-22, sums to whole bytes. */
 const STEPS = 2 ** 22;
 const inSteps = ({ first, each }) => ({
   first,
   each: each.map((value) => Math.trunc(value * STEPS + Math.sign(value) / 2)),
 });
 
-/** One pass along an axis of `inputs` elements, each of `across` values that lie together. */
+/** Resample along one axis of `inputs` elements, each of `across` values that lie together. */
 function pass(data, table, inputs, across) {
   const bytes = data instanceof Uint8ClampedArray;
   const lines = data.length / (inputs * across);
@@ -63,7 +64,7 @@ function pass(data, table, inputs, across) {
 }
 
 /**
- * Pixels at another size.
+ * Return pixels at another size.
  *
  * @param {{data: Uint8ClampedArray | Float32Array, width: number, height: number}} pixels
  *   row after row; bytes are rounded after each pass, floats are not
