@@ -18,7 +18,8 @@ SOURCE = Path(vit_reciprocam.__file__).parent
 # list, never from another room of its row.
 ROWS = [
     {"errors"},
-    {"core", "pictures"},
+    {"core"},
+    {"pictures"},
     {"libraries"},
     {"results"},
     {"reciprocam"},

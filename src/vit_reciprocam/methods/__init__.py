@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from vit_reciprocam.core.maps import FLAT
-from vit_reciprocam.errors import InputError, MissingDependencyError, check_choice
+from vit_reciprocam.core.settings import parse_settings, read_value, write_value
+from vit_reciprocam.errors import MissingDependencyError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords
 
 __all__ = ["METHODS", "MethodSpec", "check_settings"]
@@ -88,43 +89,23 @@ class MethodSpec:
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """From "NAME" or "NAME:KEY=VALUE,KEY=VALUE", such as "reciprocam:kernel=dirac".
+        """Return the method that "NAME" or "NAME:KEY=VALUE,KEY=VALUE" names.
 
         Raises:
-            InputError: If it is not of this form, or there is no such method.
+            InputError: If the text is not of this form, or there is no such method.
         """
-        name, _, rest = text.partition(":")
-        check_choice("method", name, METHODS)
-        settings = {}
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals or not key.strip() or not value.strip():
-                raise InputError(
-                    f"method {text!r}: expected NAME:KEY=VALUE,KEY=VALUE, such as "
-                    "reciprocam:kernel=dirac,class_token=false"
-                )
-            settings[key.strip()] = _value(value.strip())
-        return cls(name, settings)
+        name, settings = parse_settings(
+            "method",
+            text,
+            names=METHODS,
+            expected="NAME:KEY=VALUE,KEY=VALUE, such as reciprocam:kernel=dirac,class_token=false",
+        )
+        return cls(name, {key: read_value(value) for key, value in settings.items()})
 
     def __str__(self) -> str:
-        """As `parse` reads it, settings in alphabetical order."""
-        pairs = ",".join(f"{key}={_written(self.settings[key])}" for key in sorted(self.settings))
-        return f"{self.name}:{pairs}" if pairs else self.name
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        """The text that `parse` reads, settings in alphabetical order."""
+        pairs = [f"{key}={write_value(value)}" for key, value in sorted(self.settings.items())]
+        return f"{self.name}:{','.join(pairs)}" if pairs else self.name
 
 
 def _function(name: str, module: str) -> Callable[..., Any]:
