@@ -35,7 +35,6 @@ from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
 from vit_reciprocam.onnx.run.sessions import open_session
 from vit_reciprocam.pictures.preprocess import read_image
-from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parents[2]
@@ -353,22 +352,6 @@ def test_a_missing_runtime_says_how_to_install_it(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match=r"vit-reciprocam\[openvino\]"):
         vr.load(files / "all.onnx", backend="openvino")
-
-
-def test_preprocessing_as_text():
-    written = parse_preprocess(
-        "inception:size=384x512,resize=squash,crop_pct=1,mean=0.4", size=(9, 9)
-    )
-    assert written == vr.Preprocess(
-        (384, 512), resize="squash", crop_pct=1.0, mean=(0.4,) * 3, std=(0.5,) * 3
-    )
-    clip = parse_preprocess("clip:std=0.1/0.2/0.3", size=(224, 224))
-    assert (clip.size, clip.std) == ((224, 224), (0.1, 0.2, 0.3))
-    assert clip.mean[0] == pytest.approx(0.48145466)
-    with pytest.raises(
-        InputError, match="has no size, and the file takes any: write clip:size=224"
-    ):
-        parse_preprocess("clip")
 
 
 def test_a_file_that_knows_neither_names_nor_preprocessing(tmp_path, images, preprocess):

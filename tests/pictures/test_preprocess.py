@@ -242,6 +242,38 @@ def test_preprocess_survives_json():
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
 
 
+def test_preprocessing_as_text():
+    written = Preprocess.parse(
+        "inception:size=384x512,resize=squash,crop_pct=1,mean=0.4", size=(9, 9)
+    )
+    assert written == Preprocess(
+        (384, 512), resize="squash", crop_pct=1.0, mean=(0.4,) * 3, std=(0.5,) * 3
+    )
+    clip = Preprocess.parse("clip:std=0.1/0.2/0.3", size=(224, 224))
+    assert (clip.size, clip.std) == ((224, 224), (0.1, 0.2, 0.3))
+    assert clip.mean[0] == pytest.approx(0.48145466)
+    with pytest.raises(
+        InputError, match="has no size, and the file takes any: write clip:size=224"
+    ):
+        Preprocess.parse("clip")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image", "preprocess must be one of 'imagenet', 'inception', 'clip'"),
+        ("clip:crop=1", "a setting of preprocess must be one of 'crop_pct', "),
+        ("clip:mean=1/2", "mean cannot be '1/2'"),
+        ("clip:crop_pct=1.5", "crop_pct cannot be '1.5'"),
+        ("clip:size=0", "size cannot be '0'"),
+        ("clip:size", "expected NAME or NAME:KEY=VALUE"),
+    ],
+)
+def test_text_that_is_no_preprocessing(text, words):
+    with pytest.raises(InputError, match=words):
+        Preprocess.parse(text)
+
+
 def test_preprocess_refuses_unknown_choices():
     with pytest.raises(InputError, match="resize must be one of 'shortest', 'squash'"):
         Preprocess((8, 8), resize="pad")

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from vit_reciprocam.core.masks import KERNELS
 from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.pictures.presets import PRESETS
+from vit_reciprocam.pictures.preprocess import PRESETS
 from vit_reciprocam.pictures.render import COLORMAPS
 
 __all__ = [

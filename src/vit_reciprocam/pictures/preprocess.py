@@ -6,16 +6,17 @@ import glob
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vit_reciprocam.errors import ImageError, check_choice
+from vit_reciprocam.core.settings import parse_settings
+from vit_reciprocam.errors import ImageError, InputError, check_choice
 
-__all__ = ["ImageSource", "Preprocess", "find_images", "read_image"]
+__all__ = ["PRESETS", "ImageSource", "Preprocess", "find_images", "read_image"]
 
 ImageSource = str | Path | Image.Image | np.ndarray
 """A file, a PIL image, or an RGB or grey array of uint8, (H, W, 3) or (H, W)."""
@@ -28,6 +29,21 @@ _INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": {},
+    "inception": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "clip": {
+        "crop_pct": 1.0,
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+    },
+}
+"""Name -> the fields of `Preprocess` that differ from its defaults.
+
+"imagenet" is for models of timm and torchvision trained on ImageNet, "inception" for those that
+take values from -1 to 1, and "clip" for CLIP's.
+"""
 
 
 def find_images(
@@ -233,6 +249,39 @@ class Preprocess:
         }
         return cls(**loaded)
 
+    @classmethod
+    def parse(cls, text: str, *, size: tuple[int, int] | None = None) -> Preprocess:
+        """Return the preprocessing that "NAME" or "NAME:KEY=VALUE,KEY=VALUE" describes.
+
+        Args:
+            text: A name of `PRESETS`, and fields that differ from it, such as
+                "inception:size=384x512,resize=squash". A size is 224, or height x width as
+                384x512; mean and std are one number, or three with slashes between, 0.5/0.5/0.5.
+            size: (height, width) to use if the text has none.
+
+        Raises:
+            InputError: If the text is not of this form, or there is no size.
+        """
+        name, texts = parse_settings(
+            "preprocess",
+            text,
+            names=PRESETS,
+            expected="NAME or NAME:KEY=VALUE,KEY=VALUE, such as imagenet:size=224,crop_pct=0.9",
+        )
+        known = sorted(field.name for field in fields(cls))
+        settings: dict[str, Any] = {"size": size, **PRESETS[name]}
+        for key, value in texts.items():
+            check_choice("a setting of preprocess", key, known)
+            try:
+                settings[key] = _read_field(key, value)
+            except ValueError as error:
+                raise InputError(f"preprocess {text!r}: {key} cannot be {value!r}") from error
+        if settings["size"] is None:
+            raise InputError(
+                f"preprocess {text!r} has no size, and the file takes any: write {name}:size=224"
+            )
+        return cls(**settings)
+
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """Width and height after the resize, as timm and torchvision compute them."""
         want_h, want_w = (math.floor(side / self.crop_pct) for side in self.size)
@@ -256,3 +305,28 @@ class Preprocess:
         """Top and left of the centre crop."""
         rounded = round if self.half == "even" else math.floor
         return rounded((height - self.size[0]) / 2), rounded((width - self.size[1]) / 2)
+
+
+def _read_field(key: str, text: str) -> Any:
+    """Return the value of a field of `Preprocess` that is written as text.
+
+    Raises:
+        ValueError: If it is out of range or not written as that field is.
+    """
+    if key == "size":
+        height, _, width = text.partition("x")
+        size = int(height), int(width or height)
+        if min(size) < 1:
+            raise ValueError
+        return size
+    if key in ("mean", "std"):
+        numbers = tuple(map(float, text.split("/")))
+        if len(numbers) not in (1, 3):
+            raise ValueError
+        return numbers * (3 // len(numbers))
+    if key == "crop_pct":
+        share = float(text)
+        if not 0 < share <= 1:
+            raise ValueError
+        return share
+    return text

@@ -28,7 +28,6 @@ from vit_reciprocam.onnx.insert.read import Reading, find_images, read
 from vit_reciprocam.onnx.insert.rounding import remove_rounding
 from vit_reciprocam.onnx.paths import check_output
 from vit_reciprocam.pictures.preprocess import Preprocess
-from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Inserted", "insert"]
@@ -94,7 +93,7 @@ def insert(
         target_node: The value to mask or the node that makes it, where it is not found.
         class_names: One name per class, for the file's metadata.
         preprocess: What stands before the model, for the file's metadata; also as text, such as
-            "imagenet" (`vit_reciprocam.pictures.presets`), with the graph's own size.
+            "imagenet" (`vit_reciprocam.pictures.preprocess`), with the graph's own size.
         name: What the model is called; by default the file's name.
 
     Raises:
@@ -196,7 +195,7 @@ def _check_settings(
         raise InputError(f"targets is {targets!r}, but the model has {reading.classes} classes")
     height, width = reading.values[reading.images].shape[2:]
     if isinstance(preprocess, str):
-        preprocess = parse_preprocess(preprocess, size=(height, width))
+        preprocess = Preprocess.parse(preprocess, size=(height, width))
     if preprocess is not None and preprocess.size != (height, width):
         raise InputError(
             f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"

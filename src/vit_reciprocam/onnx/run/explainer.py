@@ -19,7 +19,6 @@ from vit_reciprocam.onnx.contract import Metadata, check_file_targets
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
 from vit_reciprocam.onnx.run.sessions import open_session
 from vit_reciprocam.pictures.preprocess import Preprocess
-from vit_reciprocam.pictures.presets import parse_preprocess
 from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["OnnxExplainer"]
@@ -57,7 +56,7 @@ class OnnxExplainer:
             device: Likewise.
             threads: Likewise.
             streams: Likewise; a batch is spread over them.
-            preprocess: Instead of the file's own, also as text, see `parse_preprocess`.
+            preprocess: Instead of the file's own, also as text, see `Preprocess.parse`.
             class_names: Instead of the file's own, one a class.
 
         Raises:
@@ -296,7 +295,7 @@ class OnnxExplainer:
 
     def _checked_preprocess(self, given: Preprocess | str | None) -> Preprocess | None:
         if isinstance(given, str):
-            given = parse_preprocess(given, size=self.size)
+            given = Preprocess.parse(given, size=self.size)
         own = self.metadata.preprocess
         if own is not None and self.size and own.size != self.size:
             raise self._contradiction(f"pictures of {own.size}", f"{self.size}")
