@@ -34,7 +34,7 @@ from vit_reciprocam.onnx.insert.insert import insert
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
 from vit_reciprocam.onnx.run.sessions import open_session
-from vit_reciprocam.pictures.preprocess import read_image
+from vit_reciprocam.pictures.read import read_image
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parents[2]

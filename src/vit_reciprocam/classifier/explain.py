@@ -13,7 +13,7 @@ from PIL import Image
 from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.core.targets import find_class, top_classes
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.pictures.preprocess import ImageSource, read_image
+from vit_reciprocam.pictures.read import ImageSource, read_image
 from vit_reciprocam.results.explanation import Explanation
 
 __all__ = ["explain", "explain_with", "parse_targets"]

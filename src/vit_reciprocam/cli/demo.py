@@ -24,7 +24,7 @@ from vit_reciprocam.cli.console import (
     out,
 )
 from vit_reciprocam.cli.explain import print_report, record, report_of, settings_of
-from vit_reciprocam.pictures.preprocess import read_image
+from vit_reciprocam.pictures.read import read_image
 
 __all__ = [
     "demo_command",

@@ -36,7 +36,7 @@ from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_opti
 from vit_reciprocam.core.masks import KERNELS, LAYERS, Masking
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
 from vit_reciprocam.methods import METHODS, MethodSpec
-from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.render import COLORMAPS
 from vit_reciprocam.results.explanation import MOST_DRAWN, Explanation
 from vit_reciprocam.results.files import (

@@ -19,7 +19,7 @@ from vit_reciprocam.cli.report import report_command
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.methods.null import NULLS
-from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.render import panels, png
 from vit_reciprocam.results.files import check_folder, holds_results, write_folder
 

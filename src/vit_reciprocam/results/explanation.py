@@ -22,7 +22,8 @@ from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.core.targets import find_class
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures import render
-from vit_reciprocam.pictures.preprocess import ImageSource, Preprocess, read_image
+from vit_reciprocam.pictures.preprocess import Preprocess
+from vit_reciprocam.pictures.read import ImageSource, read_image
 from vit_reciprocam.results.files import write_folder
 
 __all__ = ["MOST_DRAWN", "Explanation", "softmax"]

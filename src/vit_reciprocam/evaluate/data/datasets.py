@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.evaluate.data.labels import Labels
 from vit_reciprocam.evaluate.data.layouts import CORNERS, rows_of, rows_of_scenes
-from vit_reciprocam.pictures.preprocess import read_image
+from vit_reciprocam.pictures.read import read_image
 from vit_reciprocam.pictures.scenes import Scene, draw_scene
 
 __all__ = ["DataSet", "Item", "check_dataset", "picture_digest", "read_dataset"]

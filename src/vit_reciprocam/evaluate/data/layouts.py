@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from vit_reciprocam.errors import ImageError, InputError, MissingDependencyError
-from vit_reciprocam.pictures.preprocess import find_images
+from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 from vit_reciprocam.results.files import holds_results, is_ours
 
