@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import onnx
 import vit_reciprocam as vr
-from vit_reciprocam.benchmark import calls
+from vit_reciprocam.benchmark import calls, memory
 from vit_reciprocam.benchmark import measure as module
 from vit_reciprocam.benchmark.measure import benchmark
 from vit_reciprocam.classifier.classifier import Classifier
@@ -291,12 +291,12 @@ def test_the_untouched_model_of_an_onnx_file(tmp_path, monkeypatch):
 
 def test_peak_memory_is_that_of_a_fresh_process(small):
     ballast = b"x" * 2**29  # of this process, which the other one's peak must not count
-    own = calls._peak_of(None)()
+    own = memory._peak_of(None)()
     peaks = {}
-    with calls.saved(small.model) as where:
+    with memory.saved(small.model) as where:
         for label in ("forward", "naive H"):
             options = {"size": (160, 160), "batch": 2, "threads": 1}
-            peaks[label] = calls.peak_memory(where, label, **options)
+            peaks[label] = memory.peak_memory(where, label, **options)
         assert Path(where["file"]).exists()
     assert not Path(where["file"]).exists()
     forward, naive = peaks["forward"], peaks["naive H"]
@@ -313,10 +313,10 @@ def test_what_hinders_measuring_memory_is_said(monkeypatch, small):
     assert all("cannot be handed to a fresh process" in row.note for row in rows)
     assert all(row.ms is not None and row.peak_bytes is None for row in rows)
     with (
-        calls.saved(DEMO) as where,
+        memory.saved(DEMO) as where,
         pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's maps"),
     ):
-        calls.peak_memory(where, "relevance", size=(112, 112), batch=1, threads=1)
+        memory.peak_memory(where, "relevance", size=(112, 112), batch=1, threads=1)
 
 
 # --- the command ---------------------------------------------------------------------------------

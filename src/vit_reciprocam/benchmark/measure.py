@@ -29,9 +29,8 @@ from vit_reciprocam.benchmark.calls import (
     OnnxFiles,
     device_name,
     make_call,
-    peak_memory,
-    saved,
 )
+from vit_reciprocam.benchmark.memory import peak_memory, saved
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import InputError, ReciproCAMError
