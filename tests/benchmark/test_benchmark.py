@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import onnx
 import vit_reciprocam as vr
-from vit_reciprocam.benchmark import calls, memory
+from vit_reciprocam.benchmark import calls, memory, models
 from vit_reciprocam.benchmark import measure as module
 from vit_reciprocam.benchmark.measure import benchmark
 from vit_reciprocam.classifier.classifier import Classifier
@@ -36,7 +36,7 @@ FIXED = [
 ]
 
 
-DEMO = calls.OnnxFiles({"path": str(ASSETS / "demo.onnx")}, str(ASSETS / "demo-plain.onnx"))
+DEMO = models.OnnxFiles({"path": str(ASSETS / "demo.onnx")}, str(ASSETS / "demo-plain.onnx"))
 
 
 @pytest.fixture(scope="module")

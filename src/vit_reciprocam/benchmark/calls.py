@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.benchmark.models import OnnxFiles
+from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
-from vit_reciprocam.onnx.run.explainer import OnnxExplainer
-from vit_reciprocam.onnx.run.sessions import Session, open_session
 
 __all__ = [
     "ALL_MAPS",
@@ -25,8 +19,6 @@ __all__ = [
     "NAIVE",
     "RECIPROCAM",
     "Call",
-    "OnnxFiles",
-    "device_name",
     "make_call",
 ]
 
@@ -39,61 +31,6 @@ FIXED = (FORWARD, RECIPROCAM, ALL_SCORES, ALL_MAPS, NAIVE)
 
 Call = Callable[[], tuple[Any, str]]
 """Gives the result, and by which path ReciproCAM came to it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OnnxFiles:
-    """A file with an explanation and one of the same model without; each is opened on first use.
-
-    Attributes:
-        options: Of `OnnxExplainer`, as plain JSON values.
-        plain: The untouched model's file.
-    """
-
-    options: dict[str, Any]
-    plain: str
-
-    @functools.cached_property
-    def explainer(self) -> OnnxExplainer:
-        """The file with the explanation."""
-        return OnnxExplainer(**self.options)
-
-    @functools.cached_property
-    def untouched(self) -> Session:
-        """The other one, in the same runtime."""
-        options = {name: value for name, value in self.options.items() if name != "path"}
-        return open_session(self.plain, **options)
-
-    def check(self, size: tuple[int, int]) -> None:
-        """Refuse a plain file that is another model.
-
-        Raises:
-            InputError: If its prediction for a random image is another one.
-        """
-        image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
-        ours, theirs = self.explainer.predict(image), self.forward(image)()
-        if ours.shape != theirs.shape or abs(ours - theirs).max() > 0.1 * abs(ours).max():
-            raise InputError(
-                f"{self.plain} is not the model that {self.explainer.path} explains: their "
-                "predictions differ"
-            )
-
-    def forward(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """The prediction of the untouched model.
-
-        Raises:
-            ModelError: If it has not one input and one output.
-        """
-        session = self.untouched
-        if len(session.inputs) != 1 or len(session.outputs) != 1:
-            raise ModelError(
-                f"{self.plain} must be the untouched model, with one input and one output; it has "
-                f"{sorted(session.inputs)} and {sorted(session.outputs)}"
-            )
-        ((name, port),) = session.inputs.items()
-        (output,) = session.outputs
-        pixels = images.astype(port.dtype)
-        return lambda: session.run([output], {name: pixels})[0]
 
 
 def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:
@@ -181,22 +118,3 @@ def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
         return getattr(explanation, what), explanation.path
 
     return call
-
-
-def device_name(model: Any) -> str:
-    """Of the processor that a PyTorch classifier or an ONNX file runs on; None is the CPU."""
-    if isinstance(model, OnnxFiles) and "CPU" not in model.explainer.session.device:
-        return model.explainer.session.device
-    torch_model = None if isinstance(model, OnnxFiles) else model
-    device = None if torch_model is None else next(torch_model.parameters()).device
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    if device is not None and device.type != "cpu":
-        return str(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -13,12 +13,10 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from vit_reciprocam.benchmark.calls import (
     FIXED,
@@ -26,78 +24,24 @@ from vit_reciprocam.benchmark.calls import (
     NAIVE,
     RECIPROCAM,
     Call,
-    OnnxFiles,
-    device_name,
     make_call,
 )
 from vit_reciprocam.benchmark.memory import peak_memory, saved
+from vit_reciprocam.benchmark.models import OnnxFiles, device_name, prepare_model, set_threads
+from vit_reciprocam.benchmark.rows import Row, Spread, ratio, spread
 from vit_reciprocam.classifier.classifier import Classifier
-from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.methods import MethodSpec, check_settings
-from vit_reciprocam.onnx.insert.cut_out import cut_out_prediction
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.results.files import library_versions
 
-__all__ = ["Row", "Spread", "benchmark", "environment"]
+__all__ = ["benchmark", "environment"]
 
 _DEFAULT = ("relevance",)
 _SLOW = 10  # forward passes: a call that takes longer is made in fewer rounds,
 _FEWEST = 5  # but in as many as this
 
 Progress = Callable[[int, int], None]
-
-
-class Spread(NamedTuple):
-    """A median, and what the middle half of the values lies between."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one call costs. Figures are None where there are none; `note` says why.
-
-    Attributes:
-        model: As `load` takes it.
-        method: "forward", the prediction alone; "reciprocam", each image's top class; "reciprocam,
-            all scores", of all classes; "reciprocam, all maps", these also scaled to [0, 1];
-            "naive H", each image's top class with H run once a mask; or a method of `METHODS`.
-        path: Of ReciproCAM, "closed-form" or "direct".
-        batch: Images in one call.
-        size: Their (height, width) in pixels.
-        device: The processor's name.
-        threads: Of the CPU.
-        rounds: In how many the call was timed.
-        ms: Milliseconds of one call.
-        fps: Images a second, by the median.
-        to_forward: Time ÷ that of "forward" in the same round.
-        to_reciprocam: Time ÷ that of "reciprocam" in the same round.
-        peak_bytes: The most memory of a fresh process that makes this one call; on a GPU, what
-            PyTorch held there.
-        added_bytes: How much more that is than with the model loaded, before the call.
-        note: Why something was not measured.
-        backend: "torch", or of an ONNX file "onnxruntime" or "openvino".
-    """
-
-    model: str
-    method: str
-    path: str
-    batch: int
-    size: tuple[int, int]
-    device: str
-    threads: int
-    rounds: int = 0
-    ms: Spread | None = None
-    fps: float | None = None
-    to_forward: Spread | None = None
-    to_reciprocam: Spread | None = None
-    peak_bytes: int | None = None
-    added_bytes: int | None = None
-    note: str = ""
-    backend: str = "torch"
 
 
 @dataclass
@@ -143,8 +87,8 @@ def benchmark(
         naive: Measure "naive H"; of many patches it takes long.
         memory: Also measure peak memory, in a fresh process for each row.
         plain: For each classifier, of an ONNX file the untouched model's file, which "forward" then
-            runs, else None. By default what `cut_out_prediction` makes of the file, which needs the
-            package onnx; the demo model brings its own.
+            runs, else None. By default what `cut_out_prediction` makes of the file, which needs the package
+            onnx; the demo model brings its own.
         clock: Gives seconds.
         progress: Called with the number of calls done and of all calls; the latter may change.
 
@@ -167,10 +111,10 @@ def benchmark(
     labels = list(dict.fromkeys((*fixed, *map(str, specs))))
     optional = () if methods is not None else _DEFAULT
     with contextlib.ExitStack() as stack:
-        used = stack.enter_context(_threads(threads, classifiers))
+        used = stack.enter_context(set_threads(threads, classifiers))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = [
-            _model(classifier, given, threads, folder / f"{number}.onnx")
+            prepare_model(classifier, given, threads, folder / f"{number}.onnx")
             for number, (classifier, given) in enumerate(
                 zip(classifiers, plain or [None] * len(classifiers), strict=True)
             )
@@ -235,40 +179,6 @@ def _check(
     for classifier, file in zip(classifiers, plain or [None] * len(classifiers), strict=True):
         if file is not None and not isinstance(classifier.backend, OnnxExplainer):
             raise InputError(f"{classifier.name} is no ONNX file and needs no plain file")
-
-
-def _model(
-    classifier: Classifier, plain: str | os.PathLike[str] | None, threads: int | None, cut: Path
-) -> Any:
-    """As `make_call` takes it; without a plain file one is written to `cut`."""
-    model = classifier.backend
-    if not isinstance(model, OnnxExplainer):
-        return classifier.model
-    options = model.options() if threads is None else model.options() | {"threads": threads}
-    if plain is None and model.path == ASSETS / "demo.onnx":
-        plain = ASSETS / "demo-plain.onnx"
-    if plain is None:
-        cut_out_prediction(model.path, cut)
-    files = OnnxFiles(options, str(cut if plain is None else plain))
-    files.check(classifier.preprocess.size)
-    return files
-
-
-@contextlib.contextmanager
-def _threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
-    """Within, PyTorch computes in so many threads; gives their number."""
-    onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
-    if len(onnx) == len(classifiers):
-        yield wanted or onnx[0].threads or os.cpu_count() or 1
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tried(
@@ -346,26 +256,15 @@ def _filled(case: _Case, group: Sequence[_Case]) -> Row:
     if not case.seconds:
         return case.row
     by_label = {other.row.method: other.seconds for other in group}
-    seconds = _spread(case.seconds.values())
+    seconds = spread(case.seconds.values())
     return replace(
         case.row,
         rounds=len(case.seconds),
         ms=Spread(*(1000 * value for value in seconds)),
         fps=case.row.batch / seconds.median,
-        to_forward=_ratio(case.seconds, by_label[FORWARD]),
-        to_reciprocam=_ratio(case.seconds, by_label[RECIPROCAM]),
+        to_forward=ratio(case.seconds, by_label[FORWARD]),
+        to_reciprocam=ratio(case.seconds, by_label[RECIPROCAM]),
     )
-
-
-def _ratio(seconds: dict[int, float], of: dict[int, float]) -> Spread | None:
-    """Round by round, in the rounds that have both."""
-    values = [seconds[number] / of[number] for number in seconds if number in of]
-    return _spread(values) if values else None
-
-
-def _spread(values: Iterable[float]) -> Spread:
-    low, median, high = np.percentile(list(values), [25, 50, 75])
-    return Spread(float(median), float(low), float(high))
 
 
 def _with_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:

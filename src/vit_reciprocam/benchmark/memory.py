@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_reciprocam.benchmark.calls import OnnxFiles, make_call
+from vit_reciprocam.benchmark.calls import make_call
+from vit_reciprocam.benchmark.models import OnnxFiles
 from vit_reciprocam.errors import ModelError
 
 __all__ = ["Peak", "peak_memory", "saved"]
