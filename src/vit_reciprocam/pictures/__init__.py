@@ -1,1 +1,1 @@
-"""Pictures: reading and preparing them, drawing maps on them, and drawn scenes."""
+"""Pictures: reading and preparing them, drawing maps on them, and drawing scenes."""

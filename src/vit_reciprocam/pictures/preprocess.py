@@ -1,4 +1,4 @@
-"""Preparing pictures for a model exactly as its training library would."""
+"""Prepare pictures for a model exactly as its training library does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_reciprocam.errors import ImageError, InputError, check_choice
 
 __all__ = ["PRESETS", "Preprocess"]
 
-_MOST_RESIZED = 100_000_000
+_MOST_PIXELS = 100_000_000  # in a resized picture
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -34,27 +34,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name -> the fields of `Preprocess` that differ from its defaults.
 
-"imagenet" is for models of timm and torchvision trained on ImageNet, "inception" for those that
-take values from -1 to 1, and "clip" for CLIP's.
+"imagenet" is for models of timm and torchvision trained on ImageNet, "inception" for models that
+take values from -1 to 1, and "clip" for those of CLIP.
 """
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, centre crop, scale to [0, 1], normalise: what stands before most image classifiers.
+    """Resize, crop the centre, scale to [0, 1] and normalise, as most image classifiers expect.
 
-    Gives the same numbers as timm's evaluation transform (and so torchvision's), without torch.
+    This gives the same numbers as timm's evaluation transform, and so torchvision's, without
+    PyTorch.
 
     Attributes:
-        size: What the model takes, (height, width) in pixels.
-        resize: "shortest" scales so that the crop fits, keeping the aspect; "squash" scales both
-            sides alone.
+        size: (height, width) in pixels that the model takes.
+        resize: "shortest" scales so that the crop fits, and keeps the aspect ratio; "squash" scales
+            both sides independently.
         crop_pct: Share of the resized picture's side that the crop keeps.
-        interpolation: nearest, bilinear, bicubic or lanczos.
-        mean: A channel's mean, of values in [0, 1].
-        std: A channel's standard deviation.
-        half: Where the margin around the crop is odd, its left and top half is rounded "even", as
-            timm and torchvision do, or "down", as transformers does.
+        interpolation: Filter of the resizing: nearest, bilinear, bicubic or lanczos.
+        mean: Mean of each channel, for values in [0, 1].
+        std: Standard deviation of each channel, for values in [0, 1].
+        half: Rounding of the left and top margins of the crop if they end on half a pixel: to the
+            "even" neighbour, as timm and torchvision do, or "down", as transformers does.
     """
 
     size: tuple[int, int]
@@ -69,31 +70,31 @@ class Preprocess:
         """Check the choices.
 
         Raises:
-            InputError: If one does not exist.
+            InputError: If a choice does not exist.
         """
         check_choice("resize", self.resize, ("shortest", "squash"))
         check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
         check_choice("half", self.half, ("even", "down"))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The model's input of an RGB picture: float32 (3, height, width)."""
+        """Return the model's input for an RGB picture: float32 (3, height, width)."""
         pixels = np.asarray(self.view(image), dtype=np.float32) / np.float32(255)
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
     def view(self, image: Image.Image) -> Image.Image:
-        """The pixels that the model sees, (height, width), before normalisation."""
+        """Return the pixels that the model sees, before normalisation: (height, width)."""
         width, height = self._resized(image)
         resized = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         top, left = self._corner(width, height)
         return resized.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def region(self, image: Image.Image) -> Image.Image:
-        """The part of the picture that the model sees, at the picture's own resolution."""
+        """Return the part of the picture that the model sees, at the picture's own resolution."""
         return image.crop(self.box(image))
 
     def box(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """Where in the picture that part lies: (left, top, right, bottom) in its pixels."""
+        """Return the place of that part: (left, top, right, bottom) in the picture's pixels."""
         width, height = self._resized(image)
         top, left = self._corner(width, height)
         across, down = image.width / width, image.height / height
@@ -102,12 +103,12 @@ class Preprocess:
         return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` reads them back."""
+        """Return the fields as plain JSON values, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """From what `to_dict` gave, also after a journey through JSON."""
+        """Return the preprocessing that `to_dict` described, also after a journey through JSON."""
         loaded: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -119,9 +120,9 @@ class Preprocess:
 
         Args:
             text: A name of `PRESETS`, and fields that differ from it, such as
-                "inception:size=384x512,resize=squash". A size is 224, or height x width as
-                384x512; mean and std are one number, or three with slashes between, 0.5/0.5/0.5.
-            size: (height, width) to use if the text has none.
+                "inception:size=384x512,resize=squash". A size is one number, or height x width
+                such as 384x512; mean and std are one number, or three such as 0.5/0.4/0.3.
+            size: (height, width) in pixels to use if the text has none.
 
         Raises:
             InputError: If the text is not of this form, or there is no size.
@@ -147,7 +148,11 @@ class Preprocess:
         return cls(**settings)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height after the resize, as timm and torchvision compute them."""
+        """Return width and height after the resize, as timm and torchvision compute them.
+
+        Raises:
+            ImageError: If they would be too large, because the picture is long and thin.
+        """
         want_h, want_w = (math.floor(side / self.crop_pct) for side in self.size)
         if self.resize == "squash":
             return want_w, want_h
@@ -158,7 +163,7 @@ class Preprocess:
         else:
             ratio = min(image.height / want_h, image.width / want_w)
             width, height = round(image.width / ratio), round(image.height / ratio)
-        if width * height > _MOST_RESIZED:
+        if width * height > _MOST_PIXELS:
             raise ImageError(
                 f"a picture of {image.width}x{image.height} pixels is too long and thin: resized "
                 f"for this model it would be {width}x{height}; crop it"
@@ -166,7 +171,7 @@ class Preprocess:
         return width, height
 
     def _corner(self, width: int, height: int) -> tuple[int, int]:
-        """Top and left of the centre crop."""
+        """Return the top and left of the centre crop."""
         rounded = round if self.half == "even" else math.floor
         return rounded((height - self.size[0]) / 2), rounded((width - self.size[1]) / 2)
 
@@ -175,7 +180,7 @@ def _read_field(key: str, text: str) -> Any:
     """Return the value of a field of `Preprocess` that is written as text.
 
     Raises:
-        ValueError: If it is out of range or not written as that field is.
+        ValueError: If it is out of range, or not of the form of that field.
     """
     if key == "size":
         height, _, width = text.partition("x")

@@ -1,4 +1,4 @@
-"""Reading pictures: files, folders and globs, PIL images and arrays."""
+"""Read pictures from files, folders and globs, PIL images and arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_reciprocam.errors import ImageError
 __all__ = ["ImageSource", "find_images", "read_image"]
 
 ImageSource = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image, or an RGB or grey array of uint8, (H, W, 3) or (H, W)."""
+"""A file, a PIL image, or a uint8 array, RGB (H, W, 3) or grey (H, W)."""
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -25,13 +25,13 @@ def find_images(
 ) -> list[Path]:
     """Return the picture files that files, folders and globs name, each file once.
 
-    Folders are searched whole, in name order. A path that does not exist is kept, for `read_image`
-    to refuse.
+    Folders are searched with all their subfolders, in the order of names. A path that does not
+    exist is kept, so that `read_image` refuses it.
 
     Args:
         paths: Files, folders and globs.
-        skip: Says of a folder inside a given one whether its pictures are left out, such as
-            `results.files.holds_results` of saved explanations.
+        skip: Function that says whether the pictures of a subfolder are left out, such as
+            `results.files.holds_results` for saved explanations.
 
     Raises:
         ImageError: If a folder or glob holds no picture.
@@ -58,10 +58,10 @@ def find_images(
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture of 8 bits a channel.
+    """Return an upright RGB picture with 8 bits per channel.
 
     The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits,
-    and of an animation the first frame is taken.
+    and the first frame of an animation is taken.
 
     Raises:
         ImageError: If it is not a picture, is damaged, or has more than

@@ -1,4 +1,4 @@
-"""Saliency maps made visible: colour maps, overlays, and panels side by side."""
+"""Draw saliency maps: colour maps, overlays, and panels side by side."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ COLORMAPS: dict[str, np.ndarray] = {
 }
 """Name -> evenly spaced RGB anchors (n, 3), interpolated linearly.
 
-viridis, inferno and cividis are matplotlib's (CC0): even steps of the map look like even steps,
-also to readers who are colour-blind and in print. jet does not, but papers use it.
+viridis, inferno and cividis are matplotlib's (CC0). In them even steps of the map look like even
+steps, also in print and to readers who are colour-blind. In jet they do not, but papers use it.
 """
 
 _INK = "#222222"
 
 
 def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
-    """Colours of a map: (h, w) in [0, 1] -> (h, w, 3) uint8.
+    """Return the colours of a map: (h, w) in [0, 1] -> (h, w, 3) uint8.
 
     Raises:
         InputError: If the colour map does not exist.
@@ -60,7 +60,7 @@ def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
 
 
 def upsample(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at the size (height, width) of a picture: bicubic, kept in [0, 1]."""
+    """Return a map (h, w) at the size (height, width) of a picture: bicubic, kept in [0, 1]."""
     image = Image.fromarray(saliency.astype(np.float32))
     smooth = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(smooth).clip(0, 1)
@@ -69,13 +69,13 @@ def upsample(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def overlay(
     picture: Image.Image, saliency: np.ndarray, *, colormap: str = "viridis", opacity: float = 0.55
 ) -> Image.Image:
-    """A picture under its map, of the picture's size.
+    """Return a picture with its map laid over it, at the picture's size.
 
     Args:
-        picture: RGB, the region that the model saw.
-        saliency: (h, w) in [0, 1].
+        picture: The region that the model saw, RGB.
+        saliency: The map, (h, w) in [0, 1].
         colormap: A name in `COLORMAPS`.
-        opacity: Of the map: 0 shows the picture alone, 1 the map alone.
+        opacity: Opacity of the map: 0 shows the picture alone, 1 the map alone.
 
     Raises:
         InputError: If the opacity is not in [0, 1] or the colour map does not exist.
@@ -87,7 +87,7 @@ def overlay(
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file's content."""
+    """Return a picture as the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -101,14 +101,15 @@ def panels(
     height: int = 320,
     columns: int = 6,
 ) -> Image.Image:
-    """Pictures of one shape side by side, each over its caption, on white, over a legend.
+    """Return a sheet of pictures of one shape, each above its caption, with a legend below.
 
     Args:
-        pictures: At least one; all are scaled to `height`.
-        captions: One a picture; cut where too long.
-        colormap: The one that the legend shows.
-        height: Of a picture, in pixels; less for one more than four times as wide.
-        columns: How many in a row at most.
+        pictures: At least one picture; all are scaled to `height`.
+        captions: One text per picture, which is cut if it is too long.
+        colormap: Name of the colour map that the legend shows.
+        height: Height of a picture in pixels; one that is more than four times as wide is drawn
+            lower.
+        columns: Number of pictures in a row at most.
     """
     gap, text = height // 32, max(11, height // 18)
     font = ImageFont.load_default(text)
@@ -135,12 +136,13 @@ def panels(
 
 
 def _fitted(picture: Image.Image, height: int) -> tuple[int, int]:
-    """Width and height of a panel: `height` high, but at most four times as wide."""
+    """Return width and height of a panel: `height` high, but at most four times as wide."""
     scale = min(height / picture.height, 4 * height / picture.width)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
 def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """Return the text, cut with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,7 +1,8 @@
-"""Pictures drawn with known object masks: the demo model's world, and undisputed ground truth.
+"""Draw pictures whose objects and masks are known: what the demo model was trained on.
 
-A scene holds one to three objects of different classes over clutter. Everything is drawn from a
-seed, at any size, so a data set of scenes is a range of integers.
+A scene holds one to three objects of different classes over clutter, with masks that are beyond
+dispute. Everything is drawn from a seed, at any size, so a data set of scenes is a range of
+integers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vit_reciprocam.errors import InputError
 __all__ = ["CLASSES", "Scene", "draw_scene"]
 
 Points = np.ndarray  # (n, 2), x to the right and y down, in a square from -1 to 1
-Part = tuple[str, Points]  # the role picks the colour: body, accent, light or dark
+Shape = tuple[str, Points]  # a role that picks the colour (body, accent, light, dark); corners
 Colour = tuple[int, int, int]
 
 _SUPERSAMPLE = 2  # drawn larger and scaled down, for smooth edges
@@ -29,9 +30,9 @@ class Scene:
     """A drawn picture and what is in it.
 
     Attributes:
-        image: RGB picture, (size, size).
-        labels: One class index an object, indices into `CLASSES`, all different.
-        masks: (objects, size, size) bool, the visible pixels of each object.
+        image: The picture, RGB, size x size pixels.
+        labels: Class index of each object, into `CLASSES`; all differ.
+        masks: Visible pixels of each object, (objects, size, size) bool.
     """
 
     image: Image.Image
@@ -44,8 +45,8 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
 
     Args:
         seed: Any non-negative integer.
-        size: Side of the square picture in pixels.
-        objects: How many objects, 1 to 3; None draws that number too.
+        size: Side of the square picture in pixels, at least 16.
+        objects: Number of objects, 1 to 3; None draws that number too.
 
     Raises:
         InputError: If `objects` or `size` is out of range.
@@ -61,8 +62,8 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
     canvas = _background(rng, side)
     masks: list[Image.Image] = []
     for label, (centre, radius) in zip(labels, _places(rng, count), strict=True):
-        parts = _posed(list(CLASSES.values())[label](), rng, centre * side, radius * side)
-        mask = _paint(canvas, parts, rng)
+        shapes = _pose(list(CLASSES.values())[label](), rng, centre * side, radius * side)
+        mask = _paint(canvas, shapes, rng)
         masks = [_subtract(earlier, mask) for earlier in masks] + [mask]
     _scratch(canvas, rng, side)
     image = _add_noise(canvas.resize((size, size), Image.Resampling.BOX), rng)
@@ -70,11 +71,11 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
     return Scene(image, labels, np.stack(small))
 
 
-# --- where things go, and what lies behind them -------------------------------------------------
+# --- places, poses and the background -------------------------------------------------------------
 
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[Points, float]]:
-    """Centres and radii, as fractions of the side, that overlap little."""
+    """Draw centres and radii, as fractions of the side, of objects that overlap little."""
     while True:
         radii = rng.uniform(0.19, {1: 0.36, 2: 0.27, 3: 0.22}[count], size=count)
         centres = [rng.uniform(0.9 * r, 1 - 0.9 * r, size=2) for r in radii]
@@ -87,18 +88,18 @@ def _places(rng: np.random.Generator, count: int) -> list[tuple[Points, float]]:
             return list(zip(centres, (float(r) for r in radii), strict=True))
 
 
-def _posed(
-    parts: list[Part], rng: np.random.Generator, centre: Points, radius: float
-) -> list[Part]:
-    """The parts rotated, stretched a little, perhaps mirrored, and moved to their place."""
+def _pose(
+    shapes: list[Shape], rng: np.random.Generator, centre: Points, radius: float
+) -> list[Shape]:
+    """Rotate the shapes, stretch them a little, perhaps mirror them, and move them into place."""
     angle = rng.uniform(-0.5, 0.5)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     stretch = rng.uniform(0.85, 1.15, size=2) * np.array([rng.choice([-1.0, 1.0]), 1.0])
-    return [(role, (points * stretch) @ turn.T * radius + centre) for role, points in parts]
+    return [(role, (points * stretch) @ turn.T * radius + centre) for role, points in shapes]
 
 
 def _background(rng: np.random.Generator, side: int) -> Image.Image:
-    """A gradient with clutter: blobs, bars and polygons that belong to no class."""
+    """Draw a gradient with clutter: blobs, bars and polygons that belong to no class."""
     ends = rng.integers(0, 256, size=(2, 2, 3)).astype(np.uint8)
     canvas = Image.fromarray(ends).resize((side, side), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)
@@ -115,13 +116,13 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
         else:
             points = _box(0, 0, rng.uniform(0.05, 0.3), rng.uniform(0.005, 0.02))
         role = [("body", points)]
-        _, placed = _posed(role, rng, centre, side)[0]
+        _, placed = _pose(role, rng, centre, side)[0]
         draw.polygon(_flat(placed), fill=_colour(rng))
     return canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.012)) * side))
 
 
 def _scratch(canvas: Image.Image, rng: np.random.Generator, side: int) -> None:
-    """A few thin lines over everything, so that an edge alone means nothing."""
+    """Draw a few thin lines over everything, so that an edge alone means nothing."""
     draw = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(0, 4))):
         ends = rng.uniform(0, side, size=4)
@@ -134,12 +135,12 @@ def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((pixels + noise).round().clip(0, 255).astype(np.uint8))
 
 
-# --- how an object gets its paint -----------------------------------------------------------
+# --- painting an object ---------------------------------------------------------------------------
 
 
-def _paint(canvas: Image.Image, parts: list[Part], rng: np.random.Generator) -> Image.Image:
-    """Draw the parts on the canvas, in order, and return their mask ("L", 0 or 255)."""
-    everything = np.vstack([points for _, points in parts])
+def _paint(canvas: Image.Image, shapes: list[Shape], rng: np.random.Generator) -> Image.Image:
+    """Draw the shapes on the canvas, in order, and return their mask ("L", 0 or 255)."""
+    everything = np.vstack([points for _, points in shapes])
     left, top = np.floor(everything.min(0)).clip(0).astype(int)
     right, bottom = np.ceil(everything.max(0)).clip(0, canvas.size).astype(int) + 1
     box = (int(left), int(top), int(right), int(bottom))
@@ -153,7 +154,7 @@ def _paint(canvas: Image.Image, parts: list[Part], rng: np.random.Generator) -> 
     }
     outline = tuple(int(c * 0.45) for c in body)
     mask = Image.new("L", patch.size, 0)
-    for role, points in parts:
+    for role, points in shapes:
         corners = _flat(points - (left, top))
         stencil = Image.new("L", patch.size, 0)
         ImageDraw.Draw(stencil).polygon(corners, fill=255)
@@ -170,7 +171,7 @@ def _paint(canvas: Image.Image, parts: list[Part], rng: np.random.Generator) -> 
 def _texture(
     size: tuple[int, int], side: int, colour: Colour, rng: np.random.Generator
 ) -> Image.Image:
-    """Plain, shaded, striped, checked or speckled, in one colour, patterns scaled to `side`."""
+    """Draw a plain, shaded, striped, checked or speckled area in one colour, scaled to `side`."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / np.float32(side)
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.03, 0.09)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -203,7 +204,7 @@ def _flat(points: Points) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in points]
 
 
-# --- the shapes -----------------------------------------------------------------------------
+# --- the shapes -----------------------------------------------------------------------------------
 
 
 def _ellipse(
@@ -226,7 +227,7 @@ def _poly(*corners: tuple[float, float]) -> Points:
     return np.array(corners, dtype=float)
 
 
-def _butterfly() -> list[Part]:
+def _butterfly() -> list[Shape]:
     wings = [_ellipse(s * 0.5, y, 0.46, r) for s in (-1, 1) for y, r in ((-0.4, 0.5), (0.45, 0.38))]
     spots = [_ellipse(s * 0.55, -0.4, 0.18, 0.2) for s in (-1, 1)]
     feelers = [_poly((0, -0.6), (s * 0.3, -1), (s * 0.22, -1), (0, -0.7)) for s in (-1, 1)]
@@ -238,7 +239,7 @@ def _butterfly() -> list[Part]:
     )
 
 
-def _car() -> list[Part]:
+def _car() -> list[Shape]:
     cabin = _poly((-0.55, -0.05), (-0.3, -0.5), (0.35, -0.5), (0.6, -0.05))
     window = _poly((-0.35, -0.08), (-0.2, -0.38), (0.27, -0.38), (0.42, -0.08))
     wheels = [_ellipse(s * 0.52, 0.42, 0.24, 0.24) for s in (-1, 1)]
@@ -250,13 +251,13 @@ def _car() -> list[Part]:
     )
 
 
-def _cup() -> list[Part]:
+def _cup() -> list[Shape]:
     ring = np.vstack([_ellipse(0.5, 0, 0.48, 0.46, -90, 90), _ellipse(0.5, 0, 0.28, 0.26, 90, -90)])
     side = _poly((-0.75, -0.75), (0.55, -0.75), (0.42, 0.8), (-0.62, 0.8))
     return [("accent", ring), ("body", side), ("dark", _ellipse(-0.1, -0.75, 0.65, 0.16))]
 
 
-def _fish() -> list[Part]:
+def _fish() -> list[Shape]:
     tail = _poly((0.5, 0), (1, -0.5), (0.88, 0), (1, 0.5))
     fin = _poly((-0.2, -0.4), (0.15, -0.8), (0.35, -0.3))
     return [
@@ -268,13 +269,13 @@ def _fish() -> list[Part]:
     ]
 
 
-def _flower() -> list[Part]:
+def _flower() -> list[Shape]:
     angles = np.radians(np.arange(6) * 60)
     petals = [_ellipse(0.52 * np.cos(a), 0.52 * np.sin(a), 0.36, 0.36) for a in angles]
     return [("body", petal) for petal in petals] + [("accent", _ellipse(0, 0, 0.34, 0.34))]
 
 
-def _house() -> list[Part]:
+def _house() -> list[Shape]:
     return [
         ("body", _box(0, 0.35, 0.7, 0.6)),
         ("accent", _poly((-0.95, -0.2), (0, -1), (0.95, -0.2))),
@@ -283,20 +284,20 @@ def _house() -> list[Part]:
     ]
 
 
-def _key() -> list[Part]:
+def _key() -> list[Shape]:
     bow = np.vstack([_ellipse(-0.55, 0, 0.45, 0.45), _ellipse(-0.55, 0, 0.2, 0.2, 360, 0)])
     bits = [_box(x, 0.27, 0.08, 0.2) for x in (0.55, 0.85)]
     return [("body", bow), ("body", _box(0.42, 0, 0.54, 0.12))] + [("body", bit) for bit in bits]
 
 
-def _mushroom() -> list[Part]:
+def _mushroom() -> list[Shape]:
     spots = [_ellipse(x, y, 0.13, 0.1) for x, y in ((-0.45, -0.25), (0.05, -0.5), (0.5, -0.2))]
     stem = _poly((-0.25, 0), (0.25, 0), (0.35, 0.95), (-0.35, 0.95))
     cap = _ellipse(0, 0.05, 0.95, 0.9, 180, 360)
     return [("light", stem), ("body", cap)] + [("light", spot) for spot in spots]
 
 
-def _rocket() -> list[Part]:
+def _rocket() -> list[Shape]:
     fins = [_poly((s * 0.25, 0.3), (s * 0.75, 0.95), (s * 0.2, 0.75)) for s in (-1, 1)]
     hull = np.vstack([_ellipse(0, -0.1, 0.36, 0.9, 180, 360), _poly((0.3, 0.75), (-0.3, 0.75))])
     flame = _poly((-0.18, 0.75), (0.18, 0.75), (0, 1.05))
@@ -309,7 +310,7 @@ def _rocket() -> list[Part]:
     ]
 
 
-def _sailboat() -> list[Part]:
+def _sailboat() -> list[Shape]:
     return [
         ("dark", _box(0, -0.25, 0.04, 0.75)),
         ("accent", _poly((0.1, -0.95), (0.1, 0.3), (0.8, 0.3))),
@@ -318,13 +319,13 @@ def _sailboat() -> list[Part]:
     ]
 
 
-def _tree() -> list[Part]:
+def _tree() -> list[Shape]:
     tiers = [(-1.0, -0.3, 0.42), (-0.65, 0.15, 0.6), (-0.25, 0.6, 0.78)]
     leaves = [_poly((0, top), (-half, low), (half, low)) for top, low, half in tiers]
     return [("dark", _box(0, 0.75, 0.13, 0.22))] + [("body", tier) for tier in reversed(leaves)]
 
 
-def _umbrella() -> list[Part]:
+def _umbrella() -> list[Shape]:
     canopy = np.vstack([
         _ellipse(0, 0, 0.98, 0.85, 180, 360),
         *(_ellipse(x, 0, 0.245, 0.16, 0, -180) for x in (0.735, 0.245, -0.245, -0.735)),
@@ -341,7 +342,7 @@ def _umbrella() -> list[Part]:
     ]
 
 
-CLASSES: dict[str, Callable[[], list[Part]]] = {
+CLASSES: dict[str, Callable[[], list[Shape]]] = {
     "butterfly": _butterfly,
     "car": _car,
     "cup": _cup,
