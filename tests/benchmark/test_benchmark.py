@@ -244,8 +244,12 @@ def test_calls_give_what_they_are_named_after(small):
         ([], {"rounds": 0}, "rounds must be 1 or more; got 0"),
         ([], {"warmup": 0}, "warmup must be 1 or more; got 0"),
         ([], {"threads": 0}, "threads must be 1 or more; got 0"),
-        ([], {"plain": [None, None]}, "2 plain files for 1 models"),
-        ([], {"plain": ["a.onnx"]}, "test_vit is no ONNX file and needs no plain file"),
+        ([], {"untouched": [None, None]}, "2 files of untouched models for 1 models"),
+        (
+            [],
+            {"untouched": ["a.onnx"]},
+            "test_vit is not an ONNX file and needs no file of an untouched model",
+        ),
     ],
 )
 def test_refusals(small, monkeypatch, methods, options, words):
@@ -257,8 +261,8 @@ def test_refusals(small, monkeypatch, methods, options, words):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_onnx_files_beside_pytorch(small, backend):
     demo = vr.load("demo", backend=backend, threads=2)
-    plain = [ASSETS / "demo-plain.onnx", None]
-    rows = benchmark([demo, small], [], rounds=2, warmup=1, naive=False, plain=plain)
+    untouched = [ASSETS / "demo-plain.onnx", None]
+    rows = benchmark([demo, small], [], rounds=2, warmup=1, naive=False, untouched=untouched)
     assert [row.backend for row in rows] == [backend] * 4 + ["torch"] * 4
     assert [row.threads for row in rows] == [2] * 4 + [torch.get_num_threads()] * 4
     assert [row.note for row in rows] == [""] * 8
@@ -278,9 +282,9 @@ def test_the_untouched_model_of_an_onnx_file(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"other\.onnx is not the model that .*demo\.onnx explains"
     ):
-        benchmark([demo], [], rounds=1, plain=[tmp_path / "other.onnx"])
+        benchmark([demo], [], rounds=1, untouched=[tmp_path / "other.onnx"])
     with pytest.raises(ModelError, match="must be the untouched model, with one input and one out"):
-        benchmark([demo], [], rounds=1, plain=[tmp_path / "demo.onnx"])
+        benchmark([demo], [], rounds=1, untouched=[tmp_path / "demo.onnx"])
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependencyError, match=r"--plain FILE.*vit-reciprocam\[onnx\]"):
         benchmark([demo], [], rounds=1)
@@ -291,12 +295,12 @@ def test_the_untouched_model_of_an_onnx_file(tmp_path, monkeypatch):
 
 def test_peak_memory_is_that_of_a_fresh_process(small):
     ballast = b"x" * 2**29  # of this process, which the other one's peak must not count
-    own = memory._peak_of(None)()
+    own = memory._watch_memory(None)()
     peaks = {}
-    with memory.saved(small.model) as where:
+    with memory.store_model(small.model) as where:
         for label in ("forward", "naive H"):
             options = {"size": (160, 160), "batch": 2, "threads": 1}
-            peaks[label] = memory.peak_memory(where, label, **options)
+            peaks[label] = memory.measure_peak(where, label, **options)
         assert Path(where["file"]).exists()
     assert not Path(where["file"]).exists()
     forward, naive = peaks["forward"], peaks["naive H"]
@@ -313,10 +317,10 @@ def test_what_hinders_measuring_memory_is_said(monkeypatch, small):
     assert all("cannot be handed to a fresh process" in row.note for row in rows)
     assert all(row.ms is not None and row.peak_bytes is None for row in rows)
     with (
-        memory.saved(DEMO) as where,
+        memory.store_model(DEMO) as where,
         pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's maps"),
     ):
-        memory.peak_memory(where, "relevance", size=(112, 112), batch=1, threads=1)
+        memory.measure_peak(where, "relevance", size=(112, 112), batch=1, threads=1)
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The calls that `benchmark` measures."""
+"""The calls that are measured: a prediction, a prediction with maps, or another method's maps."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ ALL_SCORES = "reciprocam, all scores"
 ALL_MAPS = "reciprocam, all maps"
 NAIVE = "naive H"
 FIXED = (FORWARD, RECIPROCAM, ALL_SCORES, ALL_MAPS, NAIVE)
+"""The calls that are measured for every model, see `Row.method`."""
 
 Call = Callable[[], tuple[Any, str]]
-"""Gives the result, and by which path ReciproCAM came to it."""
+"""A function that returns the result, and the path by which ReciproCAM came to it, else ""."""
 
 
 def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:
-    """A call on seeded random images that lie on the model's device.
+    """Return a call on random images, the same in every run, that lie on the model's device.
 
-    Logits and what ReciproCAM gives come back as NumPy arrays.
+    Its logits, and what ReciproCAM gives, come back as NumPy arrays.
 
     Args:
         model: A PyTorch classifier, or `OnnxFiles`.
         label: One of `FIXED`, or a method as `MethodSpec.parse` reads it.
-        size: (height, width) of the images.
-        batch: How many images.
+        size: (height, width) of the images in pixels.
+        batch: Number of images.
 
     Raises:
         InputError: If an ONNX file cannot do that, or there is no such method or setting.
@@ -66,27 +67,27 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     def forward() -> tuple[Any, str]:
         return logits_of(model(images)).float().cpu().numpy(), ""
 
-    def explained(what: str, targets: Any = None, **settings: Any) -> Call:
+    def reciprocam(result: str, targets: Any = None, **settings: Any) -> Call:
         explainer = ReciproCAM(model, **settings)
 
         def call() -> tuple[Any, str]:
             explanation = explainer(images, targets)
-            return getattr(explanation, what), explanation.path
+            return getattr(explanation, result), explanation.path
 
         return call
 
     if label == FORWARD:
         return forward
     if label == ALL_SCORES:
-        return explained("scores", "all")
+        return reciprocam("scores", "all")
     if label == ALL_MAPS:
-        return explained("maps", "all")
+        return reciprocam("maps", "all")
     if label == NAIVE:
-        return explained("maps", path="direct")
+        return reciprocam("maps", path="direct")
     method = MethodSpec.parse(label)
     if method.name == RECIPROCAM:
-        return explained("maps", **method.settings)
-    check_settings(method.name, method.settings)  # imports its library
+        return reciprocam("maps", **method.settings)
+    check_settings(method.name, method.settings)  # it imports the method's library: not timed
 
     def other() -> tuple[Any, str]:
         maps = METHODS[method.name](model, images, **method.settings)
@@ -111,10 +112,10 @@ def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
     if label != RECIPROCAM and kind not in ("all", "input"):
         raise InputError(f"the file explains the {kind} classes only")
     targets = None if label == RECIPROCAM else "all"
-    what = "scores" if label == ALL_SCORES else "maps"
+    result = "scores" if label == ALL_SCORES else "maps"
 
     def call() -> tuple[Any, str]:
         explanation = explainer(images, targets)
-        return getattr(explanation, what), explanation.path
+        return getattr(explanation, result), explanation.path
 
     return call

@@ -1,7 +1,8 @@
-"""What explanations cost on this machine, as ratios within one run (the paper's Table 2).
+"""Measure what explanations cost on this machine, as ratios within one run (the paper's Table 2).
 
 In every round each call is made once, in an order drawn anew, so that the machine's drift hits all
-alike. A ratio is taken in each round, and their median reported. Only PyTorch models need torch.
+calls alike. A ratio is taken in each round, and the median of the ratios is reported. PyTorch is
+needed only for PyTorch models.
 """
 
 from __future__ import annotations
@@ -18,15 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vit_reciprocam.benchmark.calls import (
-    FIXED,
-    FORWARD,
-    NAIVE,
-    RECIPROCAM,
-    Call,
-    make_call,
-)
-from vit_reciprocam.benchmark.memory import peak_memory, saved
+from vit_reciprocam.benchmark.calls import FIXED, FORWARD, NAIVE, RECIPROCAM, Call, make_call
+from vit_reciprocam.benchmark.memory import measure_peak, store_model
 from vit_reciprocam.benchmark.models import OnnxFiles, device_name, prepare_model, set_threads
 from vit_reciprocam.benchmark.rows import Row, Spread, ratio, spread
 from vit_reciprocam.classifier.classifier import Classifier
@@ -37,20 +31,28 @@ from vit_reciprocam.results.files import library_versions
 
 __all__ = ["benchmark", "environment"]
 
-_DEFAULT = ("relevance",)
-_SLOW = 10  # forward passes: a call that takes longer is made in fewer rounds,
-_FEWEST = 5  # but in as many as this
+_DEFAULT_METHODS = ("relevance",)
+_SLOW = 10  # forward passes; a call that takes longer is made in fewer rounds
+_FEWEST = 5  # rounds in which a slow call is still made
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class _Case:
-    """A row to be, its call, and the seconds that it took, by round."""
+    """A call while it is measured.
+
+    Attributes:
+        row: What is known about it so far.
+        call: The call, or None if it cannot be made.
+        every: Step between the rounds that time it: rounds 0, every, 2 every and so on.
+        trial: Seconds of its last warm-up.
+        seconds: Round -> the seconds that it took.
+    """
 
     row: Row
     call: Call | None = None
-    every: int = 1  # it is timed in rounds 0, every, 2 every, ...
+    every: int = 1
     trial: float = 0.0
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -65,7 +67,7 @@ def benchmark(
     threads: int | None = None,
     naive: bool = True,
     memory: bool = False,
-    plain: Sequence[str | os.PathLike[str] | None] | None = None,
+    untouched: Sequence[str | os.PathLike[str] | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -76,72 +78,75 @@ def benchmark(
     every second round only, or every fourth, and so on, but at least in five.
 
     Args:
-        classifiers: From `load`. Cost does not depend on weights: weights="random" will do.
-        methods: Names of `METHODS` with settings as `MethodSpec.parse` reads them, beside what is
-            always measured; by default relevance, for the models that have it.
-        batch_sizes: Images in one call; all of them are measured.
-        rounds: In which times are taken.
-        warmup: Calls of each kind before.
-        threads: Of the CPU; by default as many as PyTorch is set to, or of an ONNX file as it was
-            loaded with. PyTorch's are set back at the end.
-        naive: Measure "naive H"; of many patches it takes long.
-        memory: Also measure peak memory, in a fresh process for each row.
-        plain: For each classifier, of an ONNX file the untouched model's file, which "forward" then
-            runs, else None. By default what `cut_out_prediction` makes of the file, which needs the package
-            onnx; the demo model brings its own.
-        clock: Gives seconds.
-        progress: Called with the number of calls done and of all calls; the latter may change.
+        classifiers: Classifiers from `load`. Weights do not change the cost, so weights="random"
+            will do.
+        methods: Names of `METHODS` with settings, as `MethodSpec.parse` reads them, to measure
+            beside the fixed calls; by default relevance, for the models that have it.
+        batch_sizes: Numbers of images in one call; each of them is measured.
+        rounds: Number of rounds that are timed.
+        warmup: Number of times that each call is made before.
+        threads: Number of CPU threads; by default as many as PyTorch is set to, or as an ONNX file
+            was loaded with. PyTorch's number is set back at the end.
+        naive: Measure "naive H", which takes long with many patches.
+        memory: Measure peak memory too, in a fresh process for each row.
+        untouched: For each classifier that is an ONNX file, the file of the untouched model, which
+            "forward" then runs; None for the others. By default it is what `cut_out_prediction` makes of the
+            file, which needs the package onnx; the demo model brings its own.
+        clock: Returns the time in seconds.
+        progress: Called with the number of calls done and the number of all calls, which may
+            change on the way.
 
     Returns:
-        For each model and batch size the rows that `Row.method` names, then the methods. "naive H"
-        is left out where ReciproCAM itself takes the direct path, and for ONNX files.
+        Rows, for each model and batch size those of the fixed calls, see `Row.method`, and then
+        those of the methods. "naive H" is left out for ONNX files, and if ReciproCAM itself takes
+        the direct path.
 
     Raises:
-        InputError: If there is no such method or setting, or a number is out of range.
+        InputError: If there is no such method or setting, a number is out of range, or `untouched`
+            does not fit the classifiers.
         ModelError: If the untouched model cannot be cut out of an ONNX file.
         MissingDependencyError: If the library of a method, or onnx for cutting, is not installed.
     """
-    _check(
-        classifiers, batch_sizes, plain, {"rounds": rounds, "warmup": warmup, "threads": threads}
-    )
-    specs = [MethodSpec.parse(method) for method in (_DEFAULT if methods is None else methods)]
+    files = [None] * len(classifiers) if untouched is None else list(untouched)
+    numbers = {"rounds": rounds, "warmup": warmup, "threads": threads}
+    _check(classifiers, batch_sizes, files, numbers)
+    specs = [MethodSpec.parse(one) for one in (_DEFAULT_METHODS if methods is None else methods)]
     for spec in specs if methods is not None else ():
         check_settings(spec.name, spec.settings)
     fixed = [label for label in FIXED if naive or label != NAIVE]
     labels = list(dict.fromkeys((*fixed, *map(str, specs))))
-    optional = () if methods is not None else _DEFAULT
+    optional = () if methods is not None else _DEFAULT_METHODS
     with contextlib.ExitStack() as stack:
-        used = stack.enter_context(set_threads(threads, classifiers))
+        used_threads = stack.enter_context(set_threads(threads, classifiers))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = [
-            prepare_model(classifier, given, threads, folder / f"{number}.onnx")
-            for number, (classifier, given) in enumerate(
-                zip(classifiers, plain or [None] * len(classifiers), strict=True)
-            )
+            prepare_model(classifier, file, threads, folder / f"{number}.onnx")
+            for number, (classifier, file) in enumerate(zip(classifiers, files, strict=True))
         ]
-        pairs = list(zip(classifiers, models, strict=True))
+        # the most calls that there can be; how many there are is known after the warm-up
         count = len(classifiers) * len(batch_sizes) * len(labels)
         tick = _Ticks(progress, count * (1 + rounds + memory))
         groups = [
-            _tried(classifier, model, batch, used, labels, optional, warmup, clock, tick)
-            for classifier, model in pairs
+            _warm_up(classifier, model, batch, used_threads, labels, optional, warmup, clock, tick)
+            for classifier, model in zip(classifiers, models, strict=True)
             for batch in batch_sizes
         ]
-        _slow_ones_less_often(groups, rounds)
+        _space_out_slow_calls(groups, rounds)
         timed = sum(math.ceil(rounds / case.every) for group in groups for case in group)
         tick.total = tick.done + timed + memory * sum(map(len, groups))
         _time_in_turn(groups, rounds, clock, tick)
-        rows = [[_filled(case, group) for case in group] for group in groups]
+        rows = [[_make_row(case, group) for case in group] for group in groups]
         if memory:
-            each = [model for model in models for _ in batch_sizes]
+            model_of_each = [model for model in models for _ in batch_sizes]
             rows = [
-                _with_memory(group, model, tick) for group, model in zip(rows, each, strict=True)
+                _add_memory(group, model, tick)
+                for group, model in zip(rows, model_of_each, strict=True)
             ]
     return [row for group in rows for row in group]
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that figures were taken with."""
+    """Return the machine and the versions that figures are measured with, as JSON values."""
     return {
         "processor": device_name(None),
         "cores": os.cpu_count(),
@@ -152,7 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 class _Ticks:
-    """Counts calls, and reports."""
+    """Counts the calls made, and reports each."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.done, self.total = progress, 0, total
@@ -166,7 +171,7 @@ class _Ticks:
 def _check(
     classifiers: Sequence[Classifier],
     batch_sizes: Sequence[int],
-    plain: Sequence[Any] | None,
+    files: Sequence[Any],
     numbers: dict[str, int | None],
 ) -> None:
     if not classifiers or not batch_sizes:
@@ -174,14 +179,20 @@ def _check(
     for name, value in [*numbers.items(), *(("a batch size", batch) for batch in batch_sizes)]:
         if value is not None and value < 1:
             raise InputError(f"{name} must be 1 or more; got {value}")
-    if plain is not None and len(plain) != len(classifiers):
-        raise InputError(f"{len(plain)} plain files for {len(classifiers)} models: one for each")
-    for classifier, file in zip(classifiers, plain or [None] * len(classifiers), strict=True):
+    if len(files) != len(classifiers):
+        raise InputError(
+            f"{len(files)} files of untouched models for {len(classifiers)} models: pass one for "
+            "each, None for a PyTorch model"
+        )
+    for classifier, file in zip(classifiers, files, strict=True):
         if file is not None and not isinstance(classifier.backend, OnnxExplainer):
-            raise InputError(f"{classifier.name} is no ONNX file and needs no plain file")
+            raise InputError(
+                f"{classifier.name} is not an ONNX file and needs no file of an untouched model: "
+                "pass None for it"
+            )
 
 
-def _tried(
+def _warm_up(
     classifier: Classifier,
     model: Any,
     batch: int,
@@ -192,7 +203,10 @@ def _tried(
     clock: Callable[[], float],
     tick: _Ticks,
 ) -> list[_Case]:
-    """Each call warmed up; those that cannot be made have a row that says why."""
+    """Make each call of one model and batch size `warmup` times.
+
+    A call that cannot be made gets a row that says why, unless it is optional.
+    """
     size, device = classifier.preprocess.size, device_name(model)
     onnx = isinstance(model, OnnxFiles)
     if onnx:
@@ -213,17 +227,18 @@ def _tried(
         except ReciproCAMError as error:
             if label not in optional:
                 cases[label] = _Case(replace(row, note=str(error)))
-        except (RuntimeError, MemoryError) as error:  # as where memory runs out
+        except (RuntimeError, MemoryError) as error:  # for instance, memory runs out
             reason = str(error).strip().partition("\n")[0]
             cases[label] = _Case(replace(row, note=f"{type(error).__name__}: {reason}"))
         tick()
     return list(cases.values())
 
 
-def _slow_ones_less_often(groups: Iterable[Sequence[_Case]], rounds: int) -> None:
-    """So that none takes more than ten forward passes a round, if it is in five rounds still.
+def _space_out_slow_calls(groups: Iterable[Sequence[_Case]], rounds: int) -> None:
+    """Time slow calls in fewer rounds.
 
-    Steps are powers of two, so that two calls share all the rounds of the rarer one.
+    A call then takes at most ten forward passes per round on average, but is timed in at least
+    five rounds. Steps are powers of two, so that two calls share all the rounds of the rarer one.
     """
     for group in groups:
         forward = group[0].trial
@@ -238,6 +253,7 @@ def _slow_ones_less_often(groups: Iterable[Sequence[_Case]], rounds: int) -> Non
 def _time_in_turn(
     groups: Iterable[Sequence[_Case]], rounds: int, clock: Callable[[], float], tick: _Ticks
 ) -> None:
+    """Make and time the calls, those of one group next to each other in an order drawn anew."""
     shuffle = random.Random(0).shuffle
     for number in range(rounds):
         for group in groups:
@@ -251,8 +267,8 @@ def _time_in_turn(
                 tick()
 
 
-def _filled(case: _Case, group: Sequence[_Case]) -> Row:
-    """The row with its times."""
+def _make_row(case: _Case, group: Sequence[_Case]) -> Row:
+    """Return the row of a call with its times, and their ratios to others of its group."""
     if not case.seconds:
         return case.row
     by_label = {other.row.method: other.seconds for other in group}
@@ -267,13 +283,13 @@ def _filled(case: _Case, group: Sequence[_Case]) -> Row:
     )
 
 
-def _with_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
-    """The rows with their peaks of memory; a note where they could not be had."""
+def _add_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
+    """Return the rows of one model with peak memory, or with a note why it is not known."""
     found = []
     with contextlib.ExitStack() as stack:
-        problem, where = "", {}
+        problem, stored = "", {}
         try:
-            where = stack.enter_context(saved(model))
+            stored = stack.enter_context(store_model(model))
         except ReciproCAMError as error:
             problem = str(error)
         for row in rows:
@@ -282,8 +298,8 @@ def _with_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
                 found.append(replace(row, note=row.note or problem))
                 continue
             try:
-                peak = peak_memory(
-                    where, row.method, size=row.size, batch=row.batch, threads=row.threads
+                peak = measure_peak(
+                    stored, row.method, size=row.size, batch=row.batch, threads=row.threads
                 )
                 found.append(replace(row, peak_bytes=peak.total, added_bytes=peak.added))
             except ReciproCAMError as error:

@@ -1,6 +1,6 @@
-"""The peak memory of one call, made in a fresh process.
+"""The peak memory of one call, measured in a fresh process.
 
-Run as a module it is that process.
+That process runs this module: `python -m vit_reciprocam.benchmark.memory`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vit_reciprocam.benchmark.calls import make_call
 from vit_reciprocam.benchmark.models import OnnxFiles
 from vit_reciprocam.errors import ModelError
 
-__all__ = ["Peak", "peak_memory", "saved"]
+__all__ = ["Peak", "measure_peak", "store_model"]
 
 
 class Peak(NamedTuple):
@@ -30,14 +30,16 @@ class Peak(NamedTuple):
 
 
 @contextlib.contextmanager
-def saved(model: Any) -> Iterator[dict[str, Any]]:
-    """Within, the whole model lies in files; gives JSON values by which a fresh process finds it.
+def store_model(model: Any) -> Iterator[dict[str, Any]]:
+    """Keep a model in files for as long as the context lasts.
+
+    Yields JSON values by which `measure_peak` finds it.
 
     Raises:
-        ModelError: If it cannot be written, as with hooks that are local functions.
+        ModelError: If it cannot be written, for instance because a hook is a local function.
     """
     if isinstance(model, OnnxFiles):
-        yield {"options": model.options, "plain": model.plain}
+        yield {"options": model.options, "untouched": model.untouched}
         return
     import torch
 
@@ -46,29 +48,30 @@ def saved(model: Any) -> Iterator[dict[str, Any]]:
         try:
             torch.save(model, file)
         except Exception as error:  # pickling raises errors of many unrelated kinds
-            raise ModelError(
-                f"the model cannot be handed to a fresh process: {_first_line(error)}"
-            ) from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ModelError(f"the model cannot be handed to a fresh process: {reason}") from error
         yield {"file": str(file)}
 
 
-def peak_memory(
-    where: dict[str, Any], label: str, *, size: tuple[int, int], batch: int, threads: int
+def measure_peak(
+    stored: dict[str, Any], label: str, *, size: tuple[int, int], batch: int, threads: int
 ) -> Peak:
-    """Peak memory of a fresh process that makes one call; on a GPU what PyTorch held there.
+    """Return the peak memory of a fresh process that makes one call.
+
+    On a GPU that is what PyTorch held there.
 
     Args:
-        where: From `saved`.
-        label: See `make_call`.
-        size: Likewise.
-        batch: Likewise.
-        threads: Of the CPU.
+        stored: The model, from `store_model`.
+        label: The call, as `make_call` takes it.
+        size: (height, width) of the images in pixels.
+        batch: Number of images.
+        threads: Number of CPU threads.
 
     Raises:
-        ModelError: If that process fails, as where memory runs out.
+        ModelError: If that process fails, for instance because memory runs out.
     """
     settings = {"label": label, "size": size, "batch": batch, "threads": threads}
-    request = json.dumps({**where, **settings})
+    request = json.dumps({**stored, **settings})
     command = [sys.executable, "-m", "vit_reciprocam.benchmark.memory", request]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -77,28 +80,28 @@ def peak_memory(
     return Peak(*json.loads(finished.stdout.splitlines()[-1]))
 
 
-def _child(request: str) -> None:
-    """In the fresh process: write the peak of one call, and how much of it the call added."""
+def _answer(request: str) -> None:
+    """Make one call in this process, and print its peak and how much of it the call added."""
     wanted = json.loads(request)
     model: Any
     if "file" in wanted:
         import torch
 
         torch.set_num_threads(wanted["threads"])
-        model = torch.load(wanted["file"], weights_only=False)  # our own, just written
+        model = torch.load(wanted["file"], weights_only=False)  # our own file, just written
     else:
-        model = OnnxFiles(wanted["options"], wanted["plain"])
+        model = OnnxFiles(wanted["options"], wanted["untouched"])
     size, batch = tuple(wanted["size"]), wanted["batch"]
     call = make_call(model, wanted["label"], size=size, batch=batch)
-    peak = _peak_of(model)
+    peak = _watch_memory(model)
     before = peak()
     call()
     after = peak()
     sys.stdout.write(json.dumps([after, after - before]) + "\n")
 
 
-def _peak_of(model: Any) -> Callable[[], int]:
-    """A function that gives the most bytes held from now on."""
+def _watch_memory(model: Any) -> Callable[[], int]:
+    """Return a function that gives the most bytes held since now."""
     device = next(model.parameters()).device if hasattr(model, "parameters") else None
     if device is not None and device.type == "cuda":
         import torch
@@ -109,18 +112,14 @@ def _peak_of(model: Any) -> Callable[[], int]:
         raise ModelError(f"peak memory is known on the CPU and on CUDA, not on {device.type}")
     status = Path("/proc/self/status")
     if status.exists():
-        with contextlib.suppress(OSError):  # then it is the most held since the process began
+        with contextlib.suppress(OSError):  # without it the peak is that since the process began
             Path("/proc/self/clear_refs").write_text("5")
-        # getrusage would also count what the process held that started this one
+        # getrusage would also count what the parent held when it started this process
         return lambda: 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
     import resource  # not on Windows
 
     return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 if __name__ == "__main__":
-    _child(sys.argv[1])
+    _answer(sys.argv[1])

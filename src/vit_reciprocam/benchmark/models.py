@@ -1,4 +1,4 @@
-"""What the measured calls run on: models, ONNX files beside their untouched models, threads."""
+"""What the measured calls run on: PyTorch models, ONNX files, and the number of threads."""
 
 from __future__ import annotations
 
@@ -25,52 +25,52 @@ __all__ = ["OnnxFiles", "device_name", "prepare_model", "set_threads"]
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFiles:
-    """A file with an explanation and one of the same model without; each is opened on first use.
+    """A file with an explanation and one of the same model without, each opened on first use.
 
     Attributes:
-        options: Of `OnnxExplainer`, as plain JSON values.
-        plain: The untouched model's file.
+        options: Arguments of `OnnxExplainer`, as plain JSON values.
+        untouched: Path of the file without explanation.
     """
 
     options: dict[str, Any]
-    plain: str
+    untouched: str
 
     @functools.cached_property
     def explainer(self) -> OnnxExplainer:
-        """The file with the explanation."""
+        """The file with the explanation, open."""
         return OnnxExplainer(**self.options)
 
     @functools.cached_property
-    def untouched(self) -> Session:
-        """The other one, in the same runtime."""
+    def untouched_session(self) -> Session:
+        """The file without explanation, open in the same runtime."""
         options = {name: value for name, value in self.options.items() if name != "path"}
-        return open_session(self.plain, **options)
+        return open_session(self.untouched, **options)
 
     def check(self, size: tuple[int, int]) -> None:
-        """Refuse a plain file that is another model.
+        """Refuse two files that hold different models.
 
         Raises:
-            InputError: If its prediction for a random image is another one.
+            InputError: If their predictions for a random image of that size differ.
         """
         image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
         ours, theirs = self.explainer.predict(image), self.forward(image)()
         if ours.shape != theirs.shape or abs(ours - theirs).max() > 0.1 * abs(ours).max():
             raise InputError(
-                f"{self.plain} is not the model that {self.explainer.path} explains: their "
+                f"{self.untouched} is not the model that {self.explainer.path} explains: their "
                 "predictions differ"
             )
 
     def forward(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """The prediction of the untouched model.
+        """Return a call that predicts the images with the untouched model.
 
         Raises:
-            ModelError: If it has not one input and one output.
+            ModelError: If that model does not have one input and one output.
         """
-        session = self.untouched
+        session = self.untouched_session
         if len(session.inputs) != 1 or len(session.outputs) != 1:
             raise ModelError(
-                f"{self.plain} must be the untouched model, with one input and one output; it has "
-                f"{sorted(session.inputs)} and {sorted(session.outputs)}"
+                f"{self.untouched} must be the untouched model, with one input and one output; it "
+                f"has {sorted(session.inputs)} and {sorted(session.outputs)}"
             )
         ((name, port),) = session.inputs.items()
         (output,) = session.outputs
@@ -79,25 +79,45 @@ class OnnxFiles:
 
 
 def prepare_model(
-    classifier: Classifier, plain: str | os.PathLike[str] | None, threads: int | None, cut: Path
+    classifier: Classifier,
+    untouched: str | os.PathLike[str] | None,
+    threads: int | None,
+    cut_file: Path,
 ) -> Any:
-    """As `make_call` takes it; without a plain file one is written to `cut`."""
-    model = classifier.backend
-    if not isinstance(model, OnnxExplainer):
+    """Return a classifier's PyTorch model, or `OnnxFiles`, as `make_call` takes them.
+
+    Args:
+        classifier: The classifier.
+        untouched: File of the untouched model of an ONNX file. None stands for the demo model's
+            own file, and else for what can be cut out of the explained file.
+        threads: Number of CPU threads of an ONNX file; None for as many as it was loaded with.
+        cut_file: Where to write the untouched model if it is cut out.
+
+    Raises:
+        InputError: If the untouched model is not the one that the ONNX file explains.
+        ModelError: If the untouched model cannot be cut out, or is not one.
+        MissingDependencyError: If it is to be cut out, and onnx is not installed.
+    """
+    backend = classifier.backend
+    if not isinstance(backend, OnnxExplainer):
         return classifier.model
-    options = model.options() if threads is None else model.options() | {"threads": threads}
-    if plain is None and model.path == ASSETS / "demo.onnx":
-        plain = ASSETS / "demo-plain.onnx"
-    if plain is None:
-        cut_out_prediction(model.path, cut)
-    files = OnnxFiles(options, str(cut if plain is None else plain))
+    options = backend.options() if threads is None else backend.options() | {"threads": threads}
+    if untouched is None and backend.path == ASSETS / "demo.onnx":
+        untouched = ASSETS / "demo-plain.onnx"
+    if untouched is None:
+        cut_out_prediction(backend.path, cut_file)
+        untouched = cut_file
+    files = OnnxFiles(options, str(untouched))
     files.check(classifier.preprocess.size)
     return files
 
 
 @contextlib.contextmanager
 def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
-    """Within, PyTorch computes in so many threads; gives their number."""
+    """Set PyTorch's number of threads, and set it back at the end; yields the number in use.
+
+    PyTorch is not imported if all classifiers are ONNX files.
+    """
     onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
     if len(onnx) == len(classifiers):
         yield wanted or onnx[0].threads or os.cpu_count() or 1
@@ -113,7 +133,10 @@ def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterat
 
 
 def device_name(model: Any) -> str:
-    """Of the processor that a PyTorch classifier or an ONNX file runs on; None is the CPU."""
+    """Return the name of the processor that a PyTorch model or `OnnxFiles` runs on.
+
+    None stands for the CPU.
+    """
     if isinstance(model, OnnxFiles) and "CPU" not in model.explainer.session.device:
         return model.explainer.session.device
     torch_model = None if isinstance(model, OnnxFiles) else model

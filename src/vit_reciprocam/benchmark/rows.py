@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ __all__ = ["Row", "Spread", "ratio", "spread"]
 
 
 class Spread(NamedTuple):
-    """A median, and what the middle half of the values lies between."""
+    """A median, and the quartiles that the middle half of the values lies between."""
 
     median: float
     low: float
@@ -21,28 +21,29 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What one call costs. Figures are None where there are none; `note` says why.
+    """What one call costs. Figures that were not measured are None, and `note` says why.
 
     Attributes:
-        model: As `load` takes it.
-        method: "forward", the prediction alone; "reciprocam", each image's top class; "reciprocam,
-            all scores", of all classes; "reciprocam, all maps", these also scaled to [0, 1];
-            "naive H", each image's top class with H run once a mask; or a method of `METHODS`.
-        path: Of ReciproCAM, "closed-form" or "direct".
-        batch: Images in one call.
-        size: Their (height, width) in pixels.
-        device: The processor's name.
-        threads: Of the CPU.
-        rounds: In how many the call was timed.
-        ms: Milliseconds of one call.
-        fps: Images a second, by the median.
+        model: Spec of the model, as `load` takes it.
+        method: "forward", the prediction alone; "reciprocam", the map of each image's top class;
+            "reciprocam, all scores", the scores of all classes; "reciprocam, all maps", these
+            scaled to [0, 1] too; "naive H", the map of each image's top class with H, the rest of
+            the network, run once per mask; or a method of `METHODS`.
+        path: "closed-form" or "direct" if the call ran ReciproCAM, else "".
+        batch: Number of images in one call.
+        size: (height, width) of the images in pixels.
+        device: Name of the processor.
+        threads: Number of CPU threads.
+        rounds: Number of rounds in which the call was timed.
+        ms: Milliseconds per call.
+        fps: Images per second, from the median.
         to_forward: Time ÷ that of "forward" in the same round.
         to_reciprocam: Time ÷ that of "reciprocam" in the same round.
-        peak_bytes: The most memory of a fresh process that makes this one call; on a GPU, what
-            PyTorch held there.
-        added_bytes: How much more that is than with the model loaded, before the call.
-        note: Why something was not measured.
-        backend: "torch", or of an ONNX file "onnxruntime" or "openvino".
+        peak_bytes: The most memory that a fresh process held which made this one call; on a GPU,
+            what PyTorch held there.
+        added_bytes: How much of the peak the call added to the loaded model.
+        note: Reason why something was not measured, or "".
+        backend: "torch", or the runtime of an ONNX file, "onnxruntime" or "openvino".
     """
 
     model: str
@@ -63,13 +64,18 @@ class Row:
     backend: str = "torch"
 
 
-def ratio(seconds: dict[int, float], of: dict[int, float]) -> Spread | None:
-    """Round by round, in the rounds that have both."""
-    values = [seconds[number] / of[number] for number in seconds if number in of]
-    return spread(values) if values else None
-
-
 def spread(values: Iterable[float]) -> Spread:
     """Return the median of values and their quartiles."""
     low, median, high = np.percentile(list(values), [25, 50, 75])
     return Spread(float(median), float(low), float(high))
+
+
+def ratio(seconds: Mapping[int, float], reference: Mapping[int, float]) -> Spread | None:
+    """Return the spread of seconds ÷ reference, round by round; None if they share no round.
+
+    Args:
+        seconds: Round -> the seconds that a call took in it.
+        reference: Round -> the seconds that the other call took in it.
+    """
+    shared = seconds.keys() & reference.keys()
+    return spread(seconds[number] / reference[number] for number in shared) if shared else None

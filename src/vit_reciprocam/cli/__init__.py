@@ -1,6 +1,6 @@
 """The command line, `vit-reciprocam`.
 
-One module a command; results go to stdout, all else to stderr.
+Each command is a module. Results go to stdout, all else to stderr.
 """
 
 from __future__ import annotations

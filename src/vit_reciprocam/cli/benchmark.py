@@ -18,26 +18,8 @@ from rich.table import Column, Table
 from vit_reciprocam.benchmark.measure import benchmark, environment
 from vit_reciprocam.benchmark.rows import Row, Spread
 from vit_reciprocam.classifier.load import is_onnx
-from vit_reciprocam.cli.console import (
-    DEFAULT_MODEL,
-    AsJson,
-    Debug,
-    Device,
-    UsePreprocess,
-    bar,
-    errors_in_one_line,
-    out,
-    say,
-)
-from vit_reciprocam.cli.options import (
-    Methods,
-    Models,
-    Options,
-    Prompts,
-    Weights,
-    load_all,
-    parse_options,
-)
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import errors_in_one_line, out, progress_bar, say
 from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.results.files import GENERATOR, check_folder, write_atomically
 from vit_reciprocam.results.tables import csv_text, markdown_row
@@ -51,24 +33,32 @@ MIB = 2**20
 
 
 def benchmark_command(
-    model: Models = None,
-    weights: Weights = None,
+    model: options.Models = None,
+    weights: options.WeightsOfEach = None,
     random: Annotated[
         bool,
-        typer.Option("--random", help="Untrained weights: cost is the same, none are fetched."),
+        typer.Option(
+            "--random", help="Use untrained weights: the cost is the same, and nothing is fetched."
+        ),
     ] = False,
-    option: Options = None,
-    prompt: Prompts = None,
-    method: Methods = None,
+    option: options.LibraryOptions = None,
+    prompt: options.Prompts = None,
+    method: options.Methods = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Images in one call; may be given again.")
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Number of images in one call; may be given again."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the CPU; by default the library's choice.")
+        int | None,
+        typer.Option(min=1, help="Number of CPU threads; default: the library's own choice."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="In which each call is timed once.")] = 30,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Number of timing rounds, each of which makes every call once."),
+    ] = 30,
     no_naive: Annotated[
-        bool, typer.Option("--no-naive", help="Leave out naive H: with many patches it takes long.")
+        bool,
+        typer.Option("--no-naive", help="Leave out naive H, which takes long with many patches."),
     ] = False,
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory, in a fresh process for each row.")
@@ -76,38 +66,39 @@ def benchmark_command(
     destination: Annotated[
         Path | None, typer.Option("--out", help="File for the figures: .md, .csv or .json.")
     ] = None,
-    device: Device = "cpu",
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="Of ONNX files: onnxruntime (default) or openvino; may be given again."),
-    ] = None,
-    plain: Annotated[
+    device: options.Device = "cpu",
+    backend: options.Backends = None,
+    untouched: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The untouched model's file, once an ONNX --model in the same order; without it "
-            "it is cut out of the file, where it can be."
+            "--plain",
+            metavar="FILE",
+            help="File of the model without explanation; given once for each --model that is an "
+            "ONNX file, in the same order; default: what can be cut out of that file.",
         ),
     ] = None,
-    preprocess: UsePreprocess = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    preprocess: options.Preprocess = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure time and memory of prediction, maps and other methods.
 
-    Rows: forward is the prediction alone; reciprocam the prediction and the map of each image's top
-    class; all scores those of all classes; all maps these scaled to [0, 1] besides; naive H the top
-    class's map with the rest of the network run once a mask. By default relevance is measured
-    besides, where the model has it; --method reciprocam measures no other method. Calls take turns,
-    so ratios hold where the machine is not idle.
+    The rows are: forward, the prediction alone; reciprocam, the prediction and the map of each
+    image's top class; all scores, the prediction and the scores of all classes; all maps, these
+    scaled to [0, 1] too; naive H, the top class's map from running the rest of the network once per
+    mask; and the methods of --method, by default relevance if the model has it. --method reciprocam
+    measures no other method. Calls take turns, so that ratios hold on a busy machine too. By
+    default the model is timm:deit_tiny_patch16_224.
 
-    Exit code 0: all done; 1: something could not be measured, it is listed and the rest done; 2:
-    nothing could be done.
+    Exit code 0: all was done. 1: something could not be measured; it is listed, and the rest was
+    done. 2: nothing could be done.
     """
     with errors_in_one_line(debug, lambda: "nothing is written"):
         if destination is not None:
             check_choice("the ending of --out", destination.suffix, (".md", ".csv", ".json"))
             check_folder(destination.parent)
-        classifiers = load_all(
+        library_options = options.parse_options(option)
+        classifiers = options.load_models(
             model,
             weights,
             random=random,
@@ -115,9 +106,9 @@ def benchmark_command(
             prompts=prompt,
             backends=backend,
             onnx={"preprocess": preprocess},
-            **parse_options(option),
+            **library_options,
         )
-        with _live() as update:
+        with _show_progress() as update:
             rows = benchmark(
                 classifiers,
                 method,
@@ -126,19 +117,21 @@ def benchmark_command(
                 threads=threads,
                 naive=not no_naive,
                 memory=memory,
-                plain=_plain_files(plain, model or [DEFAULT_MODEL], len(backend or [""])),
+                untouched=_match_untouched(
+                    untouched, model or [options.DEFAULT_MODEL], len(backend or [""])
+                ),
                 progress=update,
             )
         report = {
             "generator": GENERATOR,
             "environment": environment(),
             "random_weights": random,
-            "options": parse_options(option),
+            "options": library_options,
             "rows": [_record(row) for row in rows],
         }
         if destination is not None:
             destination.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(destination, _written(destination.suffix, rows, report).encode())
+            write_atomically(destination, _file_content(destination.suffix, rows, report).encode())
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -151,37 +144,38 @@ def benchmark_command(
         raise typer.Exit(1 if any(row.ms for row in rows) else 2)
 
 
-def _plain_files(
-    plain: list[Path] | None, models: list[str], backends: int
+def _match_untouched(
+    files: list[Path] | None, models: list[str], backends: int
 ) -> list[Path | None] | None:
-    """One for each of the models that `load_all` gives.
+    """Return the untouched model's file, or None, for each classifier that `load_models` returns.
 
     Raises:
         InputError: If there is not one for each ONNX file.
     """
-    if not plain:
+    if not files:
         return None
     count = sum(map(is_onnx, models))
-    if len(plain) != count:
+    if len(files) != count:
         raise InputError(
-            f"{len(plain)} --plain for {count} ONNX files: give one for each, in the same order"
+            f"{len(files)} --plain for {count} ONNX files: give one for each, in the same order"
         )
-    files = iter(plain)
-    found: list[Path | None] = []
+    remaining = iter(files)
+    matched: list[Path | None] = []
     for name in models:
-        found += [next(files)] * backends if is_onnx(name) else [None]
-    return found
+        matched += [next(remaining)] * backends if is_onnx(name) else [None]
+    return matched
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[int, int], None]]:
-    with bar("Measuring") as shown:
+def _show_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar; yields what is to be called with the calls done and all calls."""
+    with progress_bar("Measuring") as shown:
         task = shown.add_task("", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _print(rows: list[Row], report: dict[str, Any]) -> None:
-    """A table each of model and batch size, in 80 columns; --out and --json have all figures."""
+    """Print a table per model and batch size, in 80 columns; --out and --json have all figures."""
     for title, group in _groups(rows):
         path = next((row.path for row in group if row.path), "")
         out.print(f"[bold]{escape(title)}[/bold] {path}", highlight=False, soft_wrap=True)
@@ -195,11 +189,11 @@ def _print(rows: list[Row], report: dict[str, Any]) -> None:
             to_reciprocam = to_reciprocam.partition(" (")[0]
             table.add_row(*map(escape, (name, ms, fps, to_forward, to_reciprocam, memory)))
         out.print(table)
-    out.print(escape(_about(rows, report)), highlight=False, soft_wrap=True)
+    out.print(escape(_conditions(rows, report)), highlight=False, soft_wrap=True)
 
 
 def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows of one model and batch size, with a title."""
+    """Return the rows of each model and batch size, with a title."""
     groups: list[tuple[str, list[Row]]] = []
     for row in rows:
         if row.method == "forward":
@@ -212,6 +206,7 @@ def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _cells(row: Row) -> list[str]:
+    """Return what a table shows of a row, in the order of `HEADINGS`."""
     if row.ms is None:
         return [row.method, row.path, "not measured", "", "", "", ""]
     memory = ""
@@ -220,15 +215,16 @@ def _cells(row: Row) -> list[str]:
     return [
         row.method,
         row.path,
-        _spread(row.ms),
+        _show_spread(row.ms),
         "" if row.fps is None else _digits(row.fps),
-        _spread(row.to_forward),
-        _spread(row.to_reciprocam),
+        _show_spread(row.to_forward),
+        _show_spread(row.to_reciprocam),
         memory,
     ]
 
 
-def _spread(value: Spread | None) -> str:
+def _show_spread(value: Spread | None) -> str:
+    """Return the median, and in brackets what the middle half of the values lies between."""
     if value is None:
         return ""
     if value.low == value.high:
@@ -237,12 +233,12 @@ def _spread(value: Spread | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Two decimals below ten, one below a thousand."""
+    """Return a number with two decimals below ten and one below a thousand."""
     return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
-def _about(rows: list[Row], report: dict[str, Any]) -> str:
-    """The line under the table."""
+def _conditions(rows: list[Row], report: dict[str, Any]) -> str:
+    """Return the line under the tables: the machine, the versions and the number of rounds."""
     machine = report["environment"]
     backends = dict.fromkeys(row.backend for row in rows)
     runtimes = ", ".join(f"{name} {version(name)}" for name in backends)
@@ -252,13 +248,13 @@ def _about(rows: list[Row], report: dict[str, Any]) -> str:
     devices = ", ".join(dict.fromkeys([*(row.device for row in rows), processor]))
     return (
         f"{devices} ({machine['cores']} cores), {rows[0].threads} threads, {machine['system']}, "
-        f"Python {machine['python']}, {runtimes}; medians of {times} rounds in "
-        "turn, and what the middle half lies between"
+        f"Python {machine['python']}, {runtimes}; medians of {times} rounds, with the range of the "
+        "middle half in brackets"
     )
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """A row as JSON has it, spreads by name."""
+    """Return a row as JSON has it, spreads as objects."""
     record = dataclasses.asdict(row)
     for key, value in record.items():
         if isinstance(value, Spread):
@@ -266,14 +262,15 @@ def _record(row: Row) -> dict[str, Any]:
     return record
 
 
-def _written(ending: str, rows: list[Row], report: dict[str, Any]) -> str:
+def _file_content(ending: str, rows: list[Row], report: dict[str, Any]) -> str:
+    """Return what a file of that ending holds."""
     if ending == ".json":
         return json.dumps(report, indent=2) + "\n"
     return _csv(report["rows"]) if ending == ".csv" else _markdown(rows, report)
 
 
 def _csv(records: list[dict[str, Any]]) -> str:
-    """A line a row, a spread in three columns."""
+    """Return CSV with a line per row, a spread in three columns."""
     spreads = ("ms", "to_forward", "to_reciprocam")
     flat = []
     for record in records:
@@ -290,10 +287,11 @@ def _csv(records: list[dict[str, Any]]) -> str:
 
 
 def _markdown(rows: list[Row], report: dict[str, Any]) -> str:
+    """Return one Markdown table, the conditions, and what could not be measured."""
     columns = ["model, batch", *HEADINGS]
     lines = [markdown_row(columns), markdown_row(["---"] * len(columns))]
     for title, group in _groups(rows):
         lines += [markdown_row([title, *_cells(row)]) for row in group]
-    lines += ["", f"{_about(rows, report)}."]
+    lines += ["", f"{_conditions(rows, report)}."]
     lines += [f"\n{row.method} on {row.model}: {row.note}" for row in rows if row.note]
     return "\n".join(lines) + "\n"

@@ -1,15 +1,14 @@
-"""What the commands share: the two consoles, errors in one line, progress, common options."""
+"""What the commands print with: two consoles, errors in one line, progress, small tables."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import typer
 from rich.console import Console
@@ -24,103 +23,36 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from vit_reciprocam.core.masks import KERNELS
-from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.pictures.preprocess import PRESETS
-from vit_reciprocam.pictures.render import COLORMAPS
+from vit_reciprocam.errors import ReciproCAMError
 
 __all__ = [
-    "DEFAULT_MODEL",
-    "DEFAULT_OUT",
-    "AsJson",
-    "Backend",
-    "ClassNames",
-    "ClassToken",
-    "Debug",
-    "Device",
-    "FileName",
-    "FileTargets",
-    "Out",
-    "Raw",
-    "Threads",
-    "UseColormap",
-    "UseKernel",
-    "UsePreprocess",
-    "bar",
+    "command_line",
+    "describe_path",
     "err",
     "errors_in_one_line",
-    "given_command",
     "out",
-    "parse_size",
-    "path_and_reason",
     "print_facts",
     "progress",
-    "read_lines",
+    "progress_bar",
     "say",
 ]
 
-_PIPED = 160  # columns: a file or a pipe has no width, and Rich would take 80
+_PIPED = 160  # columns; a file or a pipe has no width of its own, and Rich would take 80
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 err = Console(stderr=True)
 
 T = TypeVar("T")
-DEFAULT_MODEL = "timm:deit_tiny_patch16_224"
-DEFAULT_OUT = Path("vit-reciprocam-out")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="cpu, cuda, mps … of a PyTorch model; of an ONNX file an execution provider such as "
-        "cuda, or with OpenVINO its device, such as GPU."
-    ),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option("--backend", help="Of ONNX files: onnxruntime (default) or openvino."),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Of the CPU, for ONNX files; default: the runtime's.")
-]
-UsePreprocess = Annotated[
-    str | None,
-    typer.Option(
-        "--preprocess",
-        metavar="NAME[:KEY=VALUE,…]",
-        help=f"For ONNX files that do not say theirs: one of {', '.join(PRESETS)}, and what "
-        "differs, such as imagenet:size=224,crop_pct=0.9.",
-    ),
-]
-UseKernel = Annotated[str, typer.Option("--kernel", help=f"One of {', '.join(KERNELS)}.")]
-ClassToken = Annotated[
-    bool,
-    typer.Option("--class-token/--no-class-token", help="Keep the class token under the masks."),
-]
-FileTargets = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        help="Whose maps: all, top1, top3 … or input, which adds the input targets.",
-    ),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="Only probabilities, no maps scaled to [0, 1].")]
-ClassNames = Annotated[
-    Path | None,
-    typer.Option(help="Text file with a class's name a line, instead of the model's own."),
-]
-FileName = Annotated[
-    str | None, typer.Option("--name", help="What the file calls the model; default: its name.")
-]
-UseColormap = Annotated[str, typer.Option("--colormap", help=f"One of {', '.join(COLORMAPS)}.")]
 
 
 @contextlib.contextmanager
 def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, anything else, as a full disk, with 3.
+    """Turn errors into one line and an exit code.
 
-    Ctrl-C ends with 130 and, where `stopped` is given, what it tells of the work so far.
+    Bad input ends with 2, anything else, such as a full disk, with 3, and Ctrl-C with 130.
+
+    Args:
+        debug: Print the traceback too.
+        stopped: Called after Ctrl-C; returns what to say about the work done so far.
     """
     try:
         yield
@@ -131,35 +63,34 @@ def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) ->
         if debug:
             err.print_exception()
         expected = isinstance(error, ReciproCAMError)
-        where = (
-            "" if expected or isinstance(error, OSError) else " (unexpected: --debug shows where)"
-        )
         text = str(error) or type(error).__name__
-        say("error", text + where)
+        if not expected and not isinstance(error, OSError):
+            text += " (unexpected: --debug shows where)"
+        say("error", text)
         raise typer.Exit(2 if expected else 3) from error
 
 
 def say(what: str, text: str) -> None:
-    """A line on stderr for what did not go well."""
+    """Print a line on stderr about something that did not go well."""
     mark = f"[red]{what}{':' if text else ''}[/red]"
     err.print(f"{mark} {escape(text)}".rstrip(), highlight=False, soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """What came of a command, name by name."""
+    """Print a table of two columns, names and what came of them."""
     table = Table(show_header=False)
     for name, fact in facts.items():
         table.add_row(name, escape(fact))
     out.print(table)
 
 
-def path_and_reason(path: str, because: str) -> str:
-    """Of an explained file."""
+def describe_path(path: str, because: str) -> str:
+    """Return the path that an explained file takes, and the reason if it is the direct one."""
     return f"{path}, since {because}" if because else path
 
 
-def given_command(*more: str) -> str:
-    """The command line of this process, to be typed again, with options that it lacks."""
+def command_line(*more: str) -> str:
+    """Return this process's command line, to be typed again, with options that it lacks."""
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vit_reciprocam"] if name == "__main__.py" else ["vit-reciprocam"]
     given = sys.argv[1:]
@@ -168,38 +99,12 @@ def given_command(*more: str) -> str:
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a bar on stderr where there are several."""
-    with bar(what, hidden=len(items) < 2) as shown:
+    """Yield the items, with a bar on stderr if there are two or more."""
+    with progress_bar(what, hidden=len(items) < 2) as shown:
         yield from shown.track(items)
 
 
-def bar(what: str, *more: ProgressColumn, hidden: bool = False) -> Progress:
-    """Steps done, more of them, and the time left; only in a terminal."""
+def progress_bar(what: str, *more: ProgressColumn, hidden: bool = False) -> Progress:
+    """Return a bar with the steps done, `more` columns and the time left, shown in terminals."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), *more, TimeRemainingColumn())
     return Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal)
-
-
-def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
-    """Of an option's "HEIGHTxWIDTH", or one number for both.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    if text is None:
-        return None
-    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if sides is None:
-        raise InputError(f"{option} must be HEIGHTxWIDTH, such as 384x512; got {text!r}")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
-def read_lines(file: Path) -> list[str]:
-    """Class names of a text file, a line each; a synset and a tab may stand before them.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    try:
-        return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--class-names {file} cannot be read: {error}") from error

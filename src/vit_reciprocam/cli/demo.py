@@ -14,16 +14,9 @@ from rich.markup import escape
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.explain import explain
 from vit_reciprocam.classifier.load import ASSETS, load
-from vit_reciprocam.cli.console import (
-    DEFAULT_OUT,
-    AsJson,
-    Debug,
-    Out,
-    UseColormap,
-    errors_in_one_line,
-    out,
-)
-from vit_reciprocam.cli.explain import print_report, record, report_of, settings_of
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import errors_in_one_line, out
+from vit_reciprocam.cli.explain import make_record, make_report, print_report, settings_of
 from vit_reciprocam.pictures.read import read_image
 
 __all__ = [
@@ -32,33 +25,33 @@ __all__ = [
 
 
 def demo_command(
-    destination: Out = DEFAULT_OUT / "demo",
-    colormap: UseColormap = "viridis",
-    as_json: AsJson = False,
-    debug: Debug = False,
+    destination: options.Out = options.DEFAULT_OUT / "demo",
+    colormap: options.Colormap = "viridis",
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Explain the bundled picture, without torch.
 
-    No network either. The bundled model is small and knows 12 drawn classes; for photographs use
-    explain with another model.
+    The bundled model is small and knows 12 drawn classes; for photographs use explain with another
+    model. Nothing is fetched.
     """
     with errors_in_one_line(debug):
         classifier = load("demo")
         explanation = explain(ASSETS / "demo.png", classifier, top=3)
         folder = explanation.save(destination, colormap=colormap)
-        plain_ms, explained_ms = _time_demo(classifier)
-    ratio = explained_ms / plain_ms
+        predicted_ms, explained_ms = _time_demo(classifier)
+    ratio = explained_ms / predicted_ms
     settings = settings_of(explanation)
-    report = report_of("demo", settings, [record(explanation, folder)], [])
+    report = make_report("demo", settings, [make_record(explanation, folder)], [])
     if as_json:
-        timing = {"plain_ms": plain_ms, "explained_ms": explained_ms, "ratio": ratio}
+        timing = {"plain_ms": predicted_ms, "explained_ms": explained_ms, "ratio": ratio}
         typer.echo(json.dumps(report | {"timing": timing}, indent=2))
         return
     rows, columns = explanation.scores.shape[2:]
     classes = explanation.probs.shape[1]
     print_report(report, as_json=False)
     out.print(
-        f"prediction alone {plain_ms:.1f} ms; with the {rows}×{columns} maps of all {classes} "
+        f"prediction alone {predicted_ms:.1f} ms; with the {rows}×{columns} maps of all {classes} "
         f"classes {explained_ms:.1f} ms: [bold]{ratio:.2f}×[/bold]\n"
         "(medians of runs taken in turn, ONNX Runtime, this machine)",
         highlight=False,
@@ -69,13 +62,13 @@ def demo_command(
 
 
 def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
-    """Median milliseconds of the prediction alone and of prediction and maps, measured in turn."""
+    """Return median milliseconds of the prediction alone and with maps, measured in turn."""
     from vit_reciprocam.onnx.run.sessions import open_session
 
-    plain = open_session(ASSETS / "demo-plain.onnx")
+    untouched = open_session(ASSETS / "demo-plain.onnx")
     batch = classifier.preprocess(read_image(ASSETS / "demo.png"))[None]
     calls: list[Callable[[], Any]] = [
-        lambda: plain.run(["logits"], {"images": batch}),
+        lambda: untouched.run(["logits"], {"images": batch}),
         lambda: classifier.model.session.run(["logits", "saliency"], {"images": batch}),
     ]
     times: list[list[float]] = [[], []]

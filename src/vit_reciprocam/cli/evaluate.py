@@ -19,31 +19,14 @@ from rich.progress import TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import (
-    AsJson,
-    Backend,
-    Debug,
-    Device,
-    Threads,
-    UsePreprocess,
-    bar,
+    command_line,
     err,
     errors_in_one_line,
-    given_command,
     out,
+    progress_bar,
     say,
-)
-from vit_reciprocam.cli.options import (
-    BatchSize,
-    Limit,
-    Methods,
-    Models,
-    Options,
-    Prompts,
-    Resume,
-    Weights,
-    load_all,
-    parse_options,
 )
 from vit_reciprocam.errors import InputError, MissingDependencyError
 from vit_reciprocam.methods import MethodSpec
@@ -61,72 +44,93 @@ def evaluate_command(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A folder of class folders, a CSV or Parquet listing, ILSVRC2012's pictures, or "
-            "scenes:N.",
+            help="Data set: a folder of class folders, a CSV or Parquet listing, the folder of "
+            "ILSVRC2012's pictures, or scenes:N for N drawn pictures.",
         ),
     ],
-    model: Models = None,
-    weights: Weights = None,
-    method: Methods = None,
-    prompt: Prompts = None,
-    option: Options = None,
+    model: options.Models = None,
+    weights: options.WeightsOfEach = None,
+    method: options.Methods = None,
+    prompt: options.Prompts = None,
+    option: options.LibraryOptions = None,
     protocol: Annotated[
-        str, typer.Option(help="byun2023, poppi2021, or a .toml or .json file with your own.")
+        str,
+        typer.Option(
+            help="Protocol of the measures: byun2023, poppi2021, or a .toml or .json file with "
+            "your own."
+        ),
     ] = "byun2023",
     destination: Annotated[
-        Path, typer.Option("--out", help="Folder of the run: new, or with --resume an earlier one.")
+        Path,
+        typer.Option(
+            "--out", help="Folder of the run: a new one, or with --resume an earlier one."
+        ),
     ] = Path("vit-reciprocam-run"),
     insertion: Annotated[
-        bool, typer.Option(help="Also insertion and deletion: some 30 forward passes a picture.")
+        bool,
+        typer.Option(
+            help="Measure insertion and deletion too, at some 30 more forward passes per picture."
+        ),
     ] = False,
-    resume: Resume = False,
-    limit: Limit = None,
-    batch_size: BatchSize = 16,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read pictures.")] = 2,
+    resume: options.Resume = False,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Number of threads that read pictures.")] = 2,
     ground_truth: Annotated[
-        Path | None, typer.Option(help="Of ILSVRC2012's pictures, where it is not found.")
+        Path | None,
+        typer.Option(
+            help="File with the classes of ILSVRC2012's pictures; default: one found beside them."
+        ),
     ] = None,
     boxes: Annotated[
-        Path | None, typer.Option(help="Folder of ILSVRC2012's box annotations (XML).")
+        Path | None,
+        typer.Option(help="Folder of box annotations (XML) of ILSVRC2012's pictures."),
     ] = None,
-    device: Device = "cpu",
-    backend: Backend = None,
-    threads: Threads = None,
+    device: options.Device = "cpu",
+    backend: options.Backend = None,
+    threads: options.Threads = None,
     streams: Annotated[
-        int | None, typer.Option(min=1, help="Of OpenVINO: parts of a batch at the same time.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of parts of a batch that OpenVINO computes at the same time."
+        ),
     ] = None,
-    preprocess: UsePreprocess = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    preprocess: options.Preprocess = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure methods on a data set.
 
-    Drop, increase, coherency, complexity and ADCC; where objects are known also how well maps lie
-    on them. Every picture's figures and map are kept in the run's folder; a run cut short goes on
-    with --resume. `vit-reciprocam report` makes tables and a page of it.
+    The measures are drop, increase, coherency, complexity and ADCC, and for data sets that say
+    where their objects are, how well maps lie on them. Every picture's figures and maps are kept
+    in the run's folder. --resume continues a run that was cut short, and `vit-reciprocam report`
+    makes tables and a page from it. By default the method is reciprocam and the model
+    timm:deit_tiny_patch16_224.
 
-    Exit code 0: all done; 1: some pictures failed, they are listed and the others done; 2: nothing
-    could be done; 3: cut short, as by a full disk, 130: by Ctrl-C; --resume goes on.
+    Exit code 0: all was done. 1: some pictures failed; they are listed, and the others were done.
+    2: nothing could be done. 3: the run was cut short, for instance by a full disk; 130: by Ctrl-C.
     """
     begun = resume or not (destination / "run.json").exists()
-    with errors_in_one_line(debug, lambda: _kept(destination) if begun else "nothing is written"):
-        datasets, protocols, run = _imported()
+    with errors_in_one_line(
+        debug, lambda: _describe_kept(destination) if begun else "nothing is written"
+    ):
+        datasets, protocols, run = _import_evaluate()
         chosen = protocols.get_protocol(protocol)
         methods = method or ["reciprocam"]
         for one in methods:
             MethodSpec.parse(one)
         check_folder(destination)
         datasets.check_dataset(data, ground_truth=ground_truth, boxes=boxes)
-        classifiers = load_all(
+        classifiers = options.load_models(
             model,
             weights,
             device=device,
             prompts=prompt,
             backends=[backend] if backend else None,
             onnx={"threads": threads, "streams": streams, "preprocess": preprocess},
-            **parse_options(option),
+            **options.parse_options(option),
         )
-        with _live(chosen, len(classifiers) > 1) as update:
+        with _show_progress(chosen, name_models=len(classifiers) > 1) as update:
             manifest = run.evaluate(
                 data,
                 classifiers,
@@ -162,7 +166,7 @@ def evaluate_command(
         raise typer.Exit(1 if manifest["images"] else 2)
 
 
-def _imported() -> tuple[Any, Any, Any]:
+def _import_evaluate() -> tuple[Any, Any, Any]:
     try:
         from vit_reciprocam.evaluate import run
         from vit_reciprocam.evaluate.data import datasets
@@ -172,8 +176,8 @@ def _imported() -> tuple[Any, Any, Any]:
     return datasets, protocols, run
 
 
-def _kept(folder: Path) -> str:
-    """What is there of a run that was stopped, and the command that goes on with it."""
+def _describe_kept(folder: Path) -> str:
+    """Return what is there of a run that was stopped, and the command that continues it."""
     from vit_reciprocam.evaluate.store import RunFolder, read_run
 
     try:
@@ -185,27 +189,30 @@ def _kept(folder: Path) -> str:
     models = f", of {len(settings['models'])} models" if len(settings["models"]) > 1 else ""
     return (
         f"{done} of {total} pictures{models} are kept in {folder}. Go on with:\n"
-        f"  {given_command('--resume')}"
+        f"  {command_line('--resume')}"
     )
 
 
 @contextlib.contextmanager
-def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None]:
-    """A bar with pictures a second, time left, and below it the ADCC of the pictures so far."""
+def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[Any], None] | None]:
+    """Show a bar with the speed and the time left, and below it the ADCC of the pictures so far.
+
+    Yields what is to be called after each batch, or None outside a terminal.
+    """
     from vit_reciprocam.evaluate.metrics.measure import summarize
 
     if not err.is_terminal:
         yield None
         return
     seen: dict[str, dict[str, list[float]]] = {}
-    shown = bar("Evaluating", TextColumn("{task.fields[speed]}"))
+    shown = progress_bar("Evaluating", TextColumn("{task.fields[speed]}"))
     task = shown.add_task("", total=None, speed="")
     with Live(shown, console=err, transient=True) as live:
 
         def update(progress: Any) -> None:
             for record in progress.records:
                 if "error" not in record:
-                    model = f"{record['model'].rpartition(':')[2]} " if several else ""
+                    model = f"{record['model'].rpartition(':')[2]} " if name_models else ""
                     each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
                     for name in ("p", "o", "coherency", "complexity"):
                         each[name].append(record[name])
@@ -224,7 +231,7 @@ def _live(protocol: Any, several: bool) -> Iterator[Callable[[Any], None] | None
 
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
-    """A table for each model; where it is too wide, one of the paper's figures and others."""
+    """Print a table per model, or two if it is too wide: the paper's measures and the others."""
     from vit_reciprocam.evaluate.metrics.registry import METRICS
 
     shown = [name for name in METRICS if any(name in row for row in summaries)]
@@ -250,7 +257,7 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
 
 
 def _tables(rows: list[dict[str, Any]], shown: list[str]) -> Iterator[Table]:
-    """Each with as many of the metrics as the terminal has room for."""
+    """Yield tables that together show all metrics, each with as many as the terminal has room."""
     while shown:
         count = len(shown)
         while count > 1 and _least_width(_table(rows, shown[:count])) > out.width:
@@ -260,12 +267,13 @@ def _tables(rows: list[dict[str, Any]], shown: list[str]) -> Iterator[Table]:
 
 
 def _least_width(table: Table) -> int:
-    """Of its columns, each with a space before and after it, and what stands between them."""
+    """Return the width below which a table's figures would be cut."""
+    # a space on both sides of each column, and one between columns and at both ends
     return sum((column.min_width or 0) + 3 for column in table.columns) + 1
 
 
 def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
-    """A row for each method, a column for each metric."""
+    """Return a table with a row per method and a column per metric."""
     from vit_reciprocam.evaluate.metrics.registry import METRICS
 
     table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)

@@ -12,30 +12,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vit_reciprocam.classifier.explain import explain_with, parse_targets
-from vit_reciprocam.classifier.load import is_onnx, load, specs
-from vit_reciprocam.cli.console import (
-    DEFAULT_MODEL,
-    DEFAULT_OUT,
-    AsJson,
-    Backend,
-    ClassNames,
-    Debug,
-    Device,
-    Out,
-    Threads,
-    UseColormap,
-    UsePreprocess,
-    err,
-    errors_in_one_line,
-    out,
-    progress,
-    read_lines,
-    say,
-)
-from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_options
-from vit_reciprocam.core.masks import KERNELS, LAYERS, Masking
+from vit_reciprocam.classifier.load import is_onnx, load
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress, say
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
-from vit_reciprocam.methods import METHODS, MethodSpec
+from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.render import COLORMAPS
 from vit_reciprocam.results.explanation import MOST_DRAWN, Explanation
@@ -47,7 +29,7 @@ from vit_reciprocam.results.files import (
     write_atomically,
 )
 
-__all__ = ["explain_command", "print_report", "record", "report_of", "settings_of"]
+__all__ = ["explain_command", "make_record", "make_report", "print_report", "settings_of"]
 
 SETTINGS = ("method", "kernel", "class_token", "layer")
 
@@ -57,59 +39,53 @@ def explain_command(
         list[str],
         typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
     ],
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(specs())}.")] = DEFAULT_MODEL,
-    weights: WeightsFile = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    weights: options.Weights = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TARGET",
-            help="top1 (the default), top3 …, a class's index or name, or all; may be given again: "
-            "beside named classes top3 is the three most probable of the others.",
+            help="Class to explain: top1 (the default), top3 …, a class's index or name, or all; "
+            "may be given again. Beside named classes, top3 is the three most probable others.",
         ),
     ] = None,
-    prompt: Prompts = None,
-    option: Options = None,
-    method: Annotated[
-        str,
+    prompt: options.Prompts = None,
+    option: options.LibraryOptions = None,
+    method: options.Method = "reciprocam",
+    kernel: options.KernelIfGiven = None,
+    class_token: options.ClassTokenIfGiven = None,
+    layer: options.LayerIfGiven = None,
+    destination: options.Out = options.DEFAULT_OUT,
+    colormap: options.Colormap = "viridis",
+    opacity: Annotated[
+        float,
         typer.Option(
-            metavar="NAME[:KEY=VALUE,…]", help=f"With its settings; of {', '.join(METHODS)}."
+            min=0, max=1, help="Opacity of the map on the picture: 0 hides the map, 1 the picture."
         ),
-    ] = "reciprocam",
-    kernel: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(KERNELS)}; default: the first.")
-    ] = None,
-    class_token: Annotated[
-        bool | None,
-        typer.Option(
-            "--class-token/--no-class-token", help="Keep the class token under the masks (default)."
-        ),
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(LAYERS)}; default: the first.")
-    ] = None,
-    destination: Out = DEFAULT_OUT,
-    colormap: UseColormap = "viridis",
-    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the map on the picture.")] = 0.55,
-    device: Device = "cpu",
-    backend: Backend = None,
-    threads: Threads = None,
-    preprocess: UsePreprocess = None,
-    class_names: ClassNames = None,
+    ] = 0.55,
+    device: options.Device = "cpu",
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    preprocess: options.Preprocess = None,
+    class_names: options.ClassNames = None,
     max_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Refuse pictures with more pixels; default: Pillow's limit."),
+        typer.Option(
+            min=1,
+            help="Number of pixels above which a picture is refused; default: Pillow's limit.",
+        ),
     ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Explain what a model predicts for pictures.
 
-    Writes a folder for each picture: overlays, maps and a manifest, and one explanations.json.
-    They show the region that the model saw, mostly the centre crop. Bright yellow is strong, dark
-    purple weak, and each map is scaled for itself.
+    The results are one explanations.json, and for each picture a folder with overlays, maps and a
+    manifest. Overlays show the region that the model saw, mostly the centre crop. Bright yellow is
+    strong, dark purple is weak, and each map is scaled for itself.
 
-    Exit code 0: all done; 1: some pictures failed, they are listed and the others done; 2: nothing
-    could be done.
+    Exit code 0: all was done. 1: some pictures failed; they are listed, and the others were done.
+    2: nothing could be done.
     """
     with errors_in_one_line(debug):
         if max_pixels is not None:
@@ -117,7 +93,7 @@ def explain_command(
         check_choice("colormap", colormap, COLORMAPS)
         masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
         masking = {key: value for key, value in masking.items() if value is not None}
-        settings = _settings(method, masking)
+        settings = _read_settings(method, masking)
         paths = find_images(images, skip=holds_results)
         if not any(path.exists() for path in paths):
             raise InputError(f"no such file: {', '.join(map(str, paths))}")
@@ -141,15 +117,15 @@ def explain_command(
             backend=backend,
             threads=threads,
             preprocess=preprocess,
-            class_names=None if class_names is None else read_lines(class_names),
-            **parse_options(option),
+            class_names=None if class_names is None else options.read_lines(class_names),
+            **options.parse_options(option),
         )
         explainer = classifier.backend.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
         failures: list[dict[str, str]] = []
         records: list[dict[str, Any]] = []
-        for path, folder in progress(_folders(paths, destination), "Explaining"):
+        for path, folder in progress(_name_folders(paths, destination), "Explaining"):
             try:
                 explanation = explain_with(explainer, path, classifier, targets=targets)
                 explanation.save(folder, colormap=colormap, opacity=opacity)
@@ -158,9 +134,9 @@ def explain_command(
                     err.print_exception()
                 failures.append({"source": str(path), "error": str(error)})
                 continue
-            records.append(record(explanation, folder))
+            records.append(make_record(explanation, folder))
             settings = settings_of(explanation) | settings
-        report = report_of(model, settings, records, failures)
+        report = make_report(model, settings, records, failures)
         if records:
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
     print_report(report, as_json)
@@ -170,8 +146,8 @@ def explain_command(
         raise typer.Exit(1 if records else 2)
 
 
-def _settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
-    """The method and its settings, those of ReciproCAM also from options of their own.
+def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
+    """Return the method and its settings, to which ReciproCAM's own options add.
 
     Raises:
         InputError: If there is no such method, or those options are given for another one.
@@ -188,8 +164,8 @@ def _settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
     return {"method": spec.name, **spec.settings}
 
 
-def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
-    """Each picture with its folder, named after it; a second one of that name gets a number."""
+def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
+    """Pair each picture with a folder named after it; a second one of that name gets a number."""
     taken: set[str] = set()
     folders = []
     for path in paths:
@@ -201,8 +177,8 @@ def _folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
     return folders
 
 
-def record(explanation: Explanation, folder: Path) -> dict[str, Any]:
-    """What is printed and written of one picture."""
+def make_record(explanation: Explanation, folder: Path) -> dict[str, Any]:
+    """Return what is printed and written about one picture."""
     return explanation.record() | {"path": explanation.path, "folder": str(folder)}
 
 
@@ -211,13 +187,13 @@ def settings_of(explanation: Explanation) -> dict[str, Any]:
     return {name: explanation.settings[name] for name in SETTINGS if name in explanation.settings}
 
 
-def report_of(
+def make_report(
     model: str,
     settings: dict[str, Any],
     records: list[dict[str, Any]],
     failures: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """What is printed and written of a run."""
+    """Return what is printed and written about all pictures."""
     return {
         "generator": GENERATOR,
         "model": model,
@@ -228,7 +204,7 @@ def report_of(
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:
-    """As a table, or as one JSON document."""
+    """Print a report as a table or as one JSON document."""
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -237,23 +213,30 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     headings = ("picture", "explained class", "probability", "folder")
     table = Table(*(Column(heading, overflow="fold") for heading in headings))
     for record in report["images"]:
-        targets = record["targets"]
-        if len(targets) > MOST_DRAWN:
-            targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
-        rows = [
-            (
-                target["name"] + (" (no preference)" if target["degenerate"] else ""),
-                f"{target['probability']:.1%}",
+        picture, folder = escape(Path(record["source"]).name), escape(record["folder"])
+        for number, (name, probability) in enumerate(_list_classes(record)):
+            first = number == 0  # the picture and its folder are printed once
+            table.add_row(
+                picture if first else "", escape(name), probability, folder if first else ""
             )
-            for target in targets
-        ]
-        if hidden := len(record["targets"]) - len(targets):
-            rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
-        predicted = record["prediction"]
-        if predicted["index"] not in [target["index"] for target in record["targets"]]:
-            rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}"))
-        for number, row in enumerate(rows):
-            picture, folder = Path(record["source"]).name, record["folder"]
-            edges = ("", "") if number else (escape(picture), escape(folder))
-            table.add_row(edges[0], *map(escape, row), edges[1])
     out.print(table)
+
+
+def _list_classes(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the explained classes and their probabilities, the most probable if many, as text."""
+    targets = record["targets"]
+    if len(targets) > MOST_DRAWN:
+        targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
+    rows = [
+        (
+            target["name"] + (" (no preference)" if target["degenerate"] else ""),
+            f"{target['probability']:.1%}",
+        )
+        for target in targets
+    ]
+    if hidden := len(record["targets"]) - len(targets):
+        rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
+    predicted = record["prediction"]
+    if predicted["index"] not in [target["index"] for target in record["targets"]]:
+        rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}"))
+    return rows

@@ -11,22 +11,8 @@ import typer
 from rich.markup import escape
 
 from vit_reciprocam.classifier.load import load
-from vit_reciprocam.cli.console import (
-    AsJson,
-    ClassToken,
-    Debug,
-    FileName,
-    FileTargets,
-    Raw,
-    UseKernel,
-    err,
-    errors_in_one_line,
-    parse_size,
-    path_and_reason,
-    print_facts,
-)
-from vit_reciprocam.cli.options import Options, Prompts, WeightsFile, parse_options
-from vit_reciprocam.core.masks import LAYERS
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import describe_path, err, errors_in_one_line, print_facts
 from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.libraries import LIBRARIES
 
@@ -40,42 +26,56 @@ def export_command(
         str,
         typer.Argument(
             metavar="SPEC",
-            help=f"One of {', '.join(library.spec for library in LIBRARIES.values())}.",
+            help=f"Model: {options.join_names(library.spec for library in LIBRARIES.values())}.",
         ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
-    weights: WeightsFile = None,
-    prompt: Prompts = None,
-    option: Options = None,
-    name: FileName = None,
-    target: FileTargets = "all",
-    kernel: UseKernel = "gaussian",
-    class_token: ClassToken = True,
-    layer: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = "norm1",
-    raw: Raw = False,
+    destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write.")],
+    weights: options.Weights = None,
+    prompt: options.Prompts = None,
+    option: options.LibraryOptions = None,
+    name: options.ModelName = None,
+    target: options.FileTargets = "all",
+    kernel: options.Kernel = "gaussian",
+    class_token: options.ClassToken = True,
+    layer: options.Layer = "norm1",
+    raw: options.Raw = False,
     size: Annotated[
         str | None,
-        typer.Option(metavar="HxW", help="Of the images, such as 384 or 384x512, in pixels."),
+        typer.Option(
+            metavar="HxW",
+            help="Height and width of the images in pixels, such as 384x512, or one number for "
+            "both.",
+        ),
     ] = None,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Leave their size open, if the model can.")
+        bool,
+        typer.Option(
+            "--dynamic-size", help="Leave the size of the images open, if the model permits it."
+        ),
     ] = False,
     half: Annotated[
-        bool, typer.Option("--half", help="Round weights to float16: about half the file.")
+        bool,
+        typer.Option("--half", help="Round weights to float16, which about halves the file."),
     ] = False,
     external_data: Annotated[
         bool,
-        typer.Option("--external-data", help="Put the weights into OUT.onnx.data, as if > 2 GB."),
+        typer.Option(
+            "--external-data",
+            help="Put the weights into OUT.onnx.data, as is always done above 2 GB.",
+        ),
     ] = False,
-    opset: Annotated[int, typer.Option(help="Of ONNX's standard operators, from 17.")] = 18,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    opset: Annotated[
+        int, typer.Option(help="Version of ONNX's standard operators, 17 or later.")
+    ] = 18,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a model with its explanation as an ONNX file.
 
-    It takes images and gives logits, saliency maps and scores, at about the price of the
-    prediction where the closed form holds. Before it is in its place it is checked, and run with
-    ONNX Runtime against PyTorch. Explain pictures with it: explain IMAGE --model OUT.onnx.
+    The file takes images and gives logits, saliency maps and scores, at about the price of the
+    prediction alone if the closed form holds. It is checked, and compared with PyTorch in ONNX
+    Runtime, before it is moved into place. Explain pictures with it: explain IMAGE --model
+    OUT.onnx.
     """
     with errors_in_one_line(debug):
         try:
@@ -83,8 +83,8 @@ def export_command(
         except ModuleNotFoundError as error:
             raise MissingDependencyError("export", "torch,onnx") from error
         extra: dict[str, Any] = {} if prompt is None else {"prompts": prompt}
-        pixels = parse_size(size)
-        classifier = load(spec, weights=weights, **parse_options(option), **extra)
+        pixels = options.parse_size(size)
+        classifier = load(spec, weights=weights, **options.parse_options(option), **extra)
         err.print(f"exporting {escape(spec)}: about half a minute", highlight=False)
         done = export(
             classifier,
@@ -121,7 +121,7 @@ def export_command(
         {
             "file": ", ".join(map(str, done.files)),
             "size": f"{done.bytes / 1e6:.1f} MB",
-            "path": path_and_reason(done.metadata.path, done.direct_because),
+            "path": describe_path(done.metadata.path, done.direct_because),
             "inputs": ", ".join(done.inputs),
             "outputs": ", ".join(done.outputs),
             "opset": str(done.opset),

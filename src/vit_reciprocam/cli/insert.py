@@ -9,22 +9,8 @@ from typing import Annotated
 
 import typer
 
-from vit_reciprocam.cli.console import (
-    AsJson,
-    ClassNames,
-    ClassToken,
-    Debug,
-    FileName,
-    FileTargets,
-    Raw,
-    UseKernel,
-    UsePreprocess,
-    errors_in_one_line,
-    parse_size,
-    path_and_reason,
-    print_facts,
-    read_lines,
-)
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import describe_path, errors_in_one_line, print_facts
 from vit_reciprocam.errors import MissingDependencyError
 
 __all__ = [
@@ -33,35 +19,43 @@ __all__ = [
 
 
 def insert_command(
-    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="Of any exporter.")],
-    destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
-    target: FileTargets = "all",
-    kernel: UseKernel = "gaussian",
-    class_token: ClassToken = True,
-    raw: Raw = False,
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.onnx", help="File of the model, from any exporter.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write.")],
+    target: options.FileTargets = "all",
+    kernel: options.Kernel = "gaussian",
+    class_token: options.ClassToken = True,
+    raw: options.Raw = False,
     target_node: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The value to mask, or its node, where not found."),
+        typer.Option(
+            metavar="NAME", help="Name of the value to mask, or of its node, if it is not found."
+        ),
     ] = None,
     grid: Annotated[
         str | None,
-        typer.Option(metavar="HxW", help="Rows and columns of patches, where not found."),
+        typer.Option(metavar="HxW", help="Rows and columns of patches, if they are not found."),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="HxW", help="Of the images in pixels, where the file leaves it open."),
+        typer.Option(
+            metavar="HxW",
+            help="Height and width of the images in pixels, if the file leaves them open.",
+        ),
     ] = None,
-    preprocess: UsePreprocess = None,
-    class_names: ClassNames = None,
-    name: FileName = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    preprocess: options.Preprocess = None,
+    class_names: options.ClassNames = None,
+    name: options.ModelName = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Put maps into a Vision Transformer's ONNX file.
 
-    Whoever exported it: its nodes and outputs stay as they are. Beside them come saliency maps and
-    scores, by the closed form where the graph permits, else by a loop that runs the last block once
-    a mask. Without PyTorch. Explain pictures with it: explain IMAGE --model OUT.onnx.
+    The file may come from any exporter, and PyTorch is not needed. Its nodes and outputs stay as
+    they are, and outputs for saliency maps and scores are added. These come from the closed form if
+    the graph permits it, else from a loop that runs the last block once per mask. Explain pictures
+    with the new file: explain IMAGE --model OUT.onnx.
     """
     with errors_in_one_line(debug):
         try:
@@ -75,10 +69,10 @@ def insert_command(
             class_token=class_token,
             targets=target,
             raw=raw,
-            grid=parse_size(grid, "--grid"),
-            size=parse_size(size),
+            grid=options.parse_size(grid, "--grid"),
+            size=options.parse_size(size),
             target_node=target_node,
-            class_names=None if class_names is None else read_lines(class_names),
+            class_names=None if class_names is None else options.read_lines(class_names),
             preprocess=preprocess,
             name=name,
         )
@@ -90,7 +84,7 @@ def insert_command(
     print_facts(
         {
             "file": str(destination),
-            "path": path_and_reason(done.path, done.direct_because),
+            "path": describe_path(done.path, done.direct_because),
             "masked": done.normed,
             "tokens": f"{done.prefix_tokens} + {height}x{width}, {done.classes} classes",
             "check": f"scores differ from the file's own nodes under masks by {difference}",

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from vit_reciprocam.cli.console import AsJson, Debug, err, errors_in_one_line, out, progress
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress
 from vit_reciprocam.errors import MissingDependencyError
 
 __all__ = [
@@ -26,8 +27,8 @@ def models_command(
     pattern: Annotated[
         str, typer.Argument(help="Names to look at, such as 'deit*' or 'torchvision:*'.")
     ] = "*",
-    as_json: AsJson = False,
-    debug: Debug = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """List the models that can be explained.
 

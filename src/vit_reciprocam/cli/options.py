@@ -1,9 +1,9 @@
-"""Options of commands about models, methods and data sets, and loading several models."""
+"""The options that several commands have, each written once, and what reads their values."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,70 +11,217 @@ import typer
 
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.load import is_onnx, load, specs
-from vit_reciprocam.cli.console import DEFAULT_MODEL
+from vit_reciprocam.core.masks import KERNELS, LAYERS
+from vit_reciprocam.core.settings import read_value, split_pair
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS
+from vit_reciprocam.onnx.run.sessions import BACKENDS
+from vit_reciprocam.pictures.preprocess import PRESETS
+from vit_reciprocam.pictures.render import COLORMAPS
 
 __all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_OUT",
+    "AsJson",
+    "Backend",
+    "Backends",
     "BatchSize",
+    "ClassNames",
+    "ClassToken",
+    "ClassTokenIfGiven",
+    "Colormap",
+    "Debug",
+    "Device",
+    "FileTargets",
+    "Kernel",
+    "KernelIfGiven",
+    "Layer",
+    "LayerIfGiven",
+    "LibraryOptions",
     "Limit",
+    "Method",
     "Methods",
+    "Model",
+    "ModelName",
     "Models",
-    "Options",
+    "Out",
+    "Preprocess",
     "Prompts",
+    "Raw",
     "Resume",
+    "Threads",
     "Weights",
-    "WeightsFile",
-    "load_all",
+    "WeightsOfEach",
+    "join_names",
+    "load_models",
     "parse_options",
+    "parse_size",
+    "read_lines",
 ]
 
+DEFAULT_MODEL = "timm:deit_tiny_patch16_224"
+DEFAULT_OUT = Path("vit-reciprocam-out")
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Return the names as "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+def _join_with_default(names: Iterable[str]) -> str:
+    """Return the names as "a (default), b or c"."""
+    first, *others = names
+    return join_names([f"{first} (default)", *others])
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+_MODEL = f"Model: {join_names(specs())}"
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=f"{_MODEL}.")]
 Models = Annotated[
-    list[str] | None,
-    typer.Option("--model", help=f"One of {', '.join(specs())}; may be given again."),
+    list[str] | None, typer.Option("--model", metavar="SPEC", help=f"{_MODEL}; may be given again.")
 ]
 Weights = Annotated[
-    list[Path] | None,
-    typer.Option(help="Local weights, once a --model in the same order, or not at all."),
-]
-WeightsFile = Annotated[
     str | None,
     typer.Option(
         "--weights",
         metavar="FILE",
-        help="Local .safetensors or .pth file instead of the published weights, or random.",
+        help="File of local weights, .safetensors or .pth, instead of the published ones; or "
+        "random for untrained ones.",
     ),
 ]
-Methods = Annotated[
-    list[str] | None,
+WeightsOfEach = Annotated[
+    list[Path] | None,
     typer.Option(
-        "--method",
-        metavar="NAME[:KEY=VALUE,…]",
-        help=f"May be given again, with settings such as reciprocam:kernel=dirac; of "
-        f"{', '.join(METHODS)}.",
+        "--weights",
+        metavar="FILE",
+        help="File of local weights instead of the published ones; given once for each --model, "
+        "in the same order, or not at all.",
     ),
 ]
-Options = Annotated[
+LibraryOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
         metavar="KEY=VALUE",
-        help="For the library that builds the models, such as timm's img_size=1024; may be given "
-        "again.",
+        help="Option for the library that builds the model, such as timm's img_size=1024; may be "
+        "given again.",
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        "--prompt", metavar="TEXT", help="A text as a class, once a class: open_clip, some hf."
+        "--prompt",
+        metavar="TEXT",
+        help="Text that stands for one class, for models that compare pictures with texts: those "
+        "of open_clip and some of hf; given once for each class.",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run cut short.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N pictures.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures in one call.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device that computes: cpu, cuda, mps … for PyTorch models, an execution provider "
+        "such as cuda for ONNX Runtime, a device such as GPU for OpenVINO."
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(help="Text file with one class name per line, instead of the model's own names."),
+]
+
+# --- ONNX files -----------------------------------------------------------------------------------
+
+_BACKEND = f"Runtime of ONNX files: {_join_with_default(BACKENDS)}"
+Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help=f"{_BACKEND}.")]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option("--backend", metavar="NAME", help=f"{_BACKEND}; may be given again."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of CPU threads for ONNX files; default: the runtime's own."),
+]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="NAME[:KEY=VALUE,…]",
+        help="Preprocessing of pictures for an ONNX file that does not name its own: "
+        f"{join_names(PRESETS)}, and what differs from it, such as imagenet:size=224,crop_pct=0.9.",
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        help="Name of the model, kept in the new file; default: the name of its source.",
+    ),
+]
+FileTargets = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="Classes that the file explains: all, top1, top3 …, or input, which adds an input "
+        "named targets for their indices.",
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Write only probabilities, without maps scaled to [0, 1]."),
+]
+
+# --- the method -----------------------------------------------------------------------------------
+
+_METHOD = f"Method: {join_names(METHODS)}; settings follow its name, as in reciprocam:kernel=dirac"
+Method = Annotated[str, typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}; may be given again."),
+]
+_kernel = typer.Option(
+    "--kernel",
+    show_default=False,
+    help=f"Kernel of the masks: {_join_with_default(KERNELS)}.",
+)
+Kernel = Annotated[str, _kernel]
+KernelIfGiven = Annotated[str | None, _kernel]
+_class_token = typer.Option(
+    "--class-token/--no-class-token",
+    show_default=False,
+    help="Keep the class token under every mask (default), or mask it too.",
+)
+ClassToken = Annotated[bool, _class_token]
+ClassTokenIfGiven = Annotated[bool | None, _class_token]
+_layer = typer.Option(
+    "--layer",
+    show_default=False,
+    help=f"Layer whose output the masks multiply: {_join_with_default(LAYERS)}.",
+)
+Layer = Annotated[str, _layer]
+LayerIfGiven = Annotated[str | None, _layer]
+
+# --- data and results -----------------------------------------------------------------------------
+
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Number of pictures to take, from the first on; default: all."
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Number of pictures in one call.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was cut short.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Colormap = Annotated[
+    str, typer.Option("--colormap", help=f"Colour map of the overlays: {join_names(COLORMAPS)}.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 
-def load_all(
+def load_models(
     models: list[str] | None,
     weights: list[Path] | None,
     *,
@@ -84,16 +231,16 @@ def load_all(
     onnx: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Classifier]:
-    """The models, or the default one, with their weights; ONNX files once for each backend.
+    """Load the models, or the default one, with their weights; an ONNX file once per backend.
 
     Args:
-        models: As `load` takes them.
-        weights: Once a model, or not at all.
+        models: Specs as `load` takes them.
+        weights: One file per model, or none at all.
         random: Leave PyTorch models untrained.
-        device: Of all models.
-        backends: Of ONNX files.
-        onnx: Options for `load` that only ONNX files have; None stands for not given.
-        options: For `load`.
+        device: Device of all models.
+        backends: Runtimes of ONNX files.
+        onnx: Options of `load` that only ONNX files have; None stands for not given.
+        options: Options of `load` for all models.
 
     Raises:
         InputError: If there are weights for some of the models only, or beside random ones, or
@@ -114,28 +261,53 @@ def load_all(
     if (given or backends) and not any(map(is_onnx, names)):
         wanted = ", ".join(f"--{name}" for name in [*given, *(["backend"] if backends else [])])
         raise InputError(f"{wanted}: for ONNX files, and no --model is one")
-    found = []
+    classifiers = []
     for name, file in zip(names, files, strict=True):
-        each: list[dict[str, Any]] = [{}]
+        variants: list[dict[str, Any]] = [{}]
         if is_onnx(name):
-            each = [{**given, "backend": one} for one in backends or ["onnxruntime"]]
-        found += [load(name, weights=file, device=device, **own, **options) for own in each]
-    return found
+            variants = [{**given, "backend": backend} for backend in backends or BACKENDS[:1]]
+        classifiers += [
+            load(name, weights=file, device=device, **variant, **options) for variant in variants
+        ]
+    return classifiers
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Of KEY=VALUE pairs, values as JSON where they are that, else as text.
+    """Return the settings that KEY=VALUE pairs give, values as `read_value` reads them.
 
     Raises:
-        InputError: If one is no such pair.
+        InputError: If one is not such a pair.
     """
     options = {}
     for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
+        key, value = split_pair(pair)
+        if not key:
             raise InputError(f"--option must be KEY=VALUE, such as img_size=1024; got {pair!r}")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
+        options[key] = read_value(value)
     return options
+
+
+def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """Return the (height, width) that "HEIGHTxWIDTH" gives, or one number for both.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if text is None:
+        return None
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if sides is None:
+        raise InputError(f"{option} must be HEIGHTxWIDTH, such as 384x512; got {text!r}")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the class names of a text file, one per line; a synset and a tab may stand before each.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class-names {file} cannot be read: {error}") from error

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vit_reciprocam.cli.console import AsJson, Debug, Out, err, errors_in_one_line, out
+from vit_reciprocam.cli import options
+from vit_reciprocam.cli.console import err, errors_in_one_line, out
 from vit_reciprocam.errors import MissingDependencyError
 
 __all__ = [
@@ -19,26 +20,27 @@ __all__ = [
 
 def report_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of vit-reciprocam evaluate.")
+        list[Path],
+        typer.Argument(metavar="RUN", help="Folders that vit-reciprocam evaluate wrote."),
     ],
-    destination: Out = Path("vit-reciprocam-report"),
+    destination: options.Out = Path("vit-reciprocam-report"),
     resamples: Annotated[
-        int, typer.Option(min=1, help="Of the bootstrap that intervals come from.")
+        int, typer.Option(min=1, help="Number of bootstrap resamples behind each interval.")
     ] = 1000,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
-    """Make tables and a page of runs.
+    """Make tables and a page from runs.
 
-    Tables as Markdown, LaTeX and CSV, and one self-contained HTML page. Runs of one protocol on the
-    same pictures share a table; others get one of their own. A run that is not finished is reported
-    as far as it is. Run it in the folder where the runs were made, so that the page can show the
-    pictures.
+    The tables are written as Markdown, LaTeX and CSV, and the page is one self-contained HTML file.
+    Runs of one protocol on the same pictures share a table; others get a table of their own. A run
+    that is not finished is reported as far as it got. Call this in the folder where the runs were
+    made, so that the page can show the pictures.
 
-    Exit code 0: written; 2: nothing could be done.
+    Exit code 0: the report is written. 2: nothing could be done.
     """
     with errors_in_one_line(debug):
-        report = _imported()
+        report = _import_report()
         with err.status("Making the report"):
             about = report.write_report(runs, destination, resamples=resamples)
         if as_json:
@@ -49,7 +51,7 @@ def report_command(
         out.print(f"page: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
 
 
-def _imported() -> Any:
+def _import_report() -> Any:
     try:
         from vit_reciprocam.evaluate.report import write as report
     except ModuleNotFoundError as error:

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from vit_reciprocam.classifier.explain import explain
+from vit_reciprocam.cli import options
 from vit_reciprocam.cli.benchmark import benchmark_command
-from vit_reciprocam.cli.console import Debug, Out, errors_in_one_line, out, progress, say
+from vit_reciprocam.cli.console import errors_in_one_line, out, progress, say
 from vit_reciprocam.cli.evaluate import evaluate_command
-from vit_reciprocam.cli.options import BatchSize, Limit, Models, Resume, Weights, load_all
 from vit_reciprocam.cli.report import report_command
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.methods import MethodSpec
@@ -32,8 +32,8 @@ MODELS = [
     "timm:deit_small_patch16_224",
     "timm:deit_base_patch16_224",
 ]
-COMPARED = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
-METHODS = {
+FIGURE_METHODS = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
+TABLE_METHODS = {
     "table1": ["reciprocam", "reciprocam:kernel=dirac", "relevance", "rollout", *NULLS],
     "table3": [
         f"reciprocam:kernel={kernel}{rest}"
@@ -48,8 +48,8 @@ METHODS = {
 }
 
 
-class What(enum.StrEnum):
-    """What of the paper."""
+class Preset(enum.StrEnum):
+    """A table of the paper, or its figures."""
 
     TABLE1 = "table1"
     TABLE2 = "table2"
@@ -59,45 +59,55 @@ class What(enum.StrEnum):
 
 
 def reproduce_command(
-    what: Annotated[What, typer.Argument(metavar="WHAT", help="table1 … table4, or figures.")],
+    what: Annotated[
+        Preset,
+        typer.Argument(
+            metavar="WHAT", help="Part of the paper: table1, table2, table3, table4 or figures."
+        ),
+    ],
     data: Annotated[
         str | None,
-        typer.Option(help="As evaluate takes it; for figures a folder of pictures; not table2."),
+        typer.Option(
+            help="Data set as evaluate takes it; for figures a folder of pictures; none for table2."
+        ),
     ] = None,
-    model: Models = None,
-    weights: Weights = None,
+    model: options.Models = None,
+    weights: options.WeightsOfEach = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="One more than the paper has; may be given again."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,…]",
+            help="Method to add to those of the paper; may be given again.",
+        ),
     ] = None,
-    destination: Out = Path("vit-reciprocam-reproduced"),
-    resume: Resume = False,
-    limit: Limit = None,
-    batch_size: BatchSize = 16,
-    device: Annotated[str, typer.Option(help="Of the models: cpu, cuda, mps …")] = "cpu",
-    debug: Debug = False,
+    destination: options.Out = Path("vit-reciprocam-reproduced"),
+    resume: options.Resume = False,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Repeat a table or the figures of the paper.
 
-    With its methods and protocol, on DeiT-Tiny, -Small and -Base unless --model says otherwise.
-    table1 compares methods, and null baselines besides; table2 measures time; table3 drops the
-    class token; table4 moves the cut; figures draws the maps of each picture's two most probable
-    classes side by side. With ILSVRC2012's validation pictures as --data the tables are the
-    paper's.
+    Methods and protocol are the paper's, and so are the models, DeiT-Tiny, -Small and -Base, unless
+    --model names others. table1 compares methods and null baselines, table2 measures time, table3
+    drops the class token, table4 masks another layer, and figures draws the maps of each picture's
+    two most probable classes side by side. With ILSVRC2012's validation pictures as --data the
+    tables are the paper's.
     """
-    unused: dict[What, dict[str, object]] = {
-        What.TABLE2: {"--data": data, "--limit": limit, "--resume": resume},
-        What.FIGURES: {"--resume": resume},
+    unused: dict[Preset, dict[str, object]] = {
+        Preset.TABLE2: {"--data": data, "--limit": limit, "--resume": resume},
+        Preset.FIGURES: {"--resume": resume},
     }
     with errors_in_one_line(debug):
         if given := [name for name, value in unused.get(what, {}).items() if value]:
             raise InputError(f"{what.value} takes no {', '.join(given)}")
-        if data is None and what is not What.TABLE2:
+        if data is None and what is not Preset.TABLE2:
             raise InputError(f"{what.value} needs pictures: give --data")
     names = model or MODELS
     folder = destination / what.value
     more = method or []
-    if what is What.TABLE2:
+    if what is Preset.TABLE2:
         benchmark_command(
             model=names,
             weights=weights,
@@ -108,9 +118,11 @@ def reproduce_command(
             debug=debug,
         )
         return
-    if what is What.FIGURES:
+    if what is Preset.FIGURES:
         with errors_in_one_line(debug):
-            failed = _draw(data or "", names, weights, [*COMPARED, *more], folder, limit, device)
+            failed = _draw(
+                data or "", names, weights, [*FIGURE_METHODS, *more], folder, limit, device
+            )
         if failed:
             raise typer.Exit(1)
         return
@@ -120,7 +132,7 @@ def reproduce_command(
             data=data or "",
             model=names,
             weights=weights,
-            method=METHODS[what.value] + more,
+            method=TABLE_METHODS[what.value] + more,
             destination=folder / "run",
             resume=resume,
             limit=limit,
@@ -146,7 +158,13 @@ def _draw(
     limit: int | None,
     device: str,
 ) -> bool:
-    """A picture with a row for each class and a column for each method; whether some failed."""
+    """Draw each picture's maps, a row per class and a column per method, and write the drawings.
+
+    Returns whether pictures failed.
+
+    Raises:
+        InputError: If there is no such folder, or nothing could be drawn.
+    """
     check_folder(folder)
     files: dict[str, bytes] = {}
     failed = False
@@ -154,7 +172,11 @@ def _draw(
     pictures = find_images([data], skip=holds_results)[:limit]
     if not any(path.exists() for path in pictures):
         raise InputError(f"no such folder of pictures: {data}")
-    tasks = [(one, path) for one in load_all(names, weights, device=device) for path in pictures]
+    tasks = [
+        (one, path)
+        for one in options.load_models(names, weights, device=device)
+        for path in pictures
+    ]
     for classifier, path in progress(tasks, "Drawing"):
         try:
             explained = [
