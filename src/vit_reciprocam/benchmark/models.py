@@ -91,7 +91,7 @@ def prepare_model(
         untouched: File of the untouched model of an ONNX file. None stands for the demo model's
             own file, and else for what can be cut out of the explained file.
         threads: Number of CPU threads of an ONNX file; None for as many as it was loaded with.
-        cut_file: Where to write the untouched model if it is cut out.
+        cut_file: File to write the untouched model to if it is cut out.
 
     Raises:
         InputError: If the untouched model is not the one that the ONNX file explains.

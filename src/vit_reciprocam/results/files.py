@@ -1,4 +1,4 @@
-"""Writing results: files whole or not at all, and only over what this package wrote."""
+"""Write results: each file whole or not at all, and only over what this package wrote."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ PARTIAL = "manifest.partial.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name and move it into place: nobody ever sees half of it.
+    """Write a file under another name and move it into place, so that nobody sees half of it.
 
-    The content is on the disk before the name is, so that a power cut leaves no empty file.
+    The content reaches the disk before the name does, so that a power cut leaves no empty file.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -47,12 +47,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a JSON file was written by this package."""
+    """Return whether a JSON file was written by this package."""
     return _read(path).get("generator") == GENERATOR
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a folder is one that `write_folder` wrote, also one cut short."""
+    """Return whether `write_folder` wrote a folder, or began to."""
     return is_ours(folder / MANIFEST) or is_ours(folder / PARTIAL)
 
 
@@ -60,7 +60,7 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be made or written to, without making it.
 
     Raises:
-        InputError: If a file stands in its place or it may not be written to.
+        InputError: If a file stands in its place, or there is no permission to write to it.
     """
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
@@ -72,14 +72,19 @@ def check_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write files and last `manifest.json`, which lists them and the versions they were made by.
+    """Write files, and last `manifest.json`, which lists them and the versions that made them.
 
     What an earlier call wrote there is replaced; anything else is left alone. Until the manifest
-    is there, `manifest.partial.json` says whose the files are.
+    is written, `manifest.partial.json` says that the files are this package's.
+
+    Args:
+        folder: Folder to write to; it is made if it does not exist.
+        files: Name -> content of each file.
+        manifest: Entries of the manifest besides.
 
     Raises:
-        InputError: If a file of somebody else's has one of the names, or the folder cannot be
-            written to.
+        InputError: If a file that this package did not write has one of the names, or the folder
+            cannot be written to.
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +93,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
     for path in (complete, partial):
         if is_ours(path):
             earlier |= {path.name, *_read(path).get("files", [])}
-    foreign = [n for n in (MANIFEST, *files) if n not in earlier and (folder / n).exists()]
-    if foreign:
+    taken = [n for n in (MANIFEST, *files) if n not in earlier and (folder / n).exists()]
+    if taken:
         raise InputError(
-            f"{folder / foreign[0]} was not written by {GENERATOR}, so it is not replaced: save to "
+            f"{folder / taken[0]} was not written by {GENERATOR}, so it is not replaced: save to "
             "another folder, or move it away"
         )
     names = {"generator": GENERATOR, "files": sorted({*files, *earlier} - {MANIFEST, PARTIAL})}
@@ -112,7 +117,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of this package and of what it computes with, where installed."""
+    """Return the versions of this package and of the libraries it uses, if they are installed."""
     packages = [
         *("vit-reciprocam", "numpy", "pillow", "torch"),
         *(library.package for library in LIBRARIES.values()),
