@@ -1,27 +1,17 @@
-import io
+"""Pictures explained from the command line."""
+
 import json
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vit_reciprocam
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
-from vit_reciprocam.cli.console import errors_in_one_line
-from vit_reciprocam.cli.evaluate import _print
-from vit_reciprocam.evaluate.metrics.registry import METRICS
-from vit_reciprocam.libraries import listing
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 
@@ -40,9 +30,6 @@ def scenes(tmp_path):
 
 def explain_demo(*arguments):
     return run("explain", "--model", "demo", *arguments)
-
-
-# --- explain -----------------------------------------------------------------------------------
 
 
 def test_explain_a_folder(scenes, tmp_path):
@@ -257,198 +244,3 @@ def test_a_timm_model_with_local_weights(tmp_path):
     }
     with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
         assert saved["maps"].shape == (1, 1, 10, 10)
-
-
-# --- what stops before, and Ctrl-C -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["evaluate", "nowhere"], "no such data set: nowhere"),
-        (["evaluate", "scenes:0"], "scenes:0 is empty"),
-        (["evaluate", "{empty}"], "holds neither class folders nor labels.csv"),
-        (["evaluate", "scenes:2", "--boxes", "nowhere"], "no such folder of boxes"),
-        (["evaluate", "scenes:2", "--protocol", "none"], "protocol must be one of"),
-        (["evaluate", "scenes:2", "--method", "none"], "method must be one of"),
-        (["evaluate", "scenes:2", "--out", "{file}"], "is a file"),
-        (["explain", "none.png", "other.png"], "no such file: none.png, other.png"),
-        (["reproduce", "table1", "--data", "nowhere"], "no such data set: nowhere"),
-        (["reproduce", "figures", "--data", "nowhere"], "no such folder of pictures: nowhere"),
-        (["reproduce", "figures", "--data", "{empty}"], "no pictures in folder"),
-    ],
-)
-def test_what_needs_no_model_is_refused_before_one_is_loaded(
-    arguments, words, tmp_path, monkeypatch
-):
-    def loaded(*_, **__):
-        pytest.fail("a model was loaded")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vit_reciprocam.cli.options.load", loaded)
-    monkeypatch.setattr("vit_reciprocam.cli.explain.load", loaded)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    result = run(*(word.format(empty="empty", file="file") for word in arguments))
-    assert result.exit_code == 2
-    assert words in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
-
-
-@pytest.mark.parametrize("columns", [64, 80, 200])
-def test_no_figure_is_cut(columns, monkeypatch):
-    names = list(METRICS)
-    figures = {name: 10 + number + 0.25 for number, name in enumerate(names)}
-    rows = [
-        {"model": "m", "method": method, **figures}
-        for method in ("reciprocam", "reciprocam:kernel=dirac,class_token=false")
-    ]
-    data = {"models": ["m"], "protocol": {"name": "byun2023"}, "duplicates": 0, "images": 4}
-    printed = io.StringIO()
-    monkeypatch.setattr("vit_reciprocam.cli.evaluate.out", Console(file=printed, width=columns))
-    _print({**data, "data": {"name": "x"}}, rows)
-    lines = printed.getvalue().splitlines()
-    assert max(map(len, lines)) <= columns
-    shown = [line.split() for line in lines]
-    for figure in figures.values():
-        assert sum(f"{figure:.2f}" in words for words in shown) == 2
-    headings = " ".join(line for line in lines if "method" in line)
-    assert [one.heading in headings for one in METRICS.values()] == [True] * len(names)
-    assert "…" not in printed.getvalue()
-    if columns == 200:
-        assert sum("method" in line for line in lines) == 1
-
-
-def stopped(arguments, begun):
-    """Ctrl-C once something is there: exit code and what was printed."""
-    command = [sys.executable, "-m", "vit_reciprocam", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while not begun() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        printed, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert printed == ""
-    return process.returncode, said
-
-
-def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path):
-    folder = tmp_path / "a run"
-    given = ["evaluate", "scenes:300", "--model", "demo", "--batch-size", "1", "--out", folder]
-    code, said = stopped(given, lambda: list(folder.glob("part-*.parquet")))
-    assert code == 130
-    kept = len(list(folder.glob("part-*.parquet")))
-    again = shlex.join(["evaluate", "--resume", *map(str, given[1:])])
-    command = f"python -m vit_reciprocam {again}"
-    assert said == (
-        f"stopped: {kept} of 300 pictures are kept in {folder}. Go on with:\n  {command}\n"
-    )
-    with pytest.raises(typer.Exit) as ended, errors_in_one_line(False):
-        raise KeyboardInterrupt
-    assert ended.value.exit_code == 130
-
-
-def test_ctrl_c_before_anything_is_measured(monkeypatch, tmp_path):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("vit_reciprocam.cli.options.load", interrupted)
-    out = tmp_path / "out"
-    for arguments, words in (
-        (["evaluate", "scenes:2", "--out", out], "nothing was measured yet"),
-        (["benchmark", "--out", tmp_path / "b.md"], "nothing is written"),
-    ):
-        result = run(*arguments)
-        assert (result.exit_code, result.stderr) == (130, f"stopped: {words}\n")
-        assert result.stdout == ""
-        assert list(tmp_path.iterdir()) == []
-
-
-# --- demo, models, and the command itself ------------------------------------------------------
-
-
-def test_demo(tmp_path):
-    result = run("demo", "--out", tmp_path / "demo")
-    assert result.exit_code == 0
-    assert "×" in result.stdout
-    with Image.open(tmp_path / "demo" / "grid.png") as grid:
-        assert grid.width > 1000
-
-
-def test_demo_json(tmp_path):
-    report = json.loads(run("demo", "--json", "--out", tmp_path / "demo").stdout)
-    assert report.pop("timing")["ratio"] > 0
-    explained = run(
-        "explain", ASSETS / "demo.png", "--model", "demo", "--target", "top3", "--json",
-        "--out", tmp_path,
-    )  # fmt: skip
-    assert report == json.loads(explained.stdout)
-
-
-def test_models_says_by_which_path_and_why_not():
-    rows = json.loads(run("models", "*deit_tiny*", "--json").stdout)
-    paths = {row["model"]: row["path"] for row in rows}
-    assert paths["timm:deit_tiny_distilled_patch16_224"] == "closed-form"
-    assert "demo" not in paths
-    rows = json.loads(run("models", "test_*", "--json").stdout)
-    by_name = {row["model"]: row for row in rows}
-    assert by_name["timm:test_resnet"]["path"] == "-"
-    assert "it has no attention" in by_name["timm:test_resnet"]["why"]
-    assert by_name["timm:test_vit"]["path"] == "closed-form"
-    (pooled,) = json.loads(run("models", "vit_base_patch16_gap_224", "--json").stdout)
-    assert pooled["path"] == "direct"
-    assert "global_pool='avg'" in pooled["why"]
-    (demo,) = json.loads(run("models", "demo", "--json").stdout)
-    assert demo["path"] == "closed-form"
-
-
-def test_models_cuts_no_name_and_says_a_reason_once(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "50")
-    names = ["a" * 60, "b", "c", "d", "e", "f"]
-    why = {"a" * 60: ("closed-form", ""), "b": ("direct", "it pools")}
-    found = [listing.Architecture(f"timm:{name}", None) for name in names]
-    monkeypatch.setattr(listing, "architectures", lambda pattern: found)
-    monkeypatch.setattr(
-        listing,
-        "describe",
-        lambda one: why.get(one.spec.removeprefix("timm:"), ("-", "it is none")),
-    )
-    printed = run("models", "z*").stdout
-    assert printed.count("a") >= 60
-    assert "…" in printed, "of many names of one reason some are shown"
-    assert "direct, 1: it pools\n    timm:b" in printed
-    assert "not supported, 4: it is none\n    timm:c, timm:d, timm:e, …" in printed
-    assert len(json.loads(run("models", "z*", "--json").stdout)) == 6
-
-
-def test_models_without_a_wildcard_or_without_torch(monkeypatch):
-    result = run("models", "deit_tiny")
-    assert result.exit_code == 2
-    assert "'*deit_tiny*' fits 2, such as timm:deit_tiny_" in result.stderr
-
-    monkeypatch.setitem(sys.modules, listing.__name__, None)  # as where torch is not installed
-    assert run("models", "deit*").exit_code == 2
-    printed = run("models")
-    assert printed.exit_code == 0
-    assert "demo" in printed.stdout
-    assert "[torch]" in printed.stderr
-
-
-def test_version_and_help():
-    assert run("--version").stdout == f"vit-reciprocam {vit_reciprocam.__version__}\n"
-    for command in ("explain", "demo", "evaluate", "models"):
-        assert command in run("--help").stdout
-        assert run(command, "--help").exit_code == 0
-    shown = run("explain", "--help").stdout
-    for words in ("timm:deit_tiny_patch16_224", "top1 (the default)", "Bright yellow is strong"):
-        assert words in shown
-    assert "..." not in run("--help").stdout.partition("Commands:")[2], "no summary is cut"
-
-
-def test_the_package_runs_as_a_module():
-    command = [sys.executable, "-m", "vit_reciprocam", "explain", "none.png", "--model", "demo"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 2
-    assert "no such file: none.png" in finished.stderr
