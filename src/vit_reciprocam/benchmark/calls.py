@@ -56,6 +56,7 @@ def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> C
 
 
 def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
+    """Return a call of a PyTorch model, see `make_call`."""
     import torch
 
     from vit_reciprocam.core.split import logits_of
@@ -87,7 +88,9 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     method = MethodSpec.parse(label)
     if method.name == RECIPROCAM:
         return reciprocam("maps", **method.settings)
-    check_settings(method.name, method.settings)  # it imports the method's library: not timed
+    check_settings(
+        method.name, method.settings
+    )  # imports the method's library, so that it is not timed
 
     def other() -> tuple[Any, str]:
         maps = METHODS[method.name](model, images, **method.settings)
@@ -99,6 +102,7 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
 
 
 def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
+    """Return a call of an ONNX file, see `make_call`."""
     if label == FORWARD:
         forward = files.forward(images)
         return lambda: (forward(), "")

@@ -227,7 +227,7 @@ def _warm_up(
         except ReciproCAMError as error:
             if label not in optional:
                 cases[label] = _Case(replace(row, note=str(error)))
-        except (RuntimeError, MemoryError) as error:  # for instance, memory runs out
+        except (RuntimeError, MemoryError) as error:  # for instance because memory runs out
             reason = str(error).strip().partition("\n")[0]
             cases[label] = _Case(replace(row, note=f"{type(error).__name__}: {reason}"))
         tick()

@@ -116,9 +116,9 @@ def _watch_memory(model: Any) -> Callable[[], int]:
             Path("/proc/self/clear_refs").write_text("5")
         # getrusage would also count what the parent held when it started this process
         return lambda: 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
-    import resource  # not on Windows
+    import resource  # Windows has no such module
 
-    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ app = typer.Typer(
     name="vit-reciprocam",
     help="See what a Vision Transformer looks at, for the price of one forward pass.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # its tables cut long defaults
+    rich_markup_mode=None,  # Rich's tables would cut long defaults
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

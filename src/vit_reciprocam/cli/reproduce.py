@@ -143,7 +143,7 @@ def reproduce_command(
     except typer.Exit as ended:
         if ended.exit_code != 1:
             raise
-        some_failed = ended  # some pictures: the others' report is due
+        some_failed = ended  # there is still a report to make on the other pictures
     report_command(runs=[folder / "run"], destination=folder / "report", debug=debug)
     if some_failed is not None:
         raise some_failed

@@ -140,7 +140,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError(
-            f"{name} has floating-point pixels, which say not where white is; save it as 8-bit"
+            f"{name} has floating-point pixels, which do not say where white is; save it as 8-bit"
         )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -80,7 +80,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
     Args:
         folder: Folder to write to; it is made if it does not exist.
         files: Name -> content of each file.
-        manifest: Entries of the manifest besides.
+        manifest: Further entries of the manifest.
 
     Raises:
         InputError: If a file that this package did not write has one of the names, or the folder
