@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from small_models import Candidate, find_candidates
-from vit_reciprocam.cli.console import AsJson, Debug, errors_in_one_line, progress
+from vit_reciprocam.cli.console import errors_in_one_line, progress
+from vit_reciprocam.cli.options import AsJson, Debug
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import direct_rows
 from vit_reciprocam.core.masks import Masking, mask_matrix

@@ -1,6 +1,7 @@
 """The list of models that can be explained."""
 
 import json
+import sys
 
 from typer.testing import CliRunner
 

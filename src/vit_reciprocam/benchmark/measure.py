@@ -90,8 +90,8 @@ def benchmark(
         naive: Measure "naive H", which takes long with many patches.
         memory: Measure peak memory too, in a fresh process for each row.
         untouched: For each classifier that is an ONNX file, the file of the untouched model, which
-            "forward" then runs; None for the others. By default it is what `cut_out_prediction` makes of the
-            file, which needs the package onnx; the demo model brings its own.
+            "forward" then runs; None for the others. By default it is what `cut_out_prediction`
+            makes of the file, which needs the package onnx; the demo model brings its own.
         clock: Returns the time in seconds.
         progress: Called with the number of calls done and the number of all calls, which may
             change on the way.
