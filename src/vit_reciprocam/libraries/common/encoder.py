@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries import library_of
-from vit_reciprocam.libraries.common.running import has_hooks, not_plain, runs_as
+from vit_reciprocam.libraries.common.whole import has_hooks, not_plain, runs_as
 
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "refused", "steps", "without_rule"]
 

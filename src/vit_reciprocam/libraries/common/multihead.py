@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from vit_reciprocam.core.split import Attention, projections
-from vit_reciprocam.libraries.common.running import has_hooks, kind_of, runs_as, same
+from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
 
 __all__ = ["multihead_attention", "multihead_output", "multihead_unknown"]
 

@@ -28,11 +28,8 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_unknown,
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import (
-    Call,
-    blocks_from,
-    call_of,
-    calls_of,
+from vit_reciprocam.libraries.common.running import Call, blocks_from, call_of, calls_of
+from vit_reciprocam.libraries.common.whole import (
     is_own,
     kind_of,
     refuse_bypassed,

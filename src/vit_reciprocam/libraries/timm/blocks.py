@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Projection, Tap, projections
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries.common.running import (
-    kind_of,
-    not_plain,
-    runs_as,
-    same,
-    unknown_inside,
-)
+from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.common.whole import kind_of, not_plain, runs_as, unknown_inside
 
 __all__ = [
     "BlockParts",

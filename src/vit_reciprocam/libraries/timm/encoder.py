@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
-from vit_reciprocam.libraries.common.running import has_hooks, kind_of, runs_as
+from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.timm.blocks import block_parts
 
 __all__ = ["encoder"]

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Cut, Split
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.libraries.common.running import (
-    Reached,
-    call_of,
-    infer_grid,
-    refuse_bypassed,
-    repeated,
-)
+from vit_reciprocam.libraries.common.running import Reached, call_of, infer_grid, repeated
+from vit_reciprocam.libraries.common.whole import refuse_bypassed
 from vit_reciprocam.libraries.timm.families import FAMILIES, REFUSED, Last, unsupported
 
 __all__ = ["split"]

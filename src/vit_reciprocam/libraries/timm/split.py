@@ -21,14 +21,8 @@ from vit_reciprocam.core.split import MeanPool, Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import (
-    Call,
-    blocks_from,
-    calls_of,
-    is_own,
-    refuse_bypassed,
-    unknown_inside,
-)
+from vit_reciprocam.libraries.common.running import Call, blocks_from, calls_of
+from vit_reciprocam.libraries.common.whole import is_own, refuse_bypassed, unknown_inside
 from vit_reciprocam.libraries.timm.blocks import (
     after_attention_pool,
     attention_pool,

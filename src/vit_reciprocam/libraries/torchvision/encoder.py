@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import EncoderBlock, VisionTransforme
 from vit_reciprocam.core.split import Projection, projections
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
 from vit_reciprocam.libraries.common.multihead import multihead_attention, multihead_unknown
-from vit_reciprocam.libraries.common.running import kind_of, runs_as, unknown_inside
+from vit_reciprocam.libraries.common.whole import kind_of, runs_as, unknown_inside
 
 __all__ = ["encoder"]
 

@@ -18,15 +18,12 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_unknown,
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import (
-    Call,
-    blocks_from,
-    calls_of,
+from vit_reciprocam.libraries.common.running import Call, blocks_from, calls_of, same
+from vit_reciprocam.libraries.common.whole import (
     is_own,
     kind_of,
     not_plain,
     refuse_bypassed,
-    same,
     unknown_inside,
 )
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, filled
