@@ -29,6 +29,7 @@ __all__ = [
     "UnknownClassError",
     "WeightsError",
     "check_choice",
+    "first_line",
 ]
 
 
@@ -85,3 +86,8 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
     listed = list(choices)
     if value not in listed:
         raise InputError(f"{what} must be one of {', '.join(map(repr, listed))}; got {value!r}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,12 @@ import torch
 from open_clip.model import _build_vision_tower
 
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.libraries.common.downloading import (
+    first_sentence,
+    no_such_model,
+    not_fetched,
+    quiet,
+)
 from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
 from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
@@ -77,9 +82,7 @@ def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str,
             raise ModelError(f"{name!r} has weights of its own: leave weights= out")
         return {}
     if name not in open_clip.list_models():
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        hint = f". Closest: {', '.join(close)}" if close else ""
-        raise ModelError(f"open_clip {open_clip.__version__} has no model {name!r}{hint}")
+        raise no_such_model(open_clip, name, open_clip.list_models())
     trained: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     if not trained and (tag or (path is None and not random)):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -111,7 +114,7 @@ def _create(
         keys = {"mean", "std", "interpolation", "resize_mode"} & trained.keys()
         settings["force_preprocess_cfg"] = {key: trained[key] for key in keys}
     try:
-        with _quiet():
+        with _silence():
             if random:
                 return open_clip.create_model(
                     name, load_weights=False, **{"pretrained_text": False, **settings}
@@ -131,30 +134,24 @@ def _create(
 
 def _fetch(what: str, get: Callable[[], Any]) -> Any:
     try:
-        with _quiet():
+        with _silence():
             return get()
     except Exception as error:  # hub clients raise errors of many unrelated kinds
         raise _not_fetched(what, error) from error
 
 
 def _not_fetched(what: str, error: Exception) -> DownloadError:
-    reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-    return DownloadError(
-        f"{what} could not be fetched: {reason}. Without network, pass a local file (--weights "
-        "model.safetensors on the command line, weights= in Python) of a model whose tokenizer "
-        "comes with open_clip, such as ViT-B-32"
+    return not_fetched(
+        what,
+        first_sentence(error),
+        "a local file (--weights model.safetensors on the command line, weights= in Python) of a "
+        "model whose tokenizer comes with open_clip, such as ViT-B-32",
     )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log messages of open_clip and the hub; the error at the end says it all."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _silence() -> contextlib.AbstractContextManager[None]:
+    """Mute open_clip, which logs through the root logger, and what it calls, errors too."""
+    return quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL)
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:

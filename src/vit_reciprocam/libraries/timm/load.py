@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,13 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.errors import ModelError, WeightsError
+from vit_reciprocam.libraries.common.downloading import (
+    first_sentence,
+    no_such_model,
+    not_fetched,
+    quiet,
+)
 from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
 from vit_reciprocam.libraries.timm.split import split
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -33,9 +35,7 @@ def load_timm(
         DownloadError: If the published weights cannot be fetched.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f". Closest: {', '.join(close)}" if close else ""
-        raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
+        raise no_such_model(timm, name, timm.list_models())
     if weights == RANDOM:
         split(outline(name, options))
         model: nn.Module = timm.create_model(name, **options)
@@ -64,27 +64,15 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
     try:
-        with _quiet("huggingface_hub"):
+        with quiet("huggingface_hub"):
             model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # hub clients raise errors of many unrelated kinds
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise DownloadError(
-            f"the weights of {name!r} could not be fetched: {reason}. Without network, pass a "
-            "local file: --weights model.safetensors on the command line, weights= in Python"
+        raise not_fetched(
+            f"the weights of {name!r}",
+            first_sentence(error),
+            "a local file: --weights model.safetensors on the command line, weights= in Python",
         ) from error
     return model
-
-
-@contextlib.contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """Without a library's warnings of each retry; the error at the end says it all."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import textwrap
@@ -15,7 +14,8 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
-from vit_reciprocam.errors import DownloadError, ModelError, WeightsError
+from vit_reciprocam.errors import ModelError, WeightsError
+from vit_reciprocam.libraries.common.downloading import no_such_model, not_fetched
 from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
 from vit_reciprocam.libraries.torchvision.split import split
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -43,9 +43,7 @@ def load_torchvision(
         DownloadError: If the published weights cannot be fetched.
     """
     if name not in list_models():
-        close = difflib.get_close_matches(name, list_models(), n=3)
-        hint = f". Closest: {', '.join(close)}" if close else ""
-        raise ModelError(f"torchvision {torchvision.__version__} has no model {name!r}{hint}")
+        raise no_such_model(torchvision, name, list_models())
     if get_model_builder(name).__module__ not in _FAMILIES:
         raise ModelError(
             f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
@@ -99,9 +97,10 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
         ) from error
     except Exception as error:  # network errors and hash mismatches share no base
         reason = str(getattr(error, "reason", error)) or type(error).__name__
-        raise DownloadError(
-            f"the weights of {name!r} could not be fetched: {reason}. Without network, pass a "
-            "local file: --weights model.pth on the command line, weights= in Python"
+        raise not_fetched(
+            f"the weights of {name!r}",
+            reason,
+            "a local file: --weights model.pth on the command line, weights= in Python",
         ) from error
     return model
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.errors import InputError, ModelError, WeightsError
+from vit_reciprocam.libraries.common.downloading import first_sentence, not_fetched, quiet
 from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
 from vit_reciprocam.libraries.transformers.families import check_class
@@ -108,33 +107,20 @@ def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
     if not local and (Path(name).is_absolute() or name.startswith(".")):
         raise WeightsError(f"no such folder: {name}")
     try:
-        with _quiet("huggingface_hub", "transformers"):
+        with quiet("huggingface_hub", "transformers"):
             return kind.from_pretrained(name, **options)
     except Exception as error:  # hub clients and file formats raise errors of many unrelated kinds
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = first_sentence(error)
         if local:
             raise WeightsError(
                 f"the {what} cannot be read from folder {name}: {reason}. Pass a folder that "
                 "save_pretrained of the model and of its processor wrote"
             ) from error
-        raise DownloadError(
-            f"the {what} of {name!r} could not be fetched: {reason}. Without network, pass a local "
-            "folder that save_pretrained of the model and of its processor wrote"
+        raise not_fetched(
+            f"the {what} of {name!r}",
+            reason,
+            "a local folder that save_pretrained of the model and of its processor wrote",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Without libraries' warnings of each retry and weight; the error at the end says it all."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _model_class(name: str, config: Any) -> Any:

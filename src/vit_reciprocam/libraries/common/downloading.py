@@ -1,0 +1,61 @@
+"""Models by name, the same for every library: quiet downloads, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from vit_reciprocam.errors import DownloadError, ModelError, first_line
+
+__all__ = ["first_sentence", "no_such_model", "not_fetched", "quiet"]
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Mute loggers for a while: what they say of each retry, the error at the end says too.
+
+    Args:
+        loggers: Their names; "" is the root logger.
+        level: The least severe level that is still shown.
+    """
+    found = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old in zip(found, before, strict=True):
+            logger.setLevel(old)
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message: clients of hubs add lines of advice."""
+    return first_line(error).partition(". ")[0] or type(error).__name__
+
+
+def not_fetched(what: str, reason: str, instead: str) -> DownloadError:
+    """Return the error for something that could not be fetched.
+
+    Args:
+        what: What was to be fetched, such as "the weights of 'vit_b_16'".
+        reason: Why it could not be.
+        instead: What to pass where there is no network.
+    """
+    return DownloadError(f"{what} could not be fetched: {reason}. Without network, pass {instead}")
+
+
+def no_such_model(library: ModuleType, name: str, names: Sequence[str]) -> ModelError:
+    """Return the error for a name that a library does not have, with the names most like it.
+
+    Args:
+        library: The library, as imported.
+        name: The name that was asked for.
+        names: All names that the library has.
+    """
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f". Closest: {', '.join(close)}" if close else ""
+    return ModelError(f"{library.__name__} {library.__version__} has no model {name!r}{hint}")
