@@ -399,7 +399,7 @@ def test_settings_that_do_not_exist(settings, words):
             "ResNet is not supported: it has no attention",
         ),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not a supported model"),
-        (timm.create_model("test_vit", features_only=True), "no classifier but gives features"),
+        (timm.create_model("test_vit", features_only=True), "not a classifier but gives features"),
         (None, "must be a torch.nn.Module, got NoneType"),
         ("deit", "must be a torch.nn.Module, got str"),
         (tiny_model(num_classes=0), "no classification head.*reset_classifier"),

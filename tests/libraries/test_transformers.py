@@ -459,7 +459,11 @@ def test_timm_and_transformers_agree_on_the_same_weights():
         ("BertForSequenceClassification", COMMON | {"vocab_size": 9}, "sequence classification"),
         ("CLIPVisionModel", COMMON | {"image_size": 16}, "zero_shot"),
         ("Siglip2ForImageClassification", NESTED, "patches of images of any shape"),
-        ("ResNetForImageClassification", {"hidden_sizes": [4, 8, 8, 8]}, "no Vision Transformer"),
+        (
+            "ResNetForImageClassification",
+            {"hidden_sizes": [4, 8, 8, 8]},
+            "not a Vision Transformer",
+        ),
         ("ViTForImageClassification", WIDE | {"num_labels": 0}, "num_labels=0"),
         ("DeiTForImageClassificationWithTeacher", WIDE | {"num_labels": 0}, "num_labels=0"),
     ],

@@ -9,7 +9,7 @@ from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries import LIBRARIES, library_of
 from vit_reciprocam.libraries.common.whole import refuse_bypassed
-from vit_reciprocam.libraries.common.zero_shot import ZeroShot, with_scores
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, add_scores
 from vit_reciprocam.libraries.validation import refuse_quantised
 
 __all__ = ["split_model"]
@@ -46,7 +46,7 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
         return split
     if isinstance(model, ZeroShot):
         refuse_bypassed(model, model.tower, "vit_reciprocam")
-        return with_scores(_split_tower(model.tower, block=block, pool=pool), model.scores)
+        return add_scores(_split_tower(model.tower, block=block, pool=pool), model.scores)
     raise _unsupported(model)
 
 

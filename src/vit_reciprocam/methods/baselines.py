@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError, check_choice
-from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, without_rule
-from vit_reciprocam.libraries.common.running import call_of
+from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, step_without_rule
+from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.validation import check_images, check_mode
 from vit_reciprocam.methods.grid import grid_and_targets
@@ -203,7 +203,7 @@ def _by_layer(
         raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit}")
     with torch.inference_mode(False), torch.no_grad():
         grid, resolved, logits = grid_and_targets(split, images, targets)
-        tokens = call_of(model, encoder.entry, images)[0][0]
+        tokens = find_call(model, encoder.entry, images)[0][0]
         chosen = torch.from_numpy(resolved)
         found = []
         at_once = max(1, memory_limit // _bytes(encoder, tokens))
@@ -217,7 +217,7 @@ def _by_layer(
 
 
 def _check_rules(model: nn.Module, encoder: Encoder) -> None:
-    name, step = type(model).__name__, without_rule(encoder)
+    name, step = type(model).__name__, step_without_rule(encoder)
     because = f"it has a {step}, which is no plain linear layer" if step else ""
     if not encoder.heads:
         because = "its head reads more than its class token"

@@ -1,4 +1,8 @@
-"""The cut at an encoder block, alike for every library."""
+"""The cut at an encoder block, the same for every library.
+
+Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
+A width of the joined heads, C classes; n masks at once.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Cut, Readout, Split, Tap
-from vit_reciprocam.libraries.common.running import Call, same
+from vit_reciprocam.libraries.common.running import Call, Grid, same
 
 __all__ = ["run_again", "split_block"]
 
-Grid = tuple[int, int]
 
-
-def run_again(block: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """The output of a block called as it was, but with other tokens."""
+def run_again(
+    block: nn.Module, call: Call, x: Float[Tensor, "batch *tokens D"]
+) -> Float[Tensor, "batch *tokens D"]:
+    """Return the output of a block that is called as before, but with other tokens."""
     (_, *others), options = call
     y = block(x, *others, **options)
     tokens: Tensor = y if isinstance(y, Tensor) else y[0]
@@ -27,29 +32,32 @@ def run_again(block: nn.Module, call: Call, x: Tensor) -> Tensor:
 def split_block(
     *,
     blocks: Sequence[nn.Module],
-    calls: Callable[[Tensor], tuple[Grid, list[Call]]],
+    enter: Callable[[Tensor], tuple[Grid, list[Call]]],
     tap: Tap,
     head: Callable[[Tensor], Tensor],
     because: str,
     prefix: int = 0,
-    tokens: int = 1,
+    readout_tokens: int = 1,
     attention: Callable[[Grid, dict[str, Any]], Attention] | None = None,
-    after: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    finish_block: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     run: Callable[[nn.Module, Call, Tensor], Tensor] = run_again,
 ) -> Split:
-    """Cut where F stands in a block.
+    """Cut a model where F stands in a block.
 
     Args:
         blocks: The block and those after it.
-        calls: Images -> patch grid, and how the model calls each block: X comes first.
-        tap: Where in the block F stands: what norms make of X, or X itself on the side "input".
-        head: The last block's output -> logits (B, C).
-        because: Why the closed form does not hold. Where it does, the next four say how.
+        enter: Images (B, 3, H, W) -> the patch grid, and the call of each block by the model, in
+            which X (B, T, D) is the first argument.
+        tap: Where in the block F stands: the output of norms of X, or on the side "input" X itself.
+        head: The last block's output (B, T, D) -> logits (B, C).
+        because: Why the closed form does not hold; "" where it does, which needs the next four.
         prefix: How many tokens stand before the patches.
-        tokens: R, how many the head reads, from the first on.
-        attention: Patch grid, and the keywords that the block is called with -> its attention.
-        after: Joined heads, F and X of the readout tokens -> the block's output.
-        run: A block, its call and other tokens -> its output.
+        readout_tokens: R, how many tokens the head reads, from the first on.
+        attention: The patch grid, and the keywords with which the model calls the block -> the
+            block's attention.
+        finish_block: The joined heads (n, B, R, A), F (n, B, R, D) and X (n, B, R, D) of the
+            readout tokens -> the block's output (n, B, R, D).
+        run: A block, its call, and other tokens in place of X -> the block's output.
     """
 
     def norm(x: Tensor) -> Tensor:
@@ -57,10 +65,10 @@ def split_block(
         return normed[0] if len(normed) == 1 else torch.cat(normed, dim=-1)
 
     def cut(images: Tensor) -> Cut:
-        grid, called = calls(images)
+        grid, calls = enter(images)
 
         def rest(normed: Tensor, y: Tensor) -> Tensor:
-            (block, call), *later = zip(blocks, called, strict=True)
+            (block, call), *later = zip(blocks, calls, strict=True)
             with tap.replaced(normed):
                 y = run(block, call, y)
             for block, call in later:
@@ -68,14 +76,15 @@ def split_block(
             return head(y)
 
         def finish(heads: Tensor, normed: Tensor, x: Tensor) -> Tensor:
-            assert after is not None
-            y = after(heads, normed, x)
+            assert finish_block is not None
+            y = finish_block(heads, normed, x)
+            # the head takes one batch: the masks of an image stand in it like further images
             return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
 
-        (x, *_), options = called[0]
+        (x, *_), options = calls[0]
         readout = None
         if attention is not None and not because:
-            readout = Readout(tokens, attention(grid, options), finish)
+            readout = Readout(readout_tokens, attention(grid, options), finish)
         return Cut(grid, x, same if tap.side == "input" else norm, rest, readout)
 
     return Split(cut, prefix, blocks[0], tap, because)

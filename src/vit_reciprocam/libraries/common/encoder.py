@@ -1,8 +1,10 @@
-"""A whole Vision Transformer by its parts: plain data, from which any layer's attention is had.
+"""A whole Vision Transformer by its parts: plain data for methods that need every attention.
 
-The libraries' own forward passes give no attention weights where a fused kernel makes them, and
-relevance needs the input of every linear layer. So the encoder is described here step by step and
-run by `baselines`, which compares the logits with the model's own.
+Where a fused kernel computes attention, a library's own forward pass never holds the attention
+weights, and relevance needs the input of every linear layer. So the encoder is described here step
+by step. `methods.baselines` runs the steps, and compares the logits with the model's own.
+
+Letters of the shapes: B images, T tokens, D width, C classes.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries import library_of
-from vit_reciprocam.libraries.common.whole import has_hooks, not_plain, runs_as
+from vit_reciprocam.libraries.common.whole import has_hooks, runs_as, why_not_linear
 
-__all__ = ["Encoder", "Layer", "Step", "encoder_of", "refused", "steps", "without_rule"]
+__all__ = ["Encoder", "Layer", "Step", "encoder_of", "no_encoder", "step_without_rule", "steps"]
 
 Step = Callable[[Tensor], Tensor]
-"""A `Projection`, which is linear, or anything else, which acts on each number or normalises."""
+"""A function of tokens (..., D): a `Projection`, which is linear, or anything else, which acts on
+each number alone or normalises."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Layer:
     """An encoder block: y = x + after(attention(before(x))), then y + mlp(y).
 
     Attributes:
-        before: From the residual stream to what the attention reads.
-        attention: Up to the joined heads; its query too is a `Projection`.
-        after: From the joined heads to what is added.
-        mlp: From y to what is added.
+        before: The steps from the residual stream x to what the attention reads.
+        attention: The attention up to the joined heads; its query is a `Projection` too.
+        after: The steps from the joined heads to what is added to x.
+        mlp: The steps from y to what is added to y.
     """
 
     before: tuple[Step, ...]
@@ -43,15 +46,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What follows the embedding of patches.
+    """All of a model that follows the embedding of patches.
 
     Attributes:
         entry: The first block, which the model calls with the tokens (B, T, D).
-        layers: From the first to the last.
-        norm: Steps on the last layer's output.
-        heads: Steps from a readout token to logits, one after the other from the first token on;
-            the model's logits are their mean. Empty where the head reads more than these tokens.
-        logits: The last layer's output -> logits, by the model's own modules.
+        layers: The encoder blocks, from the first to the last.
+        norm: The steps on the last layer's output.
+        heads: For each readout token, from the first token on, the steps to its logits; the model's
+            logits are their mean. Empty if the head reads more than these tokens.
+        logits: The last layer's output (B, T, D) -> logits (B, C), by the model's own modules.
     """
 
     entry: nn.Module
@@ -62,7 +65,7 @@ class Encoder:
 
 
 def encoder_of(model: nn.Module) -> Encoder:
-    """A supported model by its parts.
+    """Return a supported model by its parts.
 
     Raises:
         ModelError: If its parts are not known, or if no token's attention stands for its output;
@@ -72,11 +75,11 @@ def encoder_of(model: nn.Module) -> Encoder:
     if library and library.encoder:
         encoder: Encoder = library.encoder(model)
         return encoder
-    raise refused(model, "its attention is not known layer by layer")
+    raise no_encoder(model, "its attention is not known layer by layer")
 
 
-def refused(model: nn.Module, because: str) -> ModelError:
-    """The error that names the model, the reason, and what to use instead."""
+def no_encoder(model: nn.Module, because: str) -> ModelError:
+    """Return the error that names the model, the reason, and what to use instead."""
     return ModelError(
         f"attention of every layer is not to be had from this {type(model).__name__}: {because}. "
         "Rollout, relevance and raw_attention take class-token models of timm's VisionTransformer, "
@@ -86,24 +89,29 @@ def refused(model: nn.Module, because: str) -> ModelError:
 
 
 def steps(*modules: Any) -> tuple[Step, ...]:
-    """Modules one after the other; Linear as a `Projection`, Sequential opened, None left out."""
+    """Return modules that run one after the other as steps.
+
+    A Linear becomes a `Projection`, a Sequential its modules; None and Identity are left out. A
+    module with hooks or with a forward of its own stays as it is, so that calling it runs them.
+    """
     found: list[Step] = []
     for module in modules:
         if module is None or (runs_as(module, nn.Identity) and not has_hooks(module)):
             continue
         if runs_as(module, nn.Sequential) and not has_hooks(module):
             found += steps(*module)
-        elif not not_plain(module, ""):
+        elif not why_not_linear(module, ""):
             found.append(Projection(module.weight, module.bias))
         else:
             found.append(module)
     return tuple(found)
 
 
-def without_rule(encoder: Encoder) -> str:
-    """The step that mixes features and is no plain linear layer, or "" if there is none.
+def step_without_rule(encoder: Encoder) -> str:
+    """Return the class of a step that mixes features and is not a plain Linear, "" if none does.
 
-    Relevance passes a LayerNorm, an activation or a LayerScale as it is, which would be wrong here.
+    Relevance passes through a step without a rule as it is. That is right for a LayerNorm, an
+    activation or a LayerScale, whose parameters have one dimension, and wrong for such a step.
     """
     every = [step for layer in encoder.layers for step in (*layer.before, *layer.after, *layer.mlp)]
     every += [*encoder.norm, *(step for head in encoder.heads for step in head)]

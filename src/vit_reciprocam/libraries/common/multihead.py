@@ -1,9 +1,13 @@
-"""PyTorch's own nn.MultiheadAttention by its parts."""
+"""PyTorch's own nn.MultiheadAttention by its parts.
+
+Letters of the shapes: B images, R readout tokens, D width, A width of the joined heads.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -11,27 +15,28 @@ from vit_reciprocam.core.split import Attention, projections
 from vit_reciprocam.libraries.common.running import same
 from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
 
-__all__ = ["multihead_attention", "multihead_output", "multihead_unknown"]
+__all__ = ["multihead_attention", "multihead_output", "why_unknown_multihead"]
 
 
 def multihead_attention(
-    attention: nn.MultiheadAttention, asking: Tensor | None = None
+    attention: nn.MultiheadAttention, queries: Float[Tensor, "R D"] | None = None
 ) -> Attention:
-    """Up to the joined heads.
+    """Return the attention up to the joined heads.
 
     Args:
         attention: The module.
-        asking: (R, D) of a pool that has learned queries, so that no token asks.
+        queries: What a pool asks with, if it has learned queries, before their projection; by
+            default the readout tokens ask.
     """
     a: Any = attention
     if a.in_proj_weight is not None:
         weights = a.in_proj_weight.chunk(3)
-    else:  # tokens of another width than the queries
+    else:  # the tokens are not as wide as the queries
         weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
     query, key, value = projections(weights, a.in_proj_bias)
 
-    def ask(tokens: Tensor) -> Tensor:
-        return query(tokens if asking is None else asking.expand(tokens.shape[0], -1, -1))
+    def ask(tokens: Tensor) -> Tensor:  # (B, R, D) -> (B, R, A)
+        return query(tokens if queries is None else queries.expand(tokens.shape[0], -1, -1))
 
     return Attention(
         heads=attention.num_heads,
@@ -44,13 +49,19 @@ def multihead_attention(
     )
 
 
-def multihead_output(attention: nn.MultiheadAttention, heads: Tensor) -> Tensor:
-    """From the joined heads to its output; like the module, without calling its out_proj."""
+def multihead_output(
+    attention: nn.MultiheadAttention, heads: Float[Tensor, "*batch A"]
+) -> Float[Tensor, "*batch D"]:
+    """Project the joined heads to the attention's output.
+
+    The out_proj is applied, not called, because the module does not call it either: hooks on it
+    never run.
+    """
     return linear(heads, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def multihead_unknown(attention: nn.Module, what: str = "the last block's attention") -> str:
-    """Why running the parts would not be running the attention; empty if it would."""
+def why_unknown_multihead(attention: nn.Module, what: str = "the last block's attention") -> str:
+    """Return why running the attention by its parts might not be running it, "" if it is."""
     if not runs_as(attention, nn.MultiheadAttention):
         return f"{what} is a {kind_of(attention)}, whose parts are not known"
     if has_hooks(attention):

@@ -1,4 +1,7 @@
-"""The cut just before a head pools all tokens, alike for every library."""
+"""The cut just before a head pools all tokens, the same for every library.
+
+Letters of the shapes: B images, T tokens that are pooled, D width, C classes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Tap
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.common.running import Grid, same
 
 __all__ = ["no_pool", "split_pool"]
 
 
 def no_pool(model: nn.Module, because: str = "") -> InputError:
-    """The refusal of a model whose head neither averages all tokens nor attends to them.
+    """Return the error for a model whose head neither averages all tokens nor attends to them.
 
     Args:
         model: The model.
@@ -29,21 +32,21 @@ def no_pool(model: nn.Module, because: str = "") -> InputError:
 
 def split_pool(
     *,
-    tokens: Callable[[Tensor], tuple[tuple[int, int], Tensor]],
+    tokens: Callable[[Tensor], tuple[Grid, Tensor]],
     pool: Callable[[Tensor], Tensor],
     finish: Callable[[Tensor], Tensor],
     readout: Readout | MeanPool | str,
     block: nn.Module,
     prefix: int = 0,
 ) -> Split:
-    """Cut before the pool. There is no skip path: F is X.
+    """Cut a model before its pool. There is no skip path: F is X.
 
     Args:
-        tokens: Images -> patch grid, and the tokens (B, T, D) that are pooled.
-        pool: Tokens -> what is made of them.
-        finish: What the pool makes -> logits (B, C).
-        readout: For the closed form, or why it does not hold.
-        block: The last block, or what follows it.
+        tokens: Images (B, 3, H, W) -> the patch grid, and the tokens (B, T, D) that are pooled.
+        pool: The tokens -> what the pool makes of them.
+        finish: What the pool makes of them -> logits (B, C).
+        readout: What the closed form needs, or the reason why it does not hold.
+        block: The last block, or the module after it.
         prefix: How many of the tokens stand before the patches.
     """
 

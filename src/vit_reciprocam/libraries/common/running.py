@@ -1,7 +1,10 @@
-"""How any model is run by its parts: hooks that live for one call and are removed even if it fails.
+"""Run a model by its modules, with hooks that live for one call and go even if it fails.
 
-A cut needs the residual stream that enters a block, and the block run again with other tokens after
-its first LayerNorm. Both are had from the model's own code, so no adapter repeats it.
+A cut needs the residual stream X that enters a block, and the block run again with other tokens F
+after its first LayerNorm. The model's own code gives both, so no vendor folder repeats a forward
+pass.
+
+Letters of the shapes: B images, T tokens, D width, h and w rows and columns of patches.
 """
 
 from __future__ import annotations
@@ -17,36 +20,52 @@ from vit_reciprocam.errors import InputError, ModelError
 
 __all__ = [
     "Call",
-    "Reached",
-    "blocks_from",
-    "call_of",
-    "calls_of",
+    "Grid",
+    "StopForward",
+    "find_call",
+    "find_calls",
     "infer_grid",
-    "repeated",
+    "last_blocks",
+    "repeat_batch",
     "same",
 ]
 
-
-class Reached(BaseException):
-    """Leaves a forward pass; no library's `except Exception` may stop it."""
-
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments with which a module is called."""
+
+Grid = tuple[int, int]
+"""Rows and columns of patches, (h, w)."""
 
 
-def call_of(model: nn.Module, module: nn.Module, *inputs: Any, **options: Any) -> Call:
-    """Run the model until it calls a module, and give the arguments of that call.
+class StopForward(BaseException):
+    """Leaves a forward pass early; a library's `except Exception` does not catch it."""
+
+
+def find_call(model: nn.Module, module: nn.Module, *inputs: Any, **options: Any) -> Call:
+    """Run the model until it calls a module, and return the arguments of that call.
+
+    Args:
+        model: The model.
+        module: One of the modules inside it.
+        inputs: What the model is called with, such as images (B, 3, H, W).
+        options: The keyword arguments that the model is called with.
 
     Raises:
-        ModelError: If the forward pass never calls it.
+        ModelError: If the forward pass never calls the module.
     """
-    return calls_of(model, [module], *inputs, **options)[0]
+    return find_calls(model, [module], *inputs, **options)[0]
 
 
-def calls_of(
+def find_calls(
     model: nn.Module, modules: Sequence[nn.Module], *inputs: Any, **options: Any
 ) -> list[Call]:
-    """Run the model until it calls the last of some modules, and give the arguments of each call.
+    """Run the model until it calls the last of some modules, and return the arguments of each call.
+
+    Args:
+        model: The model.
+        modules: Modules inside it, in the order in which it calls them.
+        inputs: What the model is called with, such as images (B, 3, H, W).
+        options: The keyword arguments that the model is called with.
 
     Raises:
         ModelError: If the forward pass does not call them all, one after the other.
@@ -56,14 +75,16 @@ def calls_of(
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(calls) < len(modules) and module is modules[len(calls)]:
             calls.append((args, kwargs))
+        # what follows the last module is not needed, but a tracer wants its calls to return
         if len(calls) == len(modules) and not torch.compiler.is_compiling():
-            raise Reached  # but a tracer wants its calls to return
+            raise StopForward
 
     with contextlib.ExitStack() as stack:
         for module in modules:
+            # ahead of the user's own hooks, which act anew when the module is run again
             hook = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
             stack.callback(hook.remove)
-        with contextlib.suppress(Reached):
+        with contextlib.suppress(StopForward):
             model(*inputs, **options)
     if len(calls) < len(modules):
         raise ModelError(
@@ -73,32 +94,36 @@ def calls_of(
     return calls
 
 
-def blocks_from(block: int, blocks: Iterable[Any]) -> list[Any]:
-    """The block that a negative number from the end means, and those after it.
+def last_blocks(number: int, blocks: Iterable[Any]) -> list[Any]:
+    """Return the block that a number from the end means, and the blocks after it.
+
+    Args:
+        number: -1 means the last block, -2 the one before it.
+        blocks: All encoder blocks that see the whole grid.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no block of that number.
     """
     every = list(blocks)
     count = len(every)
-    if not -count <= block <= -1:
+    if not -count <= number <= -1:
         raise InputError(
             f"block counts from the end: -1, the last, to {-count}, the first of the {count} that "
-            f"see the whole grid; got {block}"
+            f"see the whole grid; got {number}"
         )
-    return every[block:]
+    return every[number:]
 
 
 def same(value: Tensor) -> Tensor:
-    """The identity."""
+    """Return the tensor unchanged."""
     return value
 
 
-def infer_grid(patches: int, height: int, width: int) -> tuple[int, int]:
-    """The patch grid of so many patches on an image of so many pixels, for square patches.
+def infer_grid(patches: int, height: int, width: int) -> Grid:
+    """Return the grid (h, w) of that many square patches on an image of that many pixels.
 
     Raises:
-        InputError: If no square patch size gives that number.
+        InputError: If no size of square patches gives that number.
     """
     for size in range(1, min(height, width) + 1):
         if (height // size) * (width // size) == patches:
@@ -108,13 +133,20 @@ def infer_grid(patches: int, height: int, width: int) -> tuple[int, int]:
     )
 
 
-def repeated(value: Any, batch: int, times: int) -> Any:
-    """Tensors of that batch size, also inside tuples, lists and dicts, repeated along it."""
+def repeat_batch(value: Any, batch: int, times: int) -> Any:
+    """Repeat tensors along their first dimension where its size is the batch's.
+
+    Args:
+        value: A tensor (B, …), or tuples, lists and dicts that hold some; anything else, and
+            tensors of another first dimension, are returned as they are.
+        batch: B.
+        times: How often each tensor is repeated, which makes it (times · B, …).
+    """
     if isinstance(value, Tensor):
-        many = value.ndim > 0 and value.shape[0] == batch
-        return value.repeat(times, *(1,) * (value.ndim - 1)) if many else value
+        one_per_image = value.ndim > 0 and value.shape[0] == batch
+        return value.repeat(times, *(1,) * (value.ndim - 1)) if one_per_image else value
     if isinstance(value, (tuple, list)):
-        return type(value)(repeated(part, batch, times) for part in value)
+        return type(value)(repeat_batch(part, batch, times) for part in value)
     if isinstance(value, dict):
-        return {key: repeated(part, batch, times) for key, part in value.items()}
+        return {key: repeat_batch(part, batch, times) for key, part in value.items()}
     return value

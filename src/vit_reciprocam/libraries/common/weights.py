@@ -14,14 +14,17 @@ from vit_reciprocam.errors import WeightsError
 __all__ = ["RANDOM", "read_weights"]
 
 RANDOM = "random"
-"""As `weights`: as the library's builder leaves them, untrained; nothing is fetched for them."""
+"""The value of `weights` that leaves a model untrained, as its library builds it; nothing is
+fetched."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict, also from within a training checkpoint.
+    """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only.
+
+    A training checkpoint is looked into: its state dict is taken, that of averaged weights first.
 
     Raises:
-        WeightsError: If there is none in the file.
+        WeightsError: If the file is not there or does not hold a state dict.
     """
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}")
@@ -42,4 +45,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise WeightsError(f"{path} does not hold a state dict, a mapping from names to tensors")
+    # "module." is what DataParallel puts before each name
     return {key.removeprefix("module."): value for key, value in state.items()}

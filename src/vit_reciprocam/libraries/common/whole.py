@@ -1,4 +1,12 @@
-"""Whether a model is all that its class says: what running its parts would bypass is refused."""
+"""Ask whether a model is all that its class says.
+
+The method runs a model by its parts: it repeats what the class does, with other tokens. If a user
+has changed the model, by hooks, a patched method or a subclass, repeating the class would silently
+leave the change out. The questions here find such changes. What cannot be repeated is refused, or
+takes the direct path, which calls the changed module itself.
+
+A function that is named `why_…` returns a clause for an error text, or "" if all is well.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +21,18 @@ __all__ = [
     "has_hooks",
     "is_own",
     "kind_of",
-    "not_plain",
     "refuse_bypassed",
     "runs_as",
-    "unknown_inside",
+    "why_not_linear",
+    "why_unknown",
 ]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody put forward hooks on the module.
+    """Return whether somebody put forward hooks on the module.
 
-    transformers' own, which stay on after a call with output_hidden_states=True, do nothing else.
+    The hooks that transformers itself leaves on a model after a call with output_hidden_states=True
+    only look on, so they do not count.
     """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     theirs = "transformers.utils.output_capturing"
@@ -31,61 +40,74 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def runs_as(module: Any, *classes: Any) -> bool:
-    """Whether what runs is the forward of one of these classes, not patched on the instance."""
+    """Return whether calling the module runs the forward of one of these classes.
+
+    A subclass with another forward does not, nor does a module whose own forward was patched.
+    """
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return False
     return any(type(module).forward is cls.forward for cls in classes)
 
 
 def is_own(module: nn.Module, library: str, *methods: str) -> bool:
-    """Whether a module's forward, and these methods if it has them, are the library's or PyTorch's.
+    """Return whether forward and these methods are the library's, PyTorch's or this package's.
 
-    False also where one was patched on the instance.
+    A method that the module does not have counts as the library's; one that was patched on the
+    module does not.
     """
-    return not _changed(module, library, *methods)
+    return not _find_override(module, library, *methods)
 
 
-def _changed(module: nn.Module, library: str, *methods: str) -> str:
-    """The first of its methods that is not the library's own; empty where all are."""
+def _find_override(module: nn.Module, library: str, *methods: str) -> str:
+    """Return the first of its methods that is not the library's own, "" if all are."""
     for method in ("forward", *methods):
         found: Any = next((cls for cls in type(module).__mro__ if method in vars(cls)), None)
-        if method in vars(module) or (found and not _of(found, library)):
+        if method in vars(module) or (found and not _belongs_to(found, library)):
             return method
     return ""
 
 
-def _of(cls: type, library: str) -> bool:
+def _belongs_to(cls: type, library: str) -> bool:
     return cls.__module__.partition(".")[0] in (library, "torch", "vit_reciprocam")
 
 
 def kind_of(module: Any) -> str:
-    """The name of its class, with its module's where a base or PyTorch has the same name."""
+    """Return the name of an object's class, for an error text.
+
+    The name includes that of the Python module if a base class or a class of PyTorch is called the
+    same, as where a user's Attention derives from the library's Attention.
+    """
     cls = type(module)
     others = [*cls.__mro__, getattr(nn, cls.__name__, cls)]
     clear = all(one is cls or one.__name__ != cls.__name__ for one in others)
     return cls.__name__ if clear else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def not_plain(linear: nn.Module, what: str) -> str:
-    """Why running a layer is not its weight and bias applied; empty if it is."""
-    if not runs_as(linear, nn.Linear):
-        patched = "forward" in vars(linear)
-        own = "has a forward of its own" if patched else f"is a {kind_of(linear)}"
+def why_not_linear(layer: nn.Module, what: str) -> str:
+    """Return why calling a layer is more than applying its weight and bias, "" if it is not.
+
+    Args:
+        layer: The layer.
+        what: What the clause calls the layer, such as "the last block's query projection".
+    """
+    if not runs_as(layer, nn.Linear):
+        patched = "forward" in vars(layer)
+        own = "has a forward of its own" if patched else f"is a {kind_of(layer)}"
         return f"{what} {own}, not a plain Linear"
-    return f"{what} has forward hooks" if has_hooks(linear) else ""
+    return f"{what} has forward hooks" if has_hooks(layer) else ""
 
 
-def unknown_inside(module: nn.Module, library: str, what: str, *whole: nn.Module) -> str:
-    """Why running a module by its parts might not be running it; empty if it would.
+def why_unknown(module: nn.Module, library: str, what: str, *whole: nn.Module) -> str:
+    """Return why running a module by its parts might not be running it, "" if it is.
 
-    The parts run on fewer tokens than the module, and leave out dropout, so everything inside must
-    be the library's or PyTorch's own, without hooks.
+    The parts run on fewer tokens than the module and leave dropout out. So everything inside must
+    be the library's or PyTorch's own, without hooks, and what is named dropout must be one.
 
     Args:
         module: The module.
-        library: The library's name.
-        what: The module's name in the sentence.
-        whole: Modules inside that are run as they are, on all tokens.
+        library: The name of the library that defines it.
+        what: What the clause calls the module, such as "the last block".
+        whole: Modules inside that are called as they are, on all tokens; they may be anything.
     """
     spared = {id(part) for one in whole for part in one.modules()}
     for path, part in module.named_modules():
@@ -96,8 +118,10 @@ def unknown_inside(module: nn.Module, library: str, what: str, *whole: nn.Module
             return f"{where} has forward hooks"
         if "forward" in vars(part):
             return f"{where} has a forward of its own"
-        drops = "drop" not in path.rpartition(".")[2] or "Drop" in type(part).__name__
-        if not is_own(part, library) or not (drops or isinstance(part, nn.Identity)):
+        # a dropout is left out, so what only has the name of one, such as attn_drop, would be lost
+        named_dropout = "drop" in path.rpartition(".")[2]
+        is_dropout = "Drop" in type(part).__name__ or isinstance(part, nn.Identity)
+        if not is_own(part, library) or (named_dropout and not is_dropout):
             return f"{where} is a {kind_of(part)}, whose parts are not known"
     return ""
 
@@ -109,20 +133,21 @@ def refuse_bypassed(
     *around: nn.Module,
     methods: Sequence[str] = (),
 ) -> None:
-    """Refuse a model whose own code or hooks running its parts would bypass.
+    """Refuse a model with code or hooks of its own that running it by its parts would bypass.
 
     Args:
         model: The model.
-        block: Its block. What is on the way to it is not run whole: it must be the library's own.
-        library: The library's name.
+        block: The block at which it is cut. The modules that hold it are not called as a whole, so
+            they must be the library's own.
+        library: The name of the library that defines the model.
         around: Other modules that are not called.
         methods: Other methods than forward that are not called.
 
     Raises:
-        ModelError: If so; names the module.
+        ModelError: If there is such code or such a hook; names the module.
     """
-    for module in (model, *_leading(model, block), *around):
-        method, hooked = _changed(module, library, *methods), has_hooks(module)
+    for module in (model, *_modules_above(block, model), *around):
+        method, hooked = _find_override(module, library, *methods), has_hooks(module)
         if not method and not hooked:
             continue
         path = next(path for path, one in model.named_modules() if one is module)
@@ -138,12 +163,15 @@ def refuse_bypassed(
         )
 
 
-def _leading(module: nn.Module, block: nn.Module) -> list[nn.Module]:
-    """The modules inside another that hold a block; it runs in every call, where time counts."""
+def _modules_above(block: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold a block, from inside a module inwards.
+
+    Every call of an explainer asks this, so it looks into `_modules`, which is faster than paths.
+    """
     found = []
     for part in module._modules.values():
         if part is not None and part._modules:
-            inside = _leading(part, block)
+            inside = _modules_above(block, part)
             if inside or block in part._modules.values():
                 found += [part, *inside]
     return found

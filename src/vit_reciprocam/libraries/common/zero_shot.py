@@ -12,14 +12,17 @@ from torch.nn.functional import normalize
 from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split
 from vit_reciprocam.errors import InputError
 
-__all__ = ["ZeroShot", "check_prompts", "filled", "with_scores"]
+__all__ = ["ZeroShot", "add_scores", "check_prompts", "fill_template"]
 
 
 class ZeroShot(nn.Module):
-    """Images -> one score a prompt: scale · cosine(image, prompt) + bias (Radford et al. 2021).
+    """A classifier whose classes are text prompts (Radford et al. 2021).
+
+    Its logits (B, C) are scale · cosine(image features, prompt embedding) + bias.
 
     Attributes:
-        tower: Images -> features (B, E).
+        tower: Images (B, 3, H, W) -> features (B, E).
+        prompts: (C, E), normalised.
     """
 
     prompts: Tensor
@@ -35,10 +38,10 @@ class ZeroShot(nn.Module):
         """Join a tower and prompts.
 
         Args:
-            tower: Images -> features (B, E).
-            prompts: Text embeddings, one a class; their length does not matter.
-            scale: Of the cosines, exp(logit_scale) of a trained model.
-            bias: logit_bias of SigLIP models.
+            tower: Images (B, 3, H, W) -> features (B, E).
+            prompts: Text embeddings, one per class; their lengths do not matter.
+            scale: Factor of the cosines: exp(logit_scale) of a trained model.
+            bias: What is added to each: logit_bias of SigLIP models.
         """
         super().__init__()
         self.tower = tower
@@ -47,18 +50,23 @@ class ZeroShot(nn.Module):
         self.scale = float(scale)
         self.bias = float(bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C)."""
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        """Return the logits of images."""
         return self.scores(self.tower(images))
 
     def scores(self, features: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch C"]:
-        """Logits of image features."""
+        """Return the logits of image features."""
         cosine: Tensor = normalize(features, dim=-1) @ self.prompts.T
         return cosine * self.scale + self.bias
 
 
-def with_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
-    """The split of a tower, whose features become scores."""
+def add_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
+    """Return the split of a tower with logits in place of its features.
+
+    Args:
+        tower: The split of the tower, whose `rest` and `readout` give features.
+        scores: Features (..., E) -> logits (..., C).
+    """
 
     def cut(images: Tensor) -> Cut:
         inner = tower.cut(images)
@@ -69,8 +77,8 @@ def with_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
                 readout, finish=lambda heads, normed, x: scores(finish(heads, normed, x))
             )
         elif isinstance(readout, MeanPool):
-            after = readout.finish
-            readout = MeanPool(lambda means: scores(after(means)))
+            finish_mean = readout.finish
+            readout = MeanPool(lambda means: scores(finish_mean(means)))
         return dataclasses.replace(
             inner, rest=lambda normed, x: scores(inner.rest(normed, x)), readout=readout
         )
@@ -93,6 +101,6 @@ def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
             raise InputError(f"the template {template!r} has no place {{}} for the prompt")
 
 
-def filled(template: str, prompt: str) -> str:
-    """A template with the prompt in its place {}; other braces stay as they are."""
+def fill_template(template: str, prompt: str) -> str:
+    """Return a template with the prompt in its place {}; other braces stay as they are."""
     return template.replace("{}", prompt)

@@ -37,17 +37,17 @@ def load_open_clip(
     templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
 ) -> tuple[ZeroShot, Preprocess, tuple[str, ...]]:
-    """An open_clip model with prompts as classes, its preprocessing, and the prompts as names.
+    """Load an open_clip model with prompts as classes, its preprocessing, and the prompts as names.
 
     Args:
         name: "NAME/TAG", of which `open_clip.create_model` takes the first part. The tag names
-            published weights; with local ones it says how they were trained: their preprocessing
-            and activation. A name with a prefix, "hf-hub:" or "local-dir:", has no tag: the
-            weights come from there.
-        weights: A local file, or "random".
-        prompts: Texts as classes, as `zero_shot` takes them.
-        templates: Sentences for the prompts, as `zero_shot` takes them.
-        options: For `open_clip.create_model`, such as `force_image_size=336`.
+            published weights; beside local ones it says how they were trained: with which
+            preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has no
+            tag: the weights come from there.
+        weights: A local file, "random", or None for the published weights.
+        prompts: One text per class, see `zero_shot`.
+        templates: Sentences with a place {} for the prompt, see `zero_shot`.
+        options: Keyword arguments for `open_clip.create_model`, such as `force_image_size=336`.
 
     Raises:
         ModelError: If open_clip has no such model or it cannot be explained.
@@ -76,7 +76,11 @@ _PREFIXES = ("hf-hub:", "local-dir:")
 
 
 def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str, Any]:
-    """open_clip's record of how a tag's weights were trained; empty where it has none."""
+    """Return open_clip's record of how the weights of a tag were trained, empty if it has none.
+
+    Raises:
+        ModelError: If open_clip has no such model or no such weights.
+    """
     if name.startswith(_PREFIXES):
         if path is not None:
             raise ModelError(f"{name!r} has weights of its own: leave weights= out")
@@ -92,7 +96,7 @@ def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str,
 
 
 def _refuse_unsupported(name: str) -> None:
-    """Refuse what cannot be explained before fetching it."""
+    """Refuse a model that cannot be explained, before its weights are fetched."""
     config = _fetch(f"the configuration of {name!r}", lambda: open_clip.get_model_config(name))
     vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     with torch.device("meta"):
@@ -107,6 +111,13 @@ def _create(
     trained: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
+    """Create a model with the published weights, those of a file, or random ones.
+
+    Raises:
+        ModelError: If open_clip cannot create it with these options.
+        WeightsError: If the weights of the file do not fit it.
+        DownloadError: If the published weights cannot be fetched.
+    """
     settings = {"force_quick_gelu": bool(trained.get("quick_gelu")), **options}
     if path is not None and not path.is_file():
         raise WeightsError(f"no such weights file: {path}")
@@ -125,7 +136,7 @@ def _create(
         raise ModelError(
             f"open_clip cannot create {name!r} with options {options}: {error}"
         ) from error
-    except Exception as error:  # of hub clients, safetensors, pickle and zip, which share no base
+    except Exception as error:  # hub clients, safetensors, pickle and zip errors share no base
         if path is None:
             raise _not_fetched(f"the weights of {name!r}", error) from error
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
@@ -150,17 +161,17 @@ def _not_fetched(what: str, error: Exception) -> DownloadError:
 
 
 def _silence() -> contextlib.AbstractContextManager[None]:
-    """Mute open_clip, which logs through the root logger, and what it calls, errors too."""
+    """Mute open_clip, which logs through the root logger, and what it calls, up to errors."""
     return quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL)
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:
-    """What open_clip's own evaluation transform does.
+    """Return the preprocessing that open_clip's own evaluation transform does.
 
     Raises:
-        ModelError: If it cannot be mapped.
+        ModelError: If it cannot be expressed.
     """
-    height, width = _repeated(config["size"], 2)
+    height, width = _expand(config["size"], 2)
     resize, interpolation = config["resize_mode"], config["interpolation"]
     if resize not in ("shortest", "squash"):
         raise ModelError(f"preprocessing with resize mode {resize!r} is not supported")
@@ -171,10 +182,11 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
         resize=resize,
         crop_pct=1.0,
         interpolation=interpolation,
-        mean=_repeated(config["mean"], 3),
-        std=_repeated(config["std"], 3),
+        mean=_expand(config["mean"], 3),
+        std=_expand(config["std"], 3),
     )
 
 
-def _repeated(value: Any, count: int) -> tuple[Any, ...]:
+def _expand(value: Any, count: int) -> tuple[Any, ...]:
+    """Return the values of a list, or one value so many times."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * count

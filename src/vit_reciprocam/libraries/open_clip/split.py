@@ -1,4 +1,8 @@
-"""open_clip's image towers -> Split, and prompts as classes of its models."""
+"""The split of open_clip's image towers, and prompts as classes of its models.
+
+Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
+A width of the joined heads, E width of the features; n masks at once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import open_clip
+from jaxtyping import Float
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention as CustomAttention
 from open_clip.transformer import (
@@ -25,29 +30,29 @@ from vit_reciprocam.libraries.common.blocks import split_block
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
-    multihead_unknown,
+    why_unknown_multihead,
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import Call, blocks_from, call_of, calls_of
+from vit_reciprocam.libraries.common.running import Call, Grid, find_call, find_calls, last_blocks
 from vit_reciprocam.libraries.common.whole import (
     is_own,
     kind_of,
     refuse_bypassed,
     runs_as,
-    unknown_inside,
+    why_unknown,
 )
-from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, filled
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
-_POOL = ("_pool", "_global_pool")
+_POOL_METHODS = ("_pool", "_global_pool")
 
 
 def split(model: nn.Module, **_options: Any) -> NoReturn:
     """Refuse a model without prompts, wherever it is to be cut.
 
     Raises:
-        ModelError: Always: neither a CLIP model nor its image tower has classes.
+        ModelError: Always, because neither a CLIP model nor its image tower has classes.
     """
     raise ModelError(
         f"open_clip's {type(model).__name__} has no classes until it is given prompts: pass the "
@@ -60,30 +65,34 @@ def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
     """Cut an image tower; its logits are the features before normalisation.
 
     Args:
-        tower: The tower.
-        block: At which block, counted from the end.
-        pool: Cut before the pooling of its head instead.
+        tower: The tower, images (B, 3, H, W) -> features (B, E).
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut before the head pools all tokens instead.
 
     Raises:
-        ModelError: If it is not supported, or if its own code or hooks would be bypassed by running
-            its parts.
+        ModelError: If it is not supported, or if running it by its parts would bypass code or hooks
+            of its own.
         InputError: If it has no such block, or no pooling to cut at.
     """
     name = type(tower).__name__
     base: Any = next((k for k in (VisionTransformer, TimmModel) if isinstance(tower, k)), None)
     if base is None:
-        raise ModelError(f"open_clip's {name} is not supported: it is no Vision Transformer")
+        raise ModelError(f"open_clip's {name} is not supported: it is not a Vision Transformer")
     return (_split_timm if base is TimmModel else _split_vit)(tower, block, pool)
 
 
 def _split_timm(tower: Any, block: int, pool: bool) -> Split:
-    """A timm model whose head goes on into the tower's own."""
+    """Cut a tower around a timm model.
+
+    The tower's own head is put behind the timm model's, so that timm's adapter sees one classifier
+    whose logits are the features.
+    """
     refuse_bypassed(tower, tower.trunk, "open_clip")
     from vit_reciprocam.libraries.timm.split import split as split_trunk
 
-    trunk = copy.copy(tower.trunk)  # a module of its own, which shares all that is inside
+    trunk = copy.copy(tower.trunk)  # another module that shares all inside, so a new head is safe
     trunk._modules = {**trunk._modules, "head": nn.Sequential(tower.trunk.head, tower.head)}
-    trunk.num_classes = -1  # timm's 0 means no head
+    trunk.num_classes = -1  # it has a head now, and 0 is how timm says that there is none
     return split_trunk(trunk, block=block, pool=pool)
 
 
@@ -98,114 +107,121 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
     if tower.pool_type == "none":
         raise ModelError(
             f"this {name} does not pool its tokens (pool_type='none', or a parallel or cascade "
-            "attention pooler), so its output is not one vector an image"
+            "attention pooler), so its output is not one vector per image"
         )
-    block, *later = blocks_from(number, list(transformer.resblocks) or [None])
+    block, *later = last_blocks(number, list(transformer.resblocks) or [None])
     if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
         raise ModelError(f"the {name}'s last block is a {kind_of(block)}, not open_clip's")
-    refuse_bypassed(tower, block, "open_clip", methods=_POOL if pool else ())
+    refuse_bypassed(tower, block, "open_clip", methods=_POOL_METHODS if pool else ())
     if pool:
         return _split_pool(tower, block)
     not_last = "the cut is not in the last block" if later else ""
-    own_pool = "" if is_own(tower, "open_clip", *_POOL) else f"{name} has a pool of its own"
+    own_pool = "" if is_own(tower, "open_clip", *_POOL_METHODS) else f"{name} has a pool of its own"
     because = (
-        _head_reads_all(tower)
+        _why_no_readout(tower)
         or not_last
         or own_pool
-        or _unknown(block)
-        or unknown_inside(tower.ln_post, "open_clip", "the norm after the last block")
+        or _why_unknown_block(block)
+        or why_unknown(tower.ln_post, "open_clip", "the norm after the last block")
     )
     b: Any = block
 
-    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
+    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         _check_size(tower, images)
-        return tower.grid_size, calls_of(tower, [block, *later], images)
+        return tower.grid_size, find_calls(tower, [block, *later], images)
 
-    def head(y: Tensor) -> Tensor:
+    def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
         features: Tensor = tower._pool(y)[0]
         return features if tower.proj is None else features @ tower.proj
 
-    def after(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
-        x = x + b.ls_1(_attended(b, heads))
+    def finish_block(
+        heads: Float[Tensor, "n B R A"], _normed: Tensor, x: Float[Tensor, "n B R D"]
+    ) -> Float[Tensor, "n B R D"]:
+        x = x + b.ls_1(_project_heads(b, heads))
         y: Tensor = x + b.ls_2(b.mlp(b.ln_2(x)))
         return y
 
     return split_block(
         blocks=[block, *later],
-        calls=calls,
+        enter=enter,
         tap=Tap((b.ln_1,)),
         head=head,
         because=because,
         prefix=1,
         attention=lambda _grid, _options: _attention(b.attn),
-        after=after,
+        finish_block=finish_block,
     )
 
 
 def _split_pool(tower: Any, block: nn.Module) -> Split:
-    """Cut before the pool: at the pooler's LayerNorm, or before the mean of all patches."""
+    """Cut before the pool: after the pooler's LayerNorm, or before the mean of all patches."""
     pooler = tower.attn_pool
     if pooler is None and tower.pool_type == "tok":
         raise no_pool(tower)
 
-    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
+    def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
         _check_size(tower, images)
-        y = block(call_of(tower, block, images)[0][0])
+        y = block(find_call(tower, block, images)[0][0])
         if pooler is not None:
             return tower.grid_size, pooler.ln_k(y)
         return tower.grid_size, (y if tower.final_ln_after_pool else tower.ln_post(y))[:, 1:]
 
-    def project(features: Tensor) -> Tensor:
+    def project(features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch E"]:
         return features if tower.proj is None else features @ tower.proj
 
-    def after_mean(mean: Tensor) -> Tensor:
+    def finish_mean(mean: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch E"]:
         return project(tower.ln_post(mean) if tower.final_ln_after_pool else mean)
 
     if pooler is None:
         return split_pool(
             tokens=tokens,
             pool=lambda normed: normed.mean(dim=1),
-            finish=after_mean,
-            readout=MeanPool(after_mean),
+            finish=finish_mean,
+            readout=MeanPool(finish_mean),
             block=block,
         )
-    # of what the queries get, the head reads the first or the mean of the others
+    # the pooler has one output per query; the head reads the first, or the mean of the others
     read = slice(0, 1) if tower.pool_type == "tok" else slice(1, None)
 
-    def attend(normed: Tensor) -> Tensor:
+    def attend(normed: Float[Tensor, "B T D"]) -> Float[Tensor, "B R D"]:
         with Tap((pooler.ln_k,)).replaced(normed):
             attended: Tensor = pooler(normed)[:, read]
         return attended
 
-    def after_pooler(attended: Tensor) -> Tensor:
+    def finish_pooler(attended: Float[Tensor, "*batch R D"]) -> Float[Tensor, "*batch E"]:
         return project(tower.ln_post(attended).mean(dim=-2))
 
-    asking = pooler.ln_q(pooler.query)[read]
+    queries = pooler.ln_q(pooler.query)[read]
     return split_pool(
         tokens=tokens,
         pool=attend,
-        finish=after_pooler,
-        readout=_pooler_unknown(pooler)
+        finish=finish_pooler,
+        readout=_why_unknown_pooler(pooler)
         or Readout(
-            tokens=len(asking),
-            attention=multihead_attention(pooler.attn, asking),
-            finish=lambda heads, _f, _x: after_pooler(multihead_output(pooler.attn, heads)),
+            tokens=len(queries),
+            attention=multihead_attention(pooler.attn, queries),
+            finish=lambda heads, _f, _x: finish_pooler(multihead_output(pooler.attn, heads)),
         ),
         block=block,
         prefix=1,
     )
 
 
-def _pooler_unknown(pooler: Any) -> str:
-    """Why running the attention pooler's parts would not be running it; empty if it would."""
+def _why_unknown_pooler(pooler: Any) -> str:
+    """Return why running the attention pooler by its parts might not be running it, or ""."""
     if not runs_as(pooler, AttentionalPooler):
         return f"the attention pooler is a {kind_of(pooler)}, whose parts are not known"
-    return multihead_unknown(pooler.attn, "the attention pooler's attention") or unknown_inside(
+    return why_unknown_multihead(pooler.attn, "the attention pooler's attention") or why_unknown(
         pooler, "open_clip", "the attention pooler", pooler.ln_k
     )
 
 
-def _check_size(tower: Any, images: Tensor) -> None:
+def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
+    """Refuse images of another size or of other channels than the tower takes.
+
+    Raises:
+        InputError: If so; says what the tower takes.
+    """
     channels, height, width = images.shape[1:]
     wanted = (tower.conv1.in_channels, *tower.image_size)
     if (channels, height, width) != wanted:
@@ -216,7 +232,8 @@ def _check_size(tower: Any, images: Tensor) -> None:
         )
 
 
-def _head_reads_all(tower: Any) -> str:
+def _why_no_readout(tower: Any) -> str:
+    """Return why the head does not read the class token only, "" if it does."""
     if tower.attn_pool is not None:
         return "the head's attention pooler reads all tokens, not the class token"
     if tower.pool_type != "tok":
@@ -224,8 +241,8 @@ def _head_reads_all(tower: Any) -> str:
     return ""
 
 
-def _unknown(block: Any) -> str:
-    """Why running the parts would not be running the block; empty if it would."""
+def _why_unknown_block(block: Any) -> str:
+    """Return why running the block by its parts might not be running it, "" if it is."""
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
     if not runs_as(block, *kinds):
         return f"the last block is a {kind_of(block)}, whose parts are not known"
@@ -233,13 +250,14 @@ def _unknown(block: Any) -> str:
         return "the last block has an attention method of its own"
     because = ""
     if not runs_as(block.attn, CustomAttention):
-        because = multihead_unknown(block.attn)
+        because = why_unknown_multihead(block.attn)
     elif block.attn.scaled_cosine:
         because = "the last block's attention is a scaled cosine"
-    return because or unknown_inside(block, "open_clip", "the last block", block.ln_1)
+    return because or why_unknown(block, "open_clip", "the last block", block.ln_1)
 
 
 def _attention(attention: Any) -> Attention:
+    """Return PyTorch's attention or open_clip's own by its parts."""
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_attention(attention)
     query, key, value = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
@@ -254,8 +272,8 @@ def _attention(attention: Any) -> Attention:
     )
 
 
-def _attended(block: Any, heads: Tensor) -> Tensor:
-    """From the joined heads to what the residual stream is given, before LayerScale."""
+def _project_heads(block: Any, heads: Float[Tensor, "*batch A"]) -> Float[Tensor, "*batch D"]:
+    """Return what joined heads add to the residual stream, before LayerScale."""
     attention = block.attn
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_output(attention, heads)
@@ -269,18 +287,18 @@ def _attended(block: Any, heads: Tensor) -> Tensor:
 def zero_shot(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> ZeroShot:
-    """The image tower of a CLIP model with prompts as its classes.
+    """Make the image tower of a CLIP model a classifier of text prompts.
 
     Args:
-        model: open_clip's, with its text tower, in evaluation mode.
+        model: A model of open_clip with its text tower, in evaluation mode.
         tokenizer: Texts -> their tokens, from `open_clip.get_tokenizer`.
-        prompts: One a class, whole sentences or, with templates, names. open_clip's tokenizers cut
-            what is too long for the model.
+        prompts: One text per class: a sentence or, with templates, a name. open_clip's tokenizers
+            cut off what is too long for the model.
         templates: Sentences with a place {} for the prompt; a class is the mean of their normalised
             embeddings.
 
     Raises:
-        ModelError: If it is no such model, or if it is in training mode.
+        ModelError: If it is not such a model, or if it is in training mode.
         InputError: If there is no prompt or template, or one that cannot be used.
     """
     m: Any = model
@@ -292,7 +310,7 @@ def zero_shot(
     if model.training:
         raise ModelError(f"the {type(model).__name__} is in training mode: call model.eval() first")
     check_prompts(prompts, templates)
-    fills = [functools.partial(filled, template) for template in templates]
+    fills = [functools.partial(fill_template, template) for template in templates]
     classes = open_clip.build_zero_shot_classifier(
         m, tokenizer, list(prompts), fills, device=m.logit_scale.device
     )

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer -> Encoder."""
+"""timm's VisionTransformer as an `Encoder`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
-from vit_reciprocam.libraries.timm.blocks import block_parts
+from vit_reciprocam.libraries.timm.blocks import describe_block
 
 __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """A model whose head reads its class token, or class and distillation token.
+    """Return a model whose head reads its class token, or class and distillation token.
 
     Raises:
-        ModelError: If it is none, or if the parts of one of its blocks are not known.
+        ModelError: If it is not such a model, or if the parts of one of its blocks are not known.
     """
     m: Any = model
     if not isinstance(model, VisionTransformer):
-        raise refused(model, "the parts of this architecture are not known")
+        raise no_encoder(model, "the parts of this architecture are not known")
     distilled = isinstance(model, VisionTransformerDistilled)
     pooled = m.global_pool != "token" or m.attn_pool is not None
     if not distilled and (pooled or not m.num_prefix_tokens):
-        raise refused(model, "its head reads all tokens, so no token's attention stands for it")
+        raise no_encoder(model, "its head reads all tokens, so no token's attention stands for it")
 
     single = (steps(m.fc_norm, m.head_drop, m.head),)
     return Encoder(
@@ -42,17 +42,21 @@ def encoder(model: nn.Module) -> Encoder:
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     if not runs_as(block, Block, ResPostBlock):
-        raise refused(model, f"its block {number} is a {kind_of(block)}, whose parts are not known")
-    parts, attn, mlp = block_parts(block), block.attn, block.mlp
-    if parts.unknown or getattr(attn, "gate", None) is not None:
-        why = parts.unknown or "the last block's attention is gated"
-        raise refused(model, why.replace("the last block", f"its block {number}"))
-    plain = runs_as(mlp, Mlp) and not has_hooks(mlp)
+        raise no_encoder(
+            model, f"its block {number} is a {kind_of(block)}, whose parts are not known"
+        )
+    description, attn, mlp = describe_block(block), block.attn, block.mlp
+    because = description.why_unknown
+    if not because and getattr(attn, "gate", None) is not None:
+        because = "the last block's attention is gated"
+    if because:
+        raise no_encoder(model, because.replace("the last block", f"its block {number}"))
+    known_mlp = runs_as(mlp, Mlp) and not has_hooks(mlp)  # else it is one step without a rule
     after = steps(getattr(attn, "norm", None), attn.proj)
-    inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if plain else (mlp,)
+    inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if known_mlp else (mlp,)
     if runs_as(block, Block):
         before, after = steps(block.norm1), after + steps(block.ls1)
         inner = steps(block.norm2) + inner + steps(block.ls2)
-    else:
+    else:  # a ResPostBlock, whose norms follow
         before, after, inner = (), after + steps(block.norm1), inner + steps(block.norm2)
-    return Layer(before, parts.attention({}, 0), after, inner)
+    return Layer(before, description.attention({}, 0), after, inner)

@@ -1,7 +1,9 @@
-"""timm's hierarchical and other transformers -> Split.
+"""The split of timm's hierarchical and other transformers, which all take the direct path.
 
-All take the direct path. The model is run up to its last block in which tokens attend to each
-other; what follows it in the model's own forward pass is repeated, one line a family.
+The model runs up to its last block in which tokens attend to each other. What its own forward pass
+does after that block is repeated, and families.py says for each class what that is.
+
+Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width, C classes.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ import functools
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Cut, Split
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.libraries.common.running import Reached, call_of, infer_grid, repeated
+from vit_reciprocam.libraries.common.running import (
+    Grid,
+    StopForward,
+    find_call,
+    infer_grid,
+    repeat_batch,
+)
 from vit_reciprocam.libraries.common.whole import refuse_bypassed
-from vit_reciprocam.libraries.timm.families import FAMILIES, REFUSED, Last, unsupported
+from vit_reciprocam.libraries.timm.families import FAMILIES, REFUSED, unsupported
+from vit_reciprocam.libraries.timm.last_block import LastBlock
 
 __all__ = ["split"]
 
@@ -25,11 +35,11 @@ __all__ = ["split"]
 def split(model: nn.Module) -> Split:
     """Cut a timm model at the last of its blocks in which tokens attend to each other.
 
-    The cut is the block's first norm, or the attention's input where no norm precedes it
+    The cut is the block's first norm, or the attention's input if no norm precedes it
     (EfficientFormerV2, EfficientViT, LeViT, Swin V2). A DaViT's last block attends between
     channels, so the one before it is cut. Attention within windows (DaViT, GCViT, MaxViT, Swin)
-    covers the whole last grid at the image size that most models were trained for; where several
-    windows do, a kept patch changes the tokens of its own window only.
+    covers the whole last grid at the image size that most models were trained for; if there are
+    several windows, a kept patch changes the tokens of its own window only.
 
     Raises:
         ModelError: If the model is not supported, with the reason.
@@ -42,8 +52,9 @@ def split(model: nn.Module) -> Split:
             model, reasons[0] if reasons else "no attention between patch tokens is known in it"
         )
     last = family(model)
-    around = () if last.run is None else (last.block,)
+    around = () if last.run is None else (last.block,)  # then the block is not called either
     refuse_bypassed(model, last.block, "timm", *around, methods=("forward_features",))
+    # in most classes the last block may hold a mixer of another kind in the attention's place
     kind = type(last.attention).__name__
     if not any(word in kind.lower() for word in ("att", "mla", "mhsa", "gpsa")):
         raise unsupported(
@@ -58,18 +69,18 @@ def split(model: nn.Module) -> Split:
     )
 
 
-def _cut(model: Any, last: Last, images: Tensor) -> Cut:
+def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -> Cut:
     height, width = images.shape[2:]
-    enter = last.block if last.run is None else last.tap.modules[0]
+    enter = last.block if last.run is None else last.tap.modules[0]  # what is called with X
     try:
-        (x, *others), options = call_of(model, enter, images)
+        (x, *others), options = find_call(model, enter, images)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
         raise InputError(
             f"this model cannot take images of {height}x{width} pixels: {error}"
         ) from error
-    grid = _grid(last, x, [*others, *options.values()], (height, width))
+    grid = _find_grid(last, x, [*others, *options.values()], (height, width))
     if last.one_window and grid != (last.one_window, last.one_window):
         raise InputError(
             f"the last grid of these images is {grid[0]}x{grid[1]}, but this model's attention "
@@ -78,39 +89,48 @@ def _cut(model: Any, last: Last, images: Tensor) -> Cut:
 
     def run(x: Tensor) -> Any:
         times = x.shape[0] // images.shape[0]
-        more = repeated(others, len(images), times) if last.batched else others
-        return enter(last.outward(x, grid), *more, **options)
+        more = repeat_batch(others, len(images), times) if last.batched else others
+        return enter(last.restore(x, grid), *more, **options)
 
     def norm(x: Tensor) -> Tensor:
+        # F may stand anywhere in the block, so the block runs until it comes by
         found: list[Tensor] = []
 
         def note(normed: Tensor, _number: int) -> Tensor:
             found.append(normed)
-            if not torch.compiler.is_compiling():
-                raise Reached
+            if not torch.compiler.is_compiling():  # a tracer wants its calls to return
+                raise StopForward
             return normed
 
-        with contextlib.suppress(Reached), last.tap.changed(note):
+        with contextlib.suppress(StopForward), last.tap.changed(note):
             run(x)
         return found[0]
 
-    def rest(normed: Tensor, x: Tensor) -> Tensor:
+    def rest(normed: Tensor, x: Tensor) -> Float[Tensor, "B C"]:
         with last.tap.replaced(normed):
             y = (last.run or run)(x)
-        logits: Tensor = model.forward_head(last.after(y, grid))
+        logits: Tensor = model.forward_head(last.finish(y, grid))
         return logits
 
-    x = last.inward(x)
+    x = last.arrange(x)
     return Cut(grid, x, norm, rest, channels_first=last.layout == "channels" and x.ndim == 4)
 
 
-def _grid(last: Last, x: Tensor, told: list[Any], size: tuple[int, int]) -> tuple[int, int]:
+def _find_grid(last: LastBlock, x: Tensor, others: list[Any], size: tuple[int, int]) -> Grid:
+    """Return the grid of the tokens that the block takes.
+
+    Args:
+        last: The block.
+        x: The tokens, in the block's layout.
+        others: What else the block is called with; some blocks are told the grid.
+        size: (height, width) of the images in pixels.
+    """
     if last.grid is not None:
         return last.grid
     if last.layout != "tokens":
         rows, columns = x.shape[1:3] if last.layout == "rows" else x.shape[2:]
         return rows, columns
-    for value in told:
+    for value in others:
         if isinstance(value, (tuple, list)) and len(value) == 2:
             return int(value[0]), int(value[1])
     return infer_grid(x.shape[-2] - last.prefix, *size)

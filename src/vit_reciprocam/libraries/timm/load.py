@@ -1,4 +1,4 @@
-"""timm's models by name: listing, loading, their preprocessing and class names."""
+"""timm's models by name: loading, their preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ __all__ = ["load_timm", "outline"]
 def load_timm(
     name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """A timm model in evaluation mode, its preprocessing, and its class names where known.
+    """Load a timm model in evaluation mode, its preprocessing, and its class names if known.
+
+    Args:
+        name: The model's name, as `timm.create_model` takes it.
+        weights: A local file, "random", or None for the published weights.
+        options: Keyword arguments for `timm.create_model`, such as `img_size=384`.
 
     Raises:
         ModelError: If timm has no such model or it cannot be explained.
@@ -47,7 +52,7 @@ def load_timm(
 
 
 def outline(name: str, options: dict[str, Any]) -> nn.Module:
-    """The model without weights or memory, to learn of it.
+    """Create a model without weights or memory, on the meta device, to ask what it is.
 
     Raises:
         ModelError: If timm cannot create it with these options.
@@ -60,6 +65,12 @@ def outline(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _download(name: str, options: dict[str, Any]) -> nn.Module:
+    """Create a model with its published weights.
+
+    Raises:
+        ModelError: If it cannot be explained, or has no published weights.
+        DownloadError: If the weights cannot be fetched.
+    """
     split(outline(name, options))  # refuse what cannot be explained before fetching it
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
@@ -76,9 +87,14 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights of a file, for as many classes as the file has.
+
+    Raises:
+        WeightsError: If the weights do not fit the model; names some of the keys.
+    """
     state = read_weights(path)
-    plain: Any = outline(name, options)
-    classifier = plain.pretrained_cfg.get("classifier")
+    published: Any = outline(name, options)
+    classifier = published.pretrained_cfg.get("classifier")
     first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
     head = state.get(f"{first}.weight")
     if "num_classes" not in options and head is not None and head.ndim:
@@ -86,6 +102,7 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     split(outline(name, options))
     model: nn.Module = timm.create_model(name, **options)
     have, want = set(state), set(model.state_dict())
+    # a position embedding of another image size has another shape, and is resampled
     resampled = {"pos_embed"} if "img_size" in options else set()
     shapes = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
@@ -112,9 +129,9 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def _fitted_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
-    """The weights in a model for another image size, with the position embedding resampled.
+    """Load weights into a model for another image size, with the position embedding resampled.
 
-    That is timm's own doing, by the way that its published weights take.
+    timm resamples it itself if the weights are given in the place of its published ones.
     """
     overlay = {"state_dict": state, "num_classes": options["num_classes"]}
     model: nn.Module = timm.create_model(
@@ -126,6 +143,11 @@ def _fitted_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]
 
 
 def _preprocess(model: nn.Module) -> Preprocess:
+    """Return the preprocessing that timm's evaluation transform does.
+
+    Raises:
+        ModelError: If it cannot be expressed.
+    """
     config = resolve_model_data_config(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if config["crop_mode"] not in ("center", "squash"):

@@ -1,4 +1,8 @@
-"""timm's models -> Split."""
+"""The split of timm's Vision Transformers; hierarchical.py has that of its other transformers.
+
+Letters of the shapes: B images, T tokens, h and w rows and columns of patches, R readout tokens,
+D width, A width of the joined heads, C classes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.layers import HybridEmbed
 from timm.models.beit import Beit
 from timm.models.cait import Cait
@@ -21,75 +26,93 @@ from vit_reciprocam.core.split import MeanPool, Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import Call, blocks_from, calls_of
-from vit_reciprocam.libraries.common.whole import is_own, refuse_bypassed, unknown_inside
+from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
+from vit_reciprocam.libraries.common.whole import is_own, refuse_bypassed, why_unknown
 from vit_reciprocam.libraries.timm.blocks import (
     after_attention_pool,
     attention_pool,
-    attention_pool_unknown,
-    block_parts,
+    describe_block,
+    why_unknown_pool,
 )
-from vit_reciprocam.libraries.timm.hierarchical import split as split_stages
+from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
 
 __all__ = ["split"]
 
-_HEAD = ("forward_head", "pool", "_pool")
-_PLAIN = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
+_HEAD_METHODS = ("forward_head", "pool", "_pool")
+# one stack of blocks that all see the same tokens
+_ONE_STACK = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a timm model at an encoder block, or before the pooling of its head.
 
+    Args:
+        model: The model.
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut before the head pools all tokens instead.
+
     Raises:
-        ModelError: If it is not a Vision Transformer with a head, or if its own code or hooks would
-            be bypassed by running its parts.
+        ModelError: If it is not a supported transformer with a head, or if running it by its parts
+            would bypass code or hooks of its own.
         InputError: If it has no such block, or no pooling to cut at.
     """
     name = type(model).__name__
     _check_head(model)
-    if not isinstance(model, _PLAIN):
+    if not isinstance(model, _ONE_STACK):
         if block != -1 or pool:
             raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
-        return split_stages(model)
+        return split_hierarchical(model)
     m: Any = model
-    last = blocks_from(block, m.blocks_token_only if isinstance(model, Cait) else m.blocks)
-    refuse_bypassed(model, last[0], "timm", methods=("forward_features",))
+    blocks = last_blocks(block, m.blocks_token_only if isinstance(model, Cait) else m.blocks)
+    refuse_bypassed(model, blocks[0], "timm", methods=("forward_features",))
     if pool:
         return _split_pool(m)
-    parts = block_parts(last[0])
+    description = describe_block(blocks[0])
     tokens = _readout_tokens(m)
     if tokens is None:
         because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
-    elif len(last) > 1:
+    elif len(blocks) > 1:
         because = "the cut is not in the last block"
-    elif not is_own(model, "timm", *_HEAD):  # which may read more than the readout tokens
+    elif not is_own(model, "timm", *_HEAD_METHODS):  # it may read more than the readout tokens
         because = f"{name} has a head of its own"
     else:
-        because = parts.unknown or unknown_inside(m.norm, "timm", "the norm after the last block")
+        because = description.why_unknown or why_unknown(
+            m.norm, "timm", "the norm after the last block"
+        )
     return split_block(
-        blocks=last,
-        calls=functools.partial(_calls, m, last),
-        tap=parts.tap,
+        blocks=blocks,
+        enter=functools.partial(_enter, m, blocks),
+        tap=description.tap,
         head=lambda y: m.forward_head(m.norm(y)),
         because=because,
         prefix=m.num_prefix_tokens,
-        tokens=tokens or 0,
-        attention=lambda _grid, options: parts.attention(options, tokens or 0),
-        after=parts.after,
-        run=_class_attention if isinstance(model, Cait) else run_again,
+        readout_tokens=tokens or 0,
+        attention=lambda _grid, options: description.attention(options, tokens or 0),
+        finish_block=description.finish,
+        run=_run_class_attention if isinstance(model, Cait) else run_again,
     )
 
 
-def _class_attention(block: nn.Module, _call: Call, x: Tensor) -> Tensor:
-    """CaiT's, which takes patches and class token apart."""
+def _run_class_attention(
+    block: nn.Module, _call: Call, x: Float[Tensor, "B T D"]
+) -> Float[Tensor, "B T D"]:
+    """Run a block of CaiT's class attention, which takes patches and class token apart.
+
+    It changes the class token only, so the patches are passed on.
+    """
     return torch.cat([block(x[:, 1:], x[:, :1]), x[:, 1:]], dim=1)
 
 
 def _check_head(model: Any) -> None:
+    """Refuse a model that does not give one score per class.
+
+    Raises:
+        ModelError: If so; says how to create one that does.
+    """
     name = type(model).__name__
     if not hasattr(model, "forward_features"):
         raise ModelError(
-            f"timm's {name} is no classifier but gives features: create the model without "
+            f"timm's {name} is not a classifier but gives features: create the model without "
             "features_only"
         )
     if getattr(model, "num_classes", None) == 0 or isinstance(
@@ -102,8 +125,8 @@ def _check_head(model: Any) -> None:
         )
     if getattr(model, "global_pool", None) == "":
         raise ModelError(
-            f"this {name} has no pooling (global_pool=''), so its output is not one score a class. "
-            "Create it with global_pool='token' or the pooling that it was trained with"
+            f"this {name} has no pooling (global_pool=''), so its output is not one score per "
+            "class. Create it with global_pool='token' or the pooling that it was trained with"
         )
     if model.training and getattr(model, "distilled_training", False):
         raise ModelError(
@@ -117,62 +140,63 @@ def _check_head(model: Any) -> None:
 
 
 def _readout_tokens(model: Any) -> int | None:
+    """Return how many tokens the head reads, from the first on; None if it reads all."""
     if isinstance(model, VisionTransformerDistilled):
         return 2
     pooled = model.global_pool != "token" or getattr(model, "attn_pool", None) is not None
     return None if pooled or not model.num_prefix_tokens else 1
 
 
-def _calls(
-    model: Any, modules: Sequence[nn.Module], images: Tensor
-) -> tuple[tuple[int, int], list[Call]]:
-    """The patch grid of images, and how the model calls some of its modules for them."""
+def _enter(
+    model: Any, modules: Sequence[nn.Module], images: Float[Tensor, "B channels H W"]
+) -> tuple[Grid, list[Call]]:
+    """Return the patch grid of images, and how the model calls some of its modules for them."""
     embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
     _check_size(model, embed, tuple(images.shape[1:]))
-    if isinstance(embed, HybridEmbed):  # its backbone may round up
-        ((features,), _), *calls = calls_of(model, [embed.proj, *modules], images)
+    if isinstance(embed, HybridEmbed):  # its backbone may round up, so its features tell the grid
+        ((features,), _), *calls = find_calls(model, [embed.proj, *modules], images)
         sides = zip(features.shape[2:], embed.patch_size, strict=True)
         rows, columns = (side // patch for side, patch in sides)
     else:
-        calls = calls_of(model, modules, images)
+        calls = find_calls(model, modules, images)
         rows, columns = embed.dynamic_feat_size(tuple(images.shape[2:]))
-    if isinstance(model, Cait):
+    if isinstance(model, Cait):  # joins the patches and the class token, which come apart
         calls = [((torch.cat([args[1], args[0]], dim=1),), {}) for args, _ in calls]
     return (rows, columns), calls
 
 
 def _split_pool(model: Any) -> Split:
     """Cut before the head pools: after the last block and the norm that may follow it."""
-    refuse_bypassed(model, model.norm, "timm", methods=("forward_features", *_HEAD))
+    refuse_bypassed(model, model.norm, "timm", methods=("forward_features", *_HEAD_METHODS))
     prefix, pool = model.num_prefix_tokens, getattr(model, "attn_pool", None)
     if model.global_pool == "token":
         raise no_pool(model)
     with_prefix = getattr(model, "pool_include_prefix", pool is not None)
     skipped = 0 if with_prefix else prefix
 
-    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
-        grid, (((x,), _),) = _calls(model, [model.norm], images)
+    def tokens(images: Tensor) -> tuple[Grid, Tensor]:
+        grid, (((x,), _),) = _enter(model, [model.norm], images)
         return grid, model.norm(x)[:, skipped:]
 
-    def finish(pooled: Tensor) -> Tensor:
+    def finish(pooled: Tensor) -> Tensor:  # (B, D) -> (B, C)
         logits: Tensor = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
 
     readout: Readout | MeanPool | str = MeanPool(finish)
     if pool is not None:
-        readout = attention_pool_unknown(pool) or Readout(
+        readout = why_unknown_pool(pool) or Readout(
             tokens=pool.latent_len,
             attention=attention_pool(pool),
             finish=lambda heads, _normed, _x: finish(after_attention_pool(pool, heads)),
         )
     elif model.global_pool != "avg":
         readout = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
-    by_kind = functools.partial(
+    without_attention = functools.partial(
         global_pool_nlc, pool_type=model.global_pool, reduce_include_prefix=True
     )
     return split_pool(
         tokens=tokens,
-        pool=by_kind if pool is None else pool,
+        pool=without_attention if pool is None else pool,
         finish=finish,
         readout=readout,
         block=model.norm,
@@ -181,7 +205,16 @@ def _split_pool(model: Any) -> Split:
 
 
 def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
-    """Refuse images (channels, height, width) that the model cannot take."""
+    """Refuse images that the model cannot take.
+
+    Args:
+        model: The model.
+        embed: The module that makes patches of images.
+        shape: (channels, height, width) of the images.
+
+    Raises:
+        InputError: If so; says what the model takes.
+    """
     channels, height, width = shape
     wanted = getattr(model, "in_chans", 3)  # newer than the oldest timm supported
     if channels != wanted:
@@ -189,7 +222,7 @@ def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
     if isinstance(model, NaFlexVit):
         return
     patch_h, patch_w = embed.patch_size
-    hybrid = isinstance(embed, HybridEmbed)  # which takes any size, if its positions do
+    hybrid = isinstance(embed, HybridEmbed)  # takes any size if its position embedding does
     if embed.strict_img_size and not (hybrid and getattr(model, "pos_embed", embed) is None):
         if (height, width) != tuple(embed.img_size):
             want_h, want_w = embed.img_size

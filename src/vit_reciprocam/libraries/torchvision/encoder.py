@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer -> Encoder."""
+"""torchvision's VisionTransformer as an `Encoder`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from vit_reciprocam.core.split import Projection, projections
-from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
-from vit_reciprocam.libraries.common.multihead import multihead_attention, multihead_unknown
-from vit_reciprocam.libraries.common.whole import kind_of, runs_as, unknown_inside
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
+from vit_reciprocam.libraries.common.multihead import multihead_attention, why_unknown_multihead
+from vit_reciprocam.libraries.common.whole import kind_of, runs_as, why_unknown
 
 __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """A Vision Transformer.
+    """Return a Vision Transformer by its parts.
 
     Raises:
-        ModelError: If it is none, or if the parts of one of its blocks are not known.
+        ModelError: If it is not one, or if the parts of one of its blocks are not known.
     """
     m: Any = model
     if not isinstance(model, VisionTransformer):
-        raise refused(model, "the parts of this architecture are not known")
+        raise no_encoder(model, "the parts of this architecture are not known")
     return Encoder(
         entry=m.encoder.layers[0],
         layers=tuple(_layer(model, number, block) for number, block in enumerate(m.encoder.layers)),
@@ -36,14 +36,16 @@ def encoder(model: nn.Module) -> Encoder:
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     if not runs_as(block, EncoderBlock):
-        raise refused(model, f"its block {number} is a {kind_of(block)}, whose parts are not known")
+        raise no_encoder(
+            model, f"its block {number} is a {kind_of(block)}, whose parts are not known"
+        )
     attention = block.self_attention
     what = f"its block {number}"
-    unknown = multihead_unknown(attention, f"{what}'s attention") or unknown_inside(
+    unknown = why_unknown_multihead(attention, f"{what}'s attention") or why_unknown(
         block, "torchvision", what, block.ln_1
     )
     if unknown:
-        raise refused(model, unknown)
+        raise no_encoder(model, unknown)
     query, _, _ = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
     out = Projection(attention.out_proj.weight, attention.out_proj.bias)
     return Layer(

@@ -28,14 +28,15 @@ _FAMILIES = ("torchvision.models.vision_transformer", "torchvision.models.swin_t
 def load_torchvision(
     name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """A torchvision model in evaluation mode, its preprocessing, and its class names where known.
+    """Load a torchvision model in evaluation mode, its preprocessing, and its class names if known.
 
     Args:
-        name: As `torchvision.models.get_model` takes it.
-        weights: A local file, or the name of other published weights than the default ones, such as
-            "IMAGENET1K_SWAG_E2E_V1", or "random". A local file that still has its published name is
-            prepared for as those weights, any other file as the default ones.
-        options: For torchvision's builder, such as `image_size=384`.
+        name: The model's name, as `torchvision.models.get_model` takes it.
+        weights: A local file, "random", the name of published weights such as
+            "IMAGENET1K_SWAG_E2E_V1", or None for the default published weights. A local file that
+            still has its published name gets the preprocessing of those weights, any other file
+            that of the default ones.
+        options: Keyword arguments for torchvision's builder, such as `image_size=384`.
 
     Raises:
         ModelError: If torchvision has no such model or it cannot be explained.
@@ -71,6 +72,11 @@ def load_torchvision(
 
 
 def _create(name: str, options: dict[str, Any]) -> Any:
+    """Create a model with random weights.
+
+    Raises:
+        ModelError: If torchvision cannot create it with these options.
+    """
     try:
         return get_model(name, weights=None, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -80,7 +86,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
 
 
 def _outline(name: str, options: dict[str, Any]) -> Any:
-    """The model without weights or memory; refuses what cannot be explained."""
+    """Create a model without weights or memory; refuse it if it cannot be explained."""
     with torch.device("meta"):
         model = _create(name, options)
     split(model)
@@ -88,6 +94,12 @@ def _outline(name: str, options: dict[str, Any]) -> Any:
 
 
 def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
+    """Create a model with published weights.
+
+    Raises:
+        ModelError: If it cannot be explained, or the weights do not go with the options.
+        DownloadError: If the weights cannot be fetched.
+    """
     _outline(name, options)
     try:
         model: nn.Module = get_model(name, weights=weights, **options)
@@ -106,6 +118,11 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights of a file, for the classes and image size that it has.
+
+    Raises:
+        WeightsError: If the weights do not fit the model.
+    """
     state = read_weights(path)
     outline = _outline(name, options)
     guessed: dict[str, Any] = {}
@@ -127,14 +144,14 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
-    """What torchvision's transform does.
+    """Return the preprocessing that a transform of torchvision does.
 
     Args:
-        transform: Of published weights.
-        image_size: What the model takes, where it takes one size only.
+        transform: The transform that comes with published weights.
+        image_size: The size in pixels that the model takes, if it takes one only.
 
     Raises:
-        ModelError: If it cannot be mapped.
+        ModelError: If it cannot be expressed.
     """
     if (
         type(transform) is not ImageClassification
@@ -144,7 +161,7 @@ def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
         raise ModelError(f"torchvision's preprocessing {transform} is not supported")
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     share = crop / resize
-    if math.floor(crop / share) < resize:  # by rounding
+    if math.floor(crop / share) < resize:  # division rounds, and this size must come out again
         share = math.nextafter(share, 0)
     return Preprocess(
         size=(image_size or crop,) * 2,

@@ -1,9 +1,14 @@
-"""torchvision's Vision and Swin Transformers -> Split."""
+"""The split of torchvision's Vision and Swin Transformers.
+
+Letters of the shapes: B images, T tokens, of which the first is the readout token, h and w rows and
+columns of patches, D width, A width of the joined heads, C classes; n masks at once.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
     SwinTransformer,
@@ -18,11 +23,17 @@ from vit_reciprocam.libraries.common.blocks import split_block
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
-    multihead_unknown,
+    why_unknown_multihead,
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import Call, blocks_from, call_of, calls_of
-from vit_reciprocam.libraries.common.whole import kind_of, refuse_bypassed, runs_as, unknown_inside
+from vit_reciprocam.libraries.common.running import (
+    Call,
+    Grid,
+    find_call,
+    find_calls,
+    last_blocks,
+)
+from vit_reciprocam.libraries.common.whole import kind_of, refuse_bypassed, runs_as, why_unknown
 
 __all__ = ["split"]
 
@@ -34,9 +45,14 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     within windows. At the image size that it was trained for, one window covers the whole last
     grid; on larger images a kept patch changes the tokens of its own window only.
 
+    Args:
+        model: The model.
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut before the head pools all tokens instead.
+
     Raises:
-        ModelError: If it is no Vision or Swin Transformer with a head, or if its own code or hooks
-            would be bypassed by running its parts.
+        ModelError: If it is not a Vision or Swin Transformer with a head, or if running it by its
+            parts would bypass code or hooks of its own.
         InputError: If it has no such block, or no pooling to cut at.
     """
     if isinstance(model, VisionTransformer):
@@ -55,6 +71,7 @@ _TASKS = {
 
 
 def _unsupported(model: nn.Module) -> ModelError:
+    """Return the error that says what the model is for, and what to pass instead."""
     name = type(model).__name__
     for cls in type(model).__mro__:
         for task, does in _TASKS.items():
@@ -72,17 +89,17 @@ def _unsupported(model: nn.Module) -> ModelError:
 
 def _split_vit(model: Any, number: int) -> Split:
     _check_head(model, model.heads)
-    block, *later = _last(model, model.encoder.layers, (EncoderBlock,), number)
+    block, *later = _find_blocks(model, model.encoder.layers, (EncoderBlock,), number)
     refuse_bypassed(model, block, "torchvision")
     because = (
-        multihead_unknown(block.self_attention)
-        or unknown_inside(block, "torchvision", "the last block", block.ln_1)
-        or unknown_inside(model.encoder.ln, "torchvision", "the norm after the last block")
+        why_unknown_multihead(block.self_attention)
+        or why_unknown(block, "torchvision", "the last block", block.ln_1)
+        or why_unknown(model.encoder.ln, "torchvision", "the norm after the last block")
     )
     if later:
         because = "the cut is not in the last block"
 
-    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
+    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         side = model.image_size
         _check_channels(model.conv_proj, images)
         if images.shape[2:] != (side, side):
@@ -91,26 +108,28 @@ def _split_vit(model: Any, number: int) -> Split:
                 f"this model takes images of {side}x{side} pixels (height x width), got "
                 f"{height}x{width}. Resize them, or create the model with image_size="
             )
-        return (side // model.patch_size,) * 2, calls_of(model, [block, *later], images)
+        return (side // model.patch_size,) * 2, find_calls(model, [block, *later], images)
 
-    def head(y: Tensor) -> Tensor:
+    def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
         logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
         return logits
 
-    def after(heads: Tensor, _normed: Tensor, x: Tensor) -> Tensor:
+    def finish_block(
+        heads: Float[Tensor, "n B 1 A"], _normed: Tensor, x: Float[Tensor, "n B 1 D"]
+    ) -> Float[Tensor, "n B 1 D"]:
         x = x + block.dropout(multihead_output(block.self_attention, heads))
         y: Tensor = x + block.mlp(block.ln_2(x))
         return y
 
     return split_block(
         blocks=[block, *later],
-        calls=calls,
+        enter=enter,
         tap=Tap((block.ln_1,)),
         head=head,
         because=because,
         prefix=1,
         attention=lambda _grid, _options: multihead_attention(block.self_attention),
-        after=after,
+        finish_block=finish_block,
     )
 
 
@@ -119,26 +138,26 @@ _SWIN_BLOCKS = (SwinTransformerBlock, SwinTransformerBlockV2)
 
 def _split_swin(model: Any, number: int) -> Split:
     _check_head(model, model.head)
-    blocks = _last(model, model.features[-1], _SWIN_BLOCKS, number)
+    blocks = _find_blocks(model, model.features[-1], _SWIN_BLOCKS, number)
     block = blocks[0]
     refuse_bypassed(model, block, "torchvision")
     # a V2's LayerNorms follow attention and MLP: what the attention reads is the stream itself
     post_norm = isinstance(block, SwinTransformerBlockV2)
 
-    def calls(images: Tensor) -> tuple[tuple[int, int], list[Call]]:
+    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         _check_swin_images(model, images)
-        called = calls_of(model, blocks, images)
-        x = called[0][0][0]
-        return (x.shape[1], x.shape[2]), called
+        calls = find_calls(model, blocks, images)
+        ((x, *_), _), *_ = calls  # (B, h, w, D)
+        return (x.shape[1], x.shape[2]), calls
 
-    def head(y: Tensor) -> Tensor:
+    def head(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C"]:
         pooled = model.avgpool(model.permute(model.norm(y)))
         logits: Tensor = model.head(model.flatten(pooled))
         return logits
 
     return split_block(
         blocks=blocks,
-        calls=calls,
+        enter=enter,
         tap=Tap((block.attn,), "input") if post_norm else Tap((block.norm1,)),
         head=head,
         because="the head averages all tokens",
@@ -146,16 +165,17 @@ def _split_swin(model: Any, number: int) -> Split:
 
 
 def _split_swin_pool(model: Any) -> Split:
+    """Cut a Swin Transformer before its head takes the mean of all tokens."""
     pool = model.avgpool
     _check_head(model, model.head)
     if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
         raise no_pool(model, f"the head pools by {pool}")
-    (block,) = _last(model, model.features[-1], _SWIN_BLOCKS)
+    (block,) = _find_blocks(model, model.features[-1], _SWIN_BLOCKS)
     refuse_bypassed(model, block, "torchvision", model.permute, pool, model.flatten)
 
-    def tokens(images: Tensor) -> tuple[tuple[int, int], Tensor]:
+    def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
         _check_swin_images(model, images)
-        y = model.norm(block(call_of(model, block, images)[0][0]))
+        y = model.norm(block(find_call(model, block, images)[0][0]))
         return (y.shape[1], y.shape[2]), y.flatten(1, 2)
 
     return split_pool(
@@ -168,36 +188,46 @@ def _split_swin_pool(model: Any) -> Split:
 
 
 def _check_head(model: nn.Module, head: nn.Module) -> None:
-    last = list(head.modules())[-1]
-    if isinstance(last, (nn.Identity, nn.Sequential)):  # the last of modules is Sequential if empty
+    """Refuse a model without class scores.
+
+    Raises:
+        ModelError: If the head is the identity, or an empty Sequential.
+    """
+    last = list(head.modules())[-1]  # of an empty Sequential it is the Sequential itself
+    if isinstance(last, (nn.Identity, nn.Sequential)):
         raise ModelError(
             f"this {type(model).__name__} has no classification head but the identity in its "
             "place, so it has no class scores to explain. Put a Linear there"
         )
 
 
-def _last(
+def _find_blocks(
     model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int = -1
 ) -> list[Any]:
-    """The block of a number from the end and those after it.
+    """Return the block that a number from the end means, and the blocks after it.
 
     Raises:
-        ModelError: If it is not of a kind whose forward is torchvision's.
-        InputError: If there is none of that number.
+        ModelError: If it does not run the forward of one of these kinds of torchvision's.
+        InputError: If there is no block of that number.
     """
-    last = blocks_from(number, list(blocks) or [None])
-    block = last[0]
+    found = last_blocks(number, list(blocks) or [None])  # None: an empty model is refused below
+    block = found[0]
     if not runs_as(block, *kinds):
         raise ModelError(
             f"the last encoder block of this {type(model).__name__} is a {kind_of(block)}, "
             f"which is not supported: it must be torchvision's {kinds[0].__name__}"
         )
-    return last
+    return found
 
 
-def _check_swin_images(model: Any, images: Tensor) -> None:
+def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> None:
+    """Refuse images that the patches of the last stage do not tile.
+
+    Raises:
+        InputError: If so, or if the images have other channels than the model takes.
+    """
     patch = model.features[0][0]
-    merges = len(model.features) // 2 - 1
+    merges = len(model.features) // 2 - 1  # stages, with merging of 2x2 patches between them
     step_h, step_w = (side * 2**merges for side in patch.stride)
     _check_channels(patch, images)
     height, width = images.shape[2:]
@@ -208,7 +238,12 @@ def _check_swin_images(model: Any, images: Tensor) -> None:
         )
 
 
-def _check_channels(stem: nn.Module, images: Tensor) -> None:
+def _check_channels(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
+    """Refuse images of other channels than the first convolution of the stem takes.
+
+    Raises:
+        InputError: If so.
+    """
     convolution: Any = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
     if images.shape[1] != convolution.in_channels:
         raise InputError(

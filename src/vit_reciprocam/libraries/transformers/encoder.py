@@ -1,4 +1,4 @@
-"""transformers' ViT, DeiT and DINOv2 -> Encoder."""
+"""transformers' ViT, DeiT and DINOv2 as an `Encoder`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from vit_reciprocam.libraries.common.encoder import Encoder, Layer, refused, steps
-from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, first
-from vit_reciprocam.libraries.transformers.split import NORM_1, NORM_2, attention_of, unknown_parts
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
+from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, get_first
+from vit_reciprocam.libraries.transformers.split import (
+    NORM_1,
+    NORM_2,
+    attention_of,
+    why_unknown_block,
+)
 
 __all__ = ["encoder"]
 
@@ -16,46 +21,47 @@ _CLASS_TOKEN = ("ViT", "ViTMSN", "DeiT", "Dinov2", "Dinov2WithRegisters")
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """A model with a class token that its head reads.
+    """Return a model with a class token that its head reads.
 
-    DINOv2's head reads the mean of all patches too, so it has rollout and no relevance.
+    DINOv2's head reads the mean of all patches too, so DINOv2 has rollout and no relevance.
 
     Raises:
-        ModelError: If it is none, or if the parts of one of its blocks are not known.
+        ModelError: If it is not such a model, or if the parts of one of its blocks are not known.
     """
     m: Any = model
     family = base_name(type(model)).partition("For")[0]
     if family not in _CLASS_TOKEN:
-        raise refused(model, "the parts of this architecture, or its class token, are not known")
-    parts = FAMILIES[base_name(type(model))](model)
-    heads: tuple[Any, ...] = (first(m, "cls_classifier", "classifier"),)
-    if parts.reads == 2:
+        raise no_encoder(model, "the parts of this architecture, or its class token, are not known")
+    description = FAMILIES[base_name(type(model))](model)
+    heads: tuple[Any, ...] = (get_first(m, "cls_classifier", "classifier"),)
+    if description.reads == 2:
         heads += (m.distillation_classifier,)
+    blocks = description.blocks
     return Encoder(
-        entry=parts.blocks[0],
-        layers=tuple(_layer(model, number, block) for number, block in enumerate(parts.blocks)),
+        entry=blocks[0],
+        layers=tuple(_layer(model, number, block) for number, block in enumerate(blocks)),
         norm=steps(m.base_model.layernorm),
-        heads=tuple(steps(head) for head in heads) if isinstance(parts.reads, int) else (),
-        logits=parts.head,
+        heads=tuple(steps(head) for head in heads) if isinstance(description.reads, int) else (),
+        logits=description.head,
     )
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
-    unknown = unknown_parts(block)
-    if unknown:
-        raise refused(model, unknown.replace("the last block", f"its block {number}"))
-    out = first(block, "attention.o_proj", "attention.output.dense")
-    mlp = first(block, "mlp")
+    because = why_unknown_block(block)
+    if because:
+        raise no_encoder(model, because.replace("the last block", f"its block {number}"))
+    out = get_first(block, "attention.o_proj", "attention.output.dense")
+    mlp = get_first(block, "mlp")
     inner: tuple[Any, ...] = (mlp,)
-    if mlp is None:
+    if mlp is None:  # two modules of the block take its place
         act = block.intermediate.intermediate_act_fn
         inner = (block.intermediate.dense, act, block.output.dense)
-    elif first(mlp, "fc1") is not None:
-        inner = (mlp.fc1, first(mlp, "activation_fn", "activation"), mlp.fc2)
-    scales = (first(block, "layer_scale1"), first(block, "layer_scale2"))
+    elif get_first(mlp, "fc1") is not None:
+        inner = (mlp.fc1, get_first(mlp, "activation_fn", "activation"), mlp.fc2)
+    scales = (get_first(block, "layer_scale1"), get_first(block, "layer_scale2"))
     return Layer(
-        before=steps(first(block, *NORM_1)),
+        before=steps(get_first(block, *NORM_1)),
         attention=attention_of(block, 0, (0, 0), {}),
         after=steps(out, scales[0]),
-        mlp=steps(first(block, *NORM_2), *inner, scales[1]),
+        mlp=steps(get_first(block, *NORM_2), *inner, scales[1]),
     )

@@ -1,4 +1,7 @@
-"""The families of transformers' models: where each has its blocks, head and tokens."""
+"""The families of transformers' models: where each has its blocks, its head and its tokens.
+
+Letters of the shapes: B images, T tokens, D width, C classes, E width of a tower's features.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,34 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.libraries.common.running import Grid
 
 __all__ = [
     "FAMILIES",
-    "Grid",
     "ImageTower",
-    "Parts",
+    "ModelDescription",
     "Pooling",
     "base_name",
     "check_class",
-    "first",
+    "describe_tower",
+    "get_first",
     "image_tower",
-    "tower_parts",
 ]
 
 _MEAN = "the head reads the mean of all patches"
 _TOWERS = ("CLIPVisionModel", "MetaClip2VisionModel", "SiglipVisionModel")
 
-Grid = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Pooling:
-    """A head that makes one vector of all tokens: their mean, or what attends to them.
+    """A head that makes one vector of all tokens: their mean, or the output of an attention.
 
     Attributes:
         tokens: The last block's output (B, T, D) -> the tokens that are pooled.
-        finish: The vector (B, D) -> logits.
+        finish: The vector (B, D) -> logits (B, C).
         prefix: How many of the tokens stand before the patches.
-        attention: The module that attends to them, None where it is their mean.
-        around: A module that takes the mean and is not called where its parts are.
+        attention: The module that attends to the tokens; None if the vector is their mean.
+        around: The module that takes the mean in the model; a cut before the pool does not call it.
     """
 
     tokens: Callable[[Tensor], Tensor]
@@ -52,29 +53,29 @@ class Pooling:
     around: Any = None
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The one vector (B, D) of the tokens."""
+        """Return the one vector (B, D) of the tokens."""
         return tokens.mean(dim=1) if self.attention is None else self.attention(tokens)
 
     def __call__(self, y: Tensor) -> Tensor:
-        """The last block's output -> logits."""
+        """Return the logits (B, C) for the last block's output (B, T, D)."""
         return self.finish(self.pool(self.tokens(y)))
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A model as its family's function describes it.
+class ModelDescription:
+    """A model by its parts, as the function of its family describes it.
 
     Attributes:
-        config: Of the image encoder.
-        blocks: Its blocks, of a hierarchical model those of the last stage.
+        config: The configuration of the image encoder.
+        blocks: The encoder blocks; of a hierarchical model those of the last stage.
         prefix: How many tokens stand before the patches.
-        reads: How many tokens from the first on the head reads, or where that is all of them, a
-            clause that says so.
-        head: The last block's output (B, T, D) -> logits.
-        pooling: The head by its parts, where it pools all tokens and is no `Pooling` itself.
-        grid: What else a block is called with -> patch grid; by default that of
-            `config.patch_size`.
-        check_grid: Refuses a grid whose patches do not all attend to each other.
+        reads: How many tokens the head reads, from the first on; if it reads all of them, a clause
+            that says so.
+        head: The last block's output (B, T, D) -> logits (B, C).
+        pooling: The head by its parts, if it pools all tokens and `head` is not a `Pooling` itself.
+        grid: The arguments of a block after X -> the patch grid; by default `config.patch_size`
+            gives it.
+        check_grid: A function that refuses a grid in which not all patches attend to each other.
         fixed_size: Whether images must have the size of `config.image_size`.
         post_norm: Whether the blocks' LayerNorms follow attention and MLP, so that F is what the
             attention reads, not what the first LayerNorm gives.
@@ -92,13 +93,15 @@ class Parts:
     post_norm: bool = False
 
 
-FAMILIES: dict[str, Callable[[Any], Parts]] = {}
+_Describe = Callable[[Any], ModelDescription]
+FAMILIES: dict[str, _Describe] = {}
+"""The name of a class of transformers -> the function that describes its models."""
 
 
-def _family(*names: str) -> Callable[[Callable[[Any], Parts]], Callable[[Any], Parts]]:
-    """Register a function for transformers' classes of these names."""
+def _family(*names: str) -> Callable[[_Describe], _Describe]:
+    """Register the function below it in `FAMILIES` for transformers' classes of these names."""
 
-    def register(describe: Callable[[Any], Parts]) -> Callable[[Any], Parts]:
+    def register(describe: _Describe) -> _Describe:
         FAMILIES.update(dict.fromkeys(names, describe))
         return describe
 
@@ -111,7 +114,7 @@ def _family(*names: str) -> Callable[[Callable[[Any], Parts]], Callable[[Any], P
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
 )
-def _vit(model: Any) -> Parts:
+def _vit(model: Any) -> ModelDescription:
     body = model.base_model
     teacher = hasattr(model, "distillation_classifier")
 
@@ -123,7 +126,7 @@ def _vit(model: Any) -> Parts:
         logits: Tensor = model.classifier(y[:, 0])
         return logits
 
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=body.layers,
         prefix=2 if hasattr(body.embeddings, "distillation_token") else 1,
@@ -134,9 +137,9 @@ def _vit(model: Any) -> Parts:
 
 
 @_family("IJepaForImageClassification")
-def _ijepa(model: Any) -> Parts:
+def _ijepa(model: Any) -> ModelDescription:
     body = model.ijepa
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=body.layers,
         prefix=0,
@@ -147,7 +150,7 @@ def _ijepa(model: Any) -> Parts:
 
 
 @_family("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
-def _dinov2(model: Any) -> Parts:
+def _dinov2(model: Any) -> ModelDescription:
     body = model.base_model
     prefix = 1 + getattr(body.config, "num_register_tokens", 0)
 
@@ -157,13 +160,18 @@ def _dinov2(model: Any) -> Parts:
         return logits
 
     def tokens(y: Tensor) -> Tensor:
-        """Twice as wide, so that their mean is the class token beside the mean of all patches."""
+        """Return tokens (B, T, 2 D) whose mean is what the head reads.
+
+        That is the class token beside the mean of all patches. The class token stands in the left
+        half and the patches in the right half, each scaled so that the mean over all tokens, zeros
+        included, gives either back.
+        """
         y = body.layernorm(y)
         width, patches = y.shape[2], y.shape[1] - prefix
         class_token, others = pad(y[:, :1], (0, width)), pad(y[:, prefix:], (width, 0))
         return torch.cat([class_token, others / patches], dim=1) * (1 + patches)
 
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=body.encoder.layer,
         prefix=prefix,
@@ -174,7 +182,7 @@ def _dinov2(model: Any) -> Parts:
 
 
 @_family("BeitForImageClassification", "Data2VecVisionForImageClassification")
-def _beit(model: Any) -> Parts:
+def _beit(model: Any) -> ModelDescription:
     body = model.base_model
     mean = body.config.use_mean_pooling
     pooling = Pooling(
@@ -182,9 +190,9 @@ def _beit(model: Any) -> Parts:
         finish=lambda pooled: model.classifier(body.pooler.layernorm(pooled)),
         around=body.pooler,
     )
-    return Parts(
+    return ModelDescription(
         config=body.config,
-        blocks=first(body, "layers", "encoder.layer"),
+        blocks=get_first(body, "layers", "encoder.layer"),
         prefix=1,
         reads=_MEAN if mean else 1,
         head=lambda y: model.classifier(body.pooler(body.layernorm(y))),
@@ -193,9 +201,9 @@ def _beit(model: Any) -> Parts:
 
 
 @_family("CLIPForImageClassification", "MetaClip2ForImageClassification")
-def _clip(model: Any) -> Parts:
+def _clip(model: Any) -> ModelDescription:
     body = model.vision_model
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=body.encoder.layers,
         prefix=1,
@@ -206,9 +214,9 @@ def _clip(model: Any) -> Parts:
 
 
 @_family("SiglipForImageClassification")
-def _siglip(model: Any) -> Parts:
+def _siglip(model: Any) -> ModelDescription:
     body = model.vision_model
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=body.encoder.layers,
         prefix=0,
@@ -219,7 +227,7 @@ def _siglip(model: Any) -> Parts:
 
 
 @_family("SwinForImageClassification", "Swinv2ForImageClassification")
-def _swin(model: Any) -> Parts:
+def _swin(model: Any) -> ModelDescription:
     body = model.base_model
     blocks = body.encoder.layers[-1].blocks
     post_norm = model.config.model_type == "swinv2"
@@ -237,7 +245,7 @@ def _swin(model: Any) -> Parts:
             )
 
     pooling = Pooling(tokens=body.layernorm, finish=model.classifier, around=body.pooler)
-    return Parts(
+    return ModelDescription(
         config=body.config,
         blocks=blocks,
         prefix=0,
@@ -252,9 +260,9 @@ def _swin(model: Any) -> Parts:
 
 
 @_family("PvtForImageClassification")
-def _pvt(model: Any) -> Parts:
+def _pvt(model: Any) -> ModelDescription:
     encoder = model.pvt.encoder
-    return Parts(
+    return ModelDescription(
         config=model.config,
         blocks=encoder.block[-1],
         prefix=1,
@@ -266,9 +274,9 @@ def _pvt(model: Any) -> Parts:
 
 
 @_family("PvtV2ForImageClassification")
-def _pvt_v2(model: Any) -> Parts:
+def _pvt_v2(model: Any) -> ModelDescription:
     stage = model.pvt_v2.encoder.layers[-1]
-    return Parts(
+    return ModelDescription(
         config=model.config,
         blocks=stage.blocks,
         prefix=0,
@@ -279,7 +287,7 @@ def _pvt_v2(model: Any) -> Parts:
 
 
 class ImageTower(nn.Module):
-    """Images -> features (B, E), as a tensor, of a model that compares images with texts."""
+    """The image side of a model that compares images with texts: images -> features (B, E)."""
 
     def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
         """Join an image encoder and what projects its pooled output."""
@@ -288,17 +296,17 @@ class ImageTower(nn.Module):
         self.projection = projection
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features, before they are normalised."""
+        """Return the features (B, E) as a tensor, before they are normalised."""
         features: Tensor = self.projection(self.vision(images).pooler_output)
         return features
 
 
 def image_tower(model: nn.Module) -> ImageTower:
-    """The image side of a CLIP or SigLIP model, which shares the model's modules.
+    """Return the image side of a CLIP or SigLIP model; it shares the model's modules.
 
     Args:
-        model: CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, or those
-            of MetaCLIP 2.
+        model: A CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, or a
+            model of the classes of MetaCLIP 2.
 
     Raises:
         ModelError: If it is none of these.
@@ -320,12 +328,12 @@ def image_tower(model: nn.Module) -> ImageTower:
     return ImageTower(vision, getattr(model, "visual_projection", nn.Identity()))
 
 
-def tower_parts(tower: Any) -> Parts:
-    """The parts of an `ImageTower`, whose features take the place of logits."""
+def describe_tower(tower: Any) -> ModelDescription:
+    """Return an `ImageTower` by its parts; its features take the place of logits."""
     vision = tower.vision
     attention = getattr(vision, "head", None)
     pooling = Pooling(vision.post_layernorm, tower.projection, attention=attention)
-    return Parts(
+    return ModelDescription(
         config=vision.config,
         blocks=vision.encoder.layers,
         prefix=0 if attention else 1,
@@ -335,8 +343,13 @@ def tower_parts(tower: Any) -> Parts:
     )
 
 
-def first(module: Any, *paths: str) -> Any:
-    """The first of these attributes that there is, None where none is."""
+def get_first(module: Any, *paths: str) -> Any:
+    """Return the first of these attributes that a module has, None if it has none.
+
+    Args:
+        module: The module.
+        paths: Names, which may have dots, such as "attention.o_proj".
+    """
     for path in paths:
         try:
             return operator.attrgetter(path)(module)
@@ -346,14 +359,15 @@ def first(module: Any, *paths: str) -> Any:
 
 
 def base_name(kind: type) -> str:
-    """The name of transformers' class that a class is, or is derived from."""
+    """Return the name of the class of transformers that a class is, or is derived from."""
     for cls in kind.__mro__:
         if cls.__module__.startswith("transformers.models."):
             return cls.__name__
     return kind.__name__
 
 
-_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
+_GIVES_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
+_NO_HEAD = "has no classification head"
 _INSTEAD = {
     "TimmWrapperForImageClassification": "it wraps a timm model: pass model.timm_model",
     "Siglip2ForImageClassification": "it takes patches of images of any shape, not images. The "
@@ -370,29 +384,24 @@ def check_class(kind: type) -> None:
     name = base_name(kind)
     if name in FAMILIES:
         return
-    _, *made_for = re.split("For(?=[A-Z])", name, maxsplit=1)  # no "Former"
-    task = "".join(made_for)
+    task = re.search("For([A-Z].*)", name)  # what follows "For", but not in "Former"
     if name in _INSTEAD:
         why = f"is not supported: {_INSTEAD[name]}"
-    elif issubclass(kind, ImageTower) or _FEATURES.fullmatch(name):
+    elif issubclass(kind, ImageTower) or _GIVES_FEATURES.fullmatch(name):
         why = (
             "gives image features, no class scores: make a classifier of text prompts with "
             "vit_reciprocam.libraries.transformers.split.zero_shot(model, processor, prompts)"
         )
-    elif task.startswith("ImageClassification"):
+    elif task and task[1].startswith("ImageClassification"):
         why = (
-            "is not supported: it is no Vision Transformer whose parts are known. Supported are "
+            "is not supported: it is not a Vision Transformer whose parts are known. Supported are "
             + ", ".join(sorted(FAMILIES))
         )
-    elif made_for:
-        words = " ".join(re.findall("[A-Z][a-z]*", task)).lower()
-        why = (
-            f"is made for {words}, not to classify whole images: pass a model of "
-            "AutoModelForImageClassification"
-        )
     else:
+        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", task[1]).lower() if task else ""
+        lacks = f"is made for {words}, not to classify whole images" if words else _NO_HEAD
         why = (
-            "has no classification head, so it has no class scores to explain: load it with "
+            f"{lacks}, so it has no class scores to explain: load it with "
             "AutoModelForImageClassification"
         )
     raise ModelError(f"transformers' {name} {why}")

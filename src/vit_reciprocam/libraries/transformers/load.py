@@ -36,16 +36,16 @@ def load_transformers(
     templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """A model in evaluation mode, its preprocessing, and its class names where known.
+    """Load a model in evaluation mode, its preprocessing, and its class names if known.
 
     Args:
         name: A folder that `save_pretrained` wrote, or a model's name on the Hugging Face hub.
-        weights: "random" leaves the weights untrained, in float32; the configuration and processors
-            are read. By default the published ones are loaded, or those of the folder.
-        prompts: One per class, for a model that compares images with texts.
-        templates: Sentences for the prompts, as `zero_shot` takes them.
-        options: For `from_pretrained`, such as `revision` or `attn_implementation`. Weights are
-            loaded in float32 unless `dtype` says otherwise.
+        weights: "random" leaves the weights untrained, in float32, and reads only the configuration
+            and the processors. By default the published weights are loaded, or the folder's.
+        prompts: One text per class, for a model that compares images with texts.
+        templates: Sentences with a place {} for the prompt, see `zero_shot`.
+        options: Keyword arguments for `from_pretrained`, such as `revision` or
+            `attn_implementation`. Weights are loaded in float32 unless `dtype` says otherwise.
 
     Raises:
         ModelError: If the model or its preprocessing is not supported, with the reason.
@@ -71,6 +71,11 @@ def load_transformers(
 
 
 def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
+    """Return the model with its weights.
+
+    Raises:
+        WeightsError: If some are missing, which transformers would draw at random.
+    """
     loaded = _fetch(name, kind, {"dtype": torch.float32, **options, "output_loading_info": True})
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -82,7 +87,12 @@ def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | None) -> None:
-    """Refuse what cannot be explained before its weights are fetched."""
+    """Refuse what cannot be explained before its weights are fetched.
+
+    Raises:
+        ModelError: If the model is not supported, lacks prompts, or has classes of its own and was
+            given prompts.
+    """
     with_texts = hasattr(kind, "get_text_features")
     if with_texts and prompts is None:
         raise ModelError(
@@ -101,7 +111,12 @@ def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | No
 
 
 def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    """`kind.from_pretrained`, with errors that say in one sentence what is wrong."""
+    """Call `kind.from_pretrained`; its errors become one sentence that says what is wrong.
+
+    Raises:
+        WeightsError: If a folder does not hold what is asked for.
+        DownloadError: If it cannot be fetched.
+    """
     what = kind.__name__.removeprefix("Auto")
     local = Path(name).is_dir()
     if not local and (Path(name).is_absolute() or name.startswith(".")):
@@ -124,7 +139,11 @@ def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _model_class(name: str, config: Any) -> Any:
-    """The class that the model was saved as: others would load it with a head of random weights."""
+    """Return the class that the model was saved as; any other would give it a random head.
+
+    Raises:
+        ModelError: If transformers does not have that class.
+    """
     saved_as = (config.architectures or [""])[0]
     kind = getattr(transformers, saved_as, None)
     if kind is None:
@@ -136,18 +155,19 @@ def _model_class(name: str, config: Any) -> Any:
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:
+    """Return the names in a configuration, None if they are those that transformers makes up."""
     names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     unnamed = tuple(f"LABEL_{index}" for index in range(config.num_labels))
     return None if names == unnamed else names
 
 
 def _preprocess(name: str, processor: Any) -> Preprocess:
-    """A processor's steps as a `Preprocess`.
+    """Return the steps of a processor as a `Preprocess`.
 
     Processors that resize with torchvision round otherwise, by less than the eye sees.
 
     Raises:
-        ModelError: If it does something else.
+        ModelError: If the processor does anything that a `Preprocess` does not.
     """
     size = dict(getattr(processor, "size", None) or {})
     cropped = getattr(processor, "do_center_crop", None)
@@ -183,13 +203,17 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
 
 
 def _share(kept: int, side: int) -> float:
-    """What of a side a crop keeps, such that dividing by it and rounding down gives the side."""
+    """Return the share of a side that a crop keeps.
+
+    `Preprocess` divides the crop by this share and rounds down, which must give the side again; if
+    rounding of the division prevents that, half a pixel is added.
+    """
     share = kept / side
     return share if math.floor(kept / share) == side else kept / (side + 0.5)
 
 
 def _agree(processor: Any, preprocess: Preprocess) -> bool:
-    """Whether they make the same of a picture, but for rounding."""
+    """Return whether both make the same of a test picture, except for rounding."""
     down, right = np.mgrid[0:1:240j, 0:1:400j]
     colours = np.stack([255 * right, 255 * down, 127 * (right - down) + 127], axis=-1)
     picture = Image.fromarray(colours.astype(np.uint8))
@@ -197,6 +221,7 @@ def _agree(processor: Any, preprocess: Preprocess) -> bool:
     ours = preprocess(picture)
     if theirs.shape != ours.shape:
         return False
+    # differences in levels of 0 to 255: rounding makes less than 2 on average, another step more
     levels = np.abs(theirs - ours) * 255 * np.array(preprocess.std)[:, None, None]
     return bool(levels.mean() < 2)
 

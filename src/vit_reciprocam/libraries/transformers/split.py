@@ -1,4 +1,8 @@
-"""Hugging Face transformers' models -> Split."""
+"""The split of Hugging Face transformers' models, and prompts as classes of its CLIP models.
+
+Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
+A width of the joined heads, C classes, E width of a tower's features; n masks at once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -15,28 +20,27 @@ from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
-    multihead_unknown,
+    why_unknown_multihead,
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
-from vit_reciprocam.libraries.common.running import Call, blocks_from, calls_of, same
+from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks, same
 from vit_reciprocam.libraries.common.whole import (
     is_own,
     kind_of,
-    not_plain,
     refuse_bypassed,
-    unknown_inside,
+    why_not_linear,
+    why_unknown,
 )
-from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, filled
+from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 from vit_reciprocam.libraries.transformers.families import (
     FAMILIES,
-    Grid,
-    Parts,
+    ModelDescription,
     Pooling,
     base_name,
     check_class,
-    first,
+    describe_tower,
+    get_first,
     image_tower,
-    tower_parts,
 )
 
 __all__ = [
@@ -45,27 +49,28 @@ __all__ = [
     "attention_of",
     "split",
     "split_tower",
-    "unknown_parts",
+    "why_unknown_block",
     "zero_shot",
 ]
 
+# The names under which the classes keep a block's first and second LayerNorm.
 NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
 NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
-_TEXTS_AT_ONCE = 256
+_TEXTS_AT_ONCE = 256  # so that many classes with many templates fit in memory
 
 
 @torch.no_grad()
 def zero_shot(
     model: nn.Module, processor: Any, prompts: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> ZeroShot:
-    """A classifier of text prompts.
+    """Make the image side of a model that compares images with texts a classifier of prompts.
 
     Args:
-        model: CLIPModel, SiglipModel or MetaClip2Model, in evaluation mode.
-        processor: Its processor or tokenizer.
-        prompts: One a class.
-        templates: What "{}" of a template is replaced by a prompt gives one text; a class is the
-            mean of its texts' normalised embeddings.
+        model: A CLIPModel, SiglipModel or MetaClip2Model, in evaluation mode.
+        processor: The model's processor or tokenizer.
+        prompts: One text per class: a sentence or, with templates, a name.
+        templates: Sentences with a place {} for the prompt; a class is the mean of their normalised
+            embeddings.
 
     Raises:
         ModelError: If the model does not compare images with texts, is not supported, or is in
@@ -79,7 +84,7 @@ def zero_shot(
     if model.training:
         raise ModelError(f"the {type(model).__name__} is in training mode: call model.eval() first")
     check_prompts(prompts, templates)
-    every = [filled(template, prompt) for prompt in prompts for template in templates]
+    every = [fill_template(template, prompt) for prompt in prompts for template in templates]
     embedded = torch.cat(
         [
             _embed(m, processor, every[start : start + _TEXTS_AT_ONCE])
@@ -94,7 +99,12 @@ def zero_shot(
     )
 
 
-def _embed(model: Any, processor: Any, texts: list[str]) -> Tensor:
+def _embed(model: Any, processor: Any, texts: list[str]) -> Float[Tensor, "texts E"]:
+    """Return the embeddings of texts, before they are normalised.
+
+    Raises:
+        InputError: If a text is longer than the model takes.
+    """
     longest = model.config.text_config.max_position_embeddings
     tokenizer = getattr(processor, "tokenizer", processor)
     # SigLIP was trained on padded texts and reads the last position
@@ -116,119 +126,139 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
 
     A hierarchical model's blocks are those of its last stage, whose grid the maps have.
 
+    Args:
+        model: The model.
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut before the head pools all tokens instead.
+
     Raises:
-        ModelError: If it is not a supported classifier, or if its own code or hooks would be
-            bypassed by running its parts.
+        ModelError: If it is not a supported classifier, or if running it by its parts would bypass
+            code or hooks of its own.
         InputError: If it has no such block, or no pooling to cut at.
     """
     check_class(type(model))
-    if isinstance(first(model, "classifier", "cls_classifier"), nn.Identity):
+    if isinstance(get_first(model, "classifier", "cls_classifier"), nn.Identity):
         raise ModelError(
             f"this {type(model).__name__} has no classification head (num_labels=0), so it has no "
             "class scores to explain. Load it with its head, or with num_labels=... to train one"
         )
     try:
-        parts = FAMILIES[base_name(type(model))](model)
+        description = FAMILIES[base_name(type(model))](model)
     except AttributeError as error:
         raise ModelError(
             f"this {type(model).__name__} is not laid out as expected ({error}): use transformers "
             "5.10 or newer"
         ) from error
-    return _split(model, parts, block, pool)
+    return _split(model, description, block, pool)
 
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut an image tower alike; its features take the place of logits.
+    """Cut an image tower like a classifier; its features take the place of logits.
+
+    Args:
+        tower: The tower, or the model that holds it.
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut before the head pools all tokens instead.
 
     Raises:
-        ModelError: If it is not a supported tower, or if its own code or hooks would be bypassed by
-            running its parts.
+        ModelError: If it is not a supported tower, or if running it by its parts would bypass code
+            or hooks of its own.
         InputError: If it has no such block, or no pooling to cut at.
     """
     tower = image_tower(tower)
-    return _split(tower, tower_parts(tower), block, pool)
+    return _split(tower, describe_tower(tower), block, pool)
 
 
-def _split(model: nn.Module, parts: Parts, number: int, pool: bool) -> Split:
-    refuse_bypassed(model, parts.blocks[-1], "transformers")
+def _split(model: nn.Module, description: ModelDescription, number: int, pool: bool) -> Split:
+    refuse_bypassed(model, description.blocks[-1], "transformers")
     if pool:
-        return _split_pool(model, parts)
-    blocks = blocks_from(number, parts.blocks)
-    if isinstance(parts.reads, str):
-        because = parts.reads
-    else:
-        because = unknown_parts(blocks[0]) if number == -1 else "the cut is not in the last block"
-        because = because or _unknown_norm(model, blocks[0])
-
-    def calls(images: Tensor) -> tuple[Grid, list[Call]]:
-        grid, called = _calls(model, parts, blocks, images)
-        if parts.check_grid is not None:
-            parts.check_grid(grid)
-        return grid, called
-
-    tokens = parts.reads if isinstance(parts.reads, int) else 0
+        return _split_pool(model, description)
+    blocks = last_blocks(number, description.blocks)
     block = blocks[0]
+    if isinstance(description.reads, str):
+        because = description.reads
+    elif number != -1:
+        because = "the cut is not in the last block"
+    else:
+        because = why_unknown_block(block)
+    because = because or _why_unknown_norm(model, block)
+
+    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
+        grid, calls = _enter(model, description, blocks, images)
+        if description.check_grid is not None:
+            description.check_grid(grid)
+        return grid, calls
+
+    if description.post_norm:
+        tap = Tap((block.attention,), "input")
+    else:
+        tap = Tap((get_first(block, *NORM_1),))
+    tokens = description.reads if isinstance(description.reads, int) else 0
     return split_block(
         blocks=blocks,
-        calls=calls,
-        tap=Tap((block.attention,), "input") if parts.post_norm else Tap((first(block, *NORM_1),)),
-        head=parts.head,
+        enter=enter,
+        tap=tap,
+        head=description.head,
         because=because,
-        prefix=parts.prefix,
-        tokens=tokens,
+        prefix=description.prefix,
+        readout_tokens=tokens,
         attention=lambda grid, options: attention_of(block, tokens, grid, options),
-        after=lambda heads, _normed, x: _after_attention(block, heads, x),
+        finish_block=lambda heads, _normed, x: _finish_block(block, heads, x),
     )
 
 
-def _unknown_norm(model: nn.Module, block: nn.Module) -> str:
-    """Why the norm after the last block may look at more than one token; empty if it does not."""
+def _why_unknown_norm(model: nn.Module, block: nn.Module) -> str:
+    """Return why the norm after the last block may read more than its own token, "" if not."""
     inside = {id(module) for module in block.modules()}
     found = [
-        unknown_inside(module, "transformers", f"the norm {path}")
+        why_unknown(module, "transformers", f"the norm {path}")
         for path, module in model.named_modules()
         if isinstance(module, nn.LayerNorm) and id(module) not in inside
     ]
     return next(filter(None, found), "")
 
 
-def _calls(
-    model: nn.Module, parts: Parts, blocks: Sequence[nn.Module], images: Tensor
+def _enter(
+    model: nn.Module,
+    description: ModelDescription,
+    blocks: Sequence[nn.Module],
+    images: Float[Tensor, "B channels H W"],
 ) -> tuple[Grid, list[Call]]:
-    """The patch grid of images, and how the model calls some of its blocks for them."""
-    grid = _patch_grid(parts, images)
+    """Return the patch grid of images, and how the model calls some of its blocks for them."""
+    grid = _patch_grid(description, images)  # refuses a wrong size before the model runs
     calls = [
-        (tuple(map(_shared, args)), {key: _shared(value) for key, value in options.items()})
-        for args, options in calls_of(model, blocks, images)
+        (tuple(map(_share, args)), {key: _share(value) for key, value in options.items()})
+        for args, options in find_calls(model, blocks, images)
     ]
-    return grid if parts.grid is None else parts.grid(*calls[0][0][1:]), calls
+    return grid if description.grid is None else description.grid(*calls[0][0][1:]), calls
 
 
-def _shared(value: Any) -> Any:
-    """Masks and biases (B, heads, T, T) as (1, heads, T, T): images differ in none.
+def _share(value: Any) -> Any:
+    """Return masks and biases (B, heads, T, T) as (1, heads, T, T), anything else as it is.
 
-    A tracer has transformers make masks, which hide nothing, for each image of a batch.
+    Images differ in none of them, and shared they fit any number of masked images. Under a tracer
+    transformers makes a mask, which hides nothing, for each image of a batch.
     """
     return value[:1] if isinstance(value, Tensor) and value.ndim == 4 else value
 
 
-def _split_pool(model: nn.Module, parts: Parts) -> Split:
+def _split_pool(model: nn.Module, description: ModelDescription) -> Split:
     """Cut before the head pools: after the last block and the norm that may follow it."""
-    block = parts.blocks[-1]
-    pooling = parts.head if isinstance(parts.head, Pooling) else parts.pooling
+    block, head = description.blocks[-1], description.head
+    pooling = head if isinstance(head, Pooling) else description.pooling
     if pooling is None:
-        because = parts.reads if isinstance(parts.reads, str) else ""
-        raise no_pool(first(model, "vision") or model, because)
+        because = description.reads if isinstance(description.reads, str) else ""
+        raise no_pool(get_first(model, "vision") or model, because)
     if pooling.around is not None:
         refuse_bypassed(model, block, "transformers", pooling.around)
 
-    def tokens(images: Tensor) -> tuple[Grid, Tensor]:
-        grid, (call,) = _calls(model, parts, [block], images)
+    def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
+        grid, (call,) = _enter(model, description, [block], images)
         return grid, pooling.tokens(run_again(block, call, call[0][0]))
 
     readout: MeanPool | Readout | str = MeanPool(pooling.finish)
     if pooling.attention is not None:
-        readout = _pool_unknown(pooling.attention) or _attending(pooling)
+        readout = _why_unknown_pool(pooling.attention) or _attention_pool(pooling)
     return split_pool(
         tokens=tokens,
         pool=pooling.pool,
@@ -239,11 +269,11 @@ def _split_pool(model: nn.Module, parts: Parts) -> Split:
     )
 
 
-def _attending(pooling: Pooling) -> Readout:
-    """SigLIP's head: a learned probe asks, then an MLP."""
+def _attention_pool(pooling: Pooling) -> Readout:
+    """Return SigLIP's head by its parts: a learned probe asks, and an MLP follows."""
     head = pooling.attention
 
-    def finish(heads: Tensor, _normed: Tensor, _x: Tensor) -> Tensor:
+    def finish(heads: Float[Tensor, "n B 1 A"], _normed: Tensor, _x: Tensor) -> Tensor:
         y = multihead_output(head.attention, heads)
         y = y + head.mlp(head.layernorm(y))
         return pooling.finish(y[..., 0, :])
@@ -251,27 +281,27 @@ def _attending(pooling: Pooling) -> Readout:
     return Readout(1, multihead_attention(head.attention, head.probe[0]), finish)
 
 
-def _pool_unknown(head: Any) -> str:
-    """Why running the attention pool's parts would not be running it; empty if it would."""
+def _why_unknown_pool(head: Any) -> str:
+    """Return why running the attention pool by its parts might not be running it, "" if it is."""
     if not is_own(head, "transformers"):
         return f"the head pools by a {kind_of(head)}, whose forward is not of transformers"
-    return multihead_unknown(head.attention, "the head's attention") or unknown_inside(
+    return why_unknown_multihead(head.attention, "the head's attention") or why_unknown(
         head, "transformers", "the head's attention pool"
     )
 
 
-def _patch_grid(parts: Parts, images: Tensor) -> Grid:
-    """The grid of an image size, where patches do not overlap and are not merged.
+def _patch_grid(description: ModelDescription, images: Float[Tensor, "B channels H W"]) -> Grid:
+    """Return the grid of an image size, if patches do not overlap and are not merged.
 
     Raises:
         InputError: If the model cannot take images of that size.
     """
-    config, (channels, height, width) = parts.config, images.shape[1:]
+    config, (channels, height, width) = description.config, images.shape[1:]
     if channels != config.num_channels:
         raise InputError(
             f"this model takes {config.num_channels} channel(s), got images of {channels}"
         )
-    if parts.fixed_size and (height, width) != _pair(config.image_size):
+    if description.fixed_size and (height, width) != _pair(config.image_size):
         want_h, want_w = _pair(config.image_size)
         raise InputError(
             f"this model takes images of {want_h}x{want_w} pixels (height x width), got "
@@ -291,23 +321,31 @@ def _pair(size: Any) -> Grid:
 
 
 def _self_attention(block: Any) -> Any:
-    """The module that holds the projections to queries, keys and values."""
-    return first(block, "attention.attention", "attention.self", "attention", "self_attn")
+    """Return the module that holds the projections to queries, keys and values."""
+    return get_first(block, "attention.attention", "attention.self", "attention", "self_attn")
 
 
 def _projections(attention: Any) -> list[Any]:
+    """Return the linear layers that make queries, keys and values."""
     names = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
-    return [first(attention, *either) for either in names]
+    return [get_first(attention, *either) for either in names]
 
 
 def attention_of(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
-    """Return the attention of a block by its parts."""
+    """Return the attention of a block by its parts.
+
+    Args:
+        block: The block.
+        tokens: R, how many readout tokens ask.
+        grid: The patch grid, by which a bias of relative position is made.
+        options: The keywords with which the model calls the block.
+    """
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
-    heads = first(module, "num_attention_heads", "num_heads")
-    # biases by relative position (1, heads, T, T): of all blocks, and of this block
+    heads = get_first(module, "num_attention_heads", "num_heads")
+    # biases of relative position (1, heads, T, T): those that all blocks share, and this block's
     biases = [options.get("attention_mask"), options.get("relative_position_bias")]
-    own = first(block, "relative_position_bias") or first(module, "relative_position_bias")
+    own = get_first(block, "relative_position_bias") or get_first(module, "relative_position_bias")
     if own is not None:
         biases.append(own(grid))
     # a mask of truth values hides nothing
@@ -325,27 +363,31 @@ def attention_of(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -
     )
 
 
-def _after_attention(block: Any, heads: Tensor, x: Tensor) -> Tensor:
-    """From the joined heads and the skip path to the block's output."""
-    attended = first(block, "attention.o_proj", "self_attn.out_proj", "attention.output.dense")
-    x = x + _scaled(block, 1, attended(heads))
-    hidden = first(block, *NORM_2)(x)
-    mlp = first(block, "mlp")
+def _finish_block(
+    block: Any, heads: Float[Tensor, "*batch A"], x: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch D"]:
+    """Return the block's output for the joined heads and the skip path."""
+    project = get_first(block, "attention.o_proj", "self_attn.out_proj", "attention.output.dense")
+    x = x + _scale_layer(block, 1, project(heads))
+    hidden = get_first(block, *NORM_2)(x)
+    mlp = get_first(block, "mlp")
     hidden = mlp(hidden) if mlp is not None else block.output(block.intermediate(hidden))
-    return x + _scaled(block, 2, hidden)
+    return x + _scale_layer(block, 2, hidden)
 
 
-def _scaled(block: Any, number: int, value: Tensor) -> Tensor:
-    """With BEiT's LayerScale; dropout and stochastic depth do nothing in evaluation mode."""
+def _scale_layer(
+    block: Any, number: int, value: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch D"]:
+    """Apply BEiT's LayerScale; dropout and stochastic depth do nothing in evaluation mode."""
     scale = getattr(block, f"lambda_{number}", None)
     return value if scale is None else scale * value
 
 
-def unknown_parts(block: Any) -> str:
-    """Why running the last block's parts would not be running the block; empty if it would."""
+def why_unknown_block(block: Any) -> str:
+    """Return why running the last block by its parts might not be running it, "" if it is."""
     names = ("query", "key", "value")
     for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
-        because = not_plain(linear, f"the last block's {name} projection")
+        because = why_not_linear(linear, f"the last block's {name} projection")
         if because:
             return because
-    return unknown_inside(block, "transformers", "the last block", first(block, *NORM_1))
+    return why_unknown(block, "transformers", "the last block", get_first(block, *NORM_1))

@@ -1,0 +1,197 @@
+"""The last block of a timm model in which tokens attend to each other, as plain data.
+
+Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_reciprocam.core.split import Tap
+from vit_reciprocam.libraries.common.running import Grid, same
+
+__all__ = [
+    "Finish",
+    "LastBlock",
+    "MethodInputTap",
+    "ReorderedTap",
+    "at_attention_input",
+    "at_norm1",
+    "at_reordered_norm1",
+    "call_each",
+    "keep",
+    "rows_to_channels",
+    "tokens_to_channels",
+]
+
+Finish = Callable[[Any, Grid], Any]
+"""The block's output and the grid -> what the model's `forward_head` takes."""
+
+
+@dataclass(frozen=True)
+class MethodInputTap(Tap):
+    """The place of F in a block whose attention is called window by window.
+
+    No module takes all of F there, but a method of the block does before it cuts the windows: F is
+    the method's argument.
+
+    Attributes:
+        method: The method's name.
+    """
+
+    method: str = ""
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """Do as `Tap.changed` does, at the method; afterwards the method is what it was before."""
+        block = self.modules[0]
+        attend, patched_by_user = getattr(block, self.method), vars(block).get(self.method)
+        setattr(block, self.method, lambda tokens: attend(change(tokens, 0)))
+        try:
+            yield
+        finally:
+            delattr(block, self.method)
+            if patched_by_user is not None:
+                setattr(block, self.method, patched_by_user)
+
+
+@dataclass(frozen=True)
+class ReorderedTap(Tap):
+    """The place of F in a block whose tokens stand in another order than the image's patches.
+
+    Attributes:
+        arrange: F as it stands there -> F in the order of the image, (B, T, D).
+        restore: The inverse of `arrange`.
+    """
+
+    arrange: Callable[[Tensor], Tensor] = same
+    restore: Callable[[Tensor], Tensor] = same
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """Do as `Tap.changed` does, with F in the order of the image."""
+        with super().changed(lambda x, number: self.restore(change(self.arrange(x), number))):
+            yield
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """The last block of a model in which tokens attend to each other, and what follows it.
+
+    Attributes:
+        block: The module that is called with X, and perhaps with more.
+        tap: Where in the block F stands.
+        finish: The block's output and the grid -> what `model.forward_head` takes.
+        attention: What lets its tokens attend to each other; a model is refused if the name of this
+            object's class does not say that it is an attention.
+        layout: The layout of what the block takes: "tokens" (B, T, D), "rows" (B, h, w, D) or
+            "channels" (B, D, h, w).
+        arrange: What the block takes -> X, in the layout and the order of F.
+        restore: The inverse of `arrange`, from X and the grid.
+        prefix: How many tokens stand before the patches.
+        grid: (h, w), if the model fixes it.
+        batched: Whether the block takes other tensors too that have one row per image.
+        one_window: The side of the attention's window, if the grid must not be larger.
+        run: X -> the block's output, if X is the residual stream inside the block that its norm
+            takes, and not what the block itself takes.
+        because: Why the closed form does not hold.
+    """
+
+    block: Any
+    tap: Tap
+    finish: Finish
+    attention: Any
+    layout: str = "tokens"
+    arrange: Callable[[Tensor], Tensor] = same
+    restore: Callable[[Tensor, Grid], Tensor] = lambda x, _grid: x
+    prefix: int = 0
+    grid: Grid | None = None
+    batched: bool = False
+    one_window: int | None = None
+    run: Callable[[Tensor], Tensor] | None = None
+    because: str = "the head averages all tokens"
+
+
+# Where F stands
+
+
+def at_norm1(
+    block: Any,
+    finish: Finish,
+    layout: str = "tokens",
+    *,
+    tap: Tap | None = None,
+    attention: Any = None,
+    **more: Any,
+) -> LastBlock:
+    """Describe the common case: F is the output of the block's norm1.
+
+    Args:
+        block: The block.
+        finish: The block's output and the grid -> what `model.forward_head` takes.
+        layout: The layout of what the block takes: "tokens", "rows" or "channels".
+        tap: Where F stands instead.
+        attention: What attends, if it is not the block's attn.
+        more: Other attributes of `LastBlock`.
+    """
+    tap = tap or Tap((getattr(block, "norm1", None) or block,))
+    return LastBlock(block, tap, finish, attention or getattr(block, "attn", None), layout, **more)
+
+
+def at_reordered_norm1(
+    block: Any,
+    finish: Finish,
+    arrange: Callable[[Tensor], Tensor],
+    restore: Callable[[Tensor], Tensor],
+    **more: Any,
+) -> LastBlock:
+    """Describe a block whose tokens, like F, are not (B, T, D) in the order of the image."""
+    tap = ReorderedTap((block.norm1,), arrange=arrange, restore=restore)
+    return at_norm1(
+        block, finish, tap=tap, arrange=arrange, restore=lambda x, _: restore(x), **more
+    )
+
+
+def at_attention_input(
+    block: Any, attention: Any, finish: Finish, layout: str = "channels"
+) -> LastBlock:
+    """Describe a block without a norm before its attention: F is what the attention takes."""
+    # a block without attention is refused later, by the class of None; until then any tap will do
+    tap = Tap((attention or block,), "input")
+    return LastBlock(block, tap, finish, attention, layout)
+
+
+# What follows the block
+
+
+def keep(y: Any, _grid: Grid) -> Any:
+    """Return the block's output as it is."""
+    return y
+
+
+def call_each(*modules: Callable[[Any], Any]) -> Finish:
+    """Return a function that calls modules on the block's output, one after the other."""
+
+    def finish(y: Any, _grid: Grid) -> Any:
+        for module in modules:
+            y = module(y)
+        return y
+
+    return finish
+
+
+def rows_to_channels(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B D h w"]:
+    """Return a grid of tokens with the channels first."""
+    return y.permute(0, 3, 1, 2)
+
+
+def tokens_to_channels(y: Float[Tensor, "B T D"], grid: Grid) -> Float[Tensor, "B D h w"]:
+    """Return tokens as a grid with the channels first."""
+    channels: Tensor = y.transpose(1, 2).unflatten(2, grid)
+    return channels
