@@ -83,7 +83,7 @@ import torch
 from vit_reciprocam.core.split import Cut, Split, Tap
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.building import Architecture
-from vit_reciprocam.libraries.common.running import call_of
+from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 
@@ -91,7 +91,7 @@ def split(model, *, block=-1, pool=False):
     tap = Tap((model.block.norm,))
 
     def cut(images):
-        (x,), _ = call_of(model, model.block, images)
+        (x,), _ = find_call(model, model.block, images)
 
         def rest(normed, x):
             with tap.replaced(normed):

@@ -28,12 +28,8 @@ from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
 from vit_reciprocam.libraries.common.whole import is_own, refuse_bypassed, why_unknown
-from vit_reciprocam.libraries.timm.blocks import (
-    after_attention_pool,
-    attention_pool,
-    describe_block,
-    why_unknown_pool,
-)
+from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
+from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
 
 __all__ = ["split"]
@@ -186,8 +182,8 @@ def _split_pool(model: Any) -> Split:
     if pool is not None:
         readout = why_unknown_pool(pool) or Readout(
             tokens=pool.latent_len,
-            attention=attention_pool(pool),
-            finish=lambda heads, _normed, _x: finish(after_attention_pool(pool, heads)),
+            attention=describe_pool(pool),
+            finish=lambda heads, _normed, _x: finish(finish_pool(pool, heads)),
         )
     elif model.global_pool != "avg":
         readout = f"the head pools by global_pool={model.global_pool!r}, which is not linear"

@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
-from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, get_first
-from vit_reciprocam.libraries.transformers.split import (
+from vit_reciprocam.libraries.transformers.blocks import (
     NORM_1,
     NORM_2,
-    attention_of,
+    describe_attention,
     why_unknown_block,
 )
+from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, get_first
 
 __all__ = ["encoder"]
 
@@ -61,7 +61,7 @@ def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     scales = (get_first(block, "layer_scale1"), get_first(block, "layer_scale2"))
     return Layer(
         before=steps(get_first(block, *NORM_1)),
-        attention=attention_of(block, 0, (0, 0), {}),
+        attention=describe_attention(block, 0, (0, 0), {}),
         after=steps(out, scales[0]),
         mlp=steps(get_first(block, *NORM_2), *inner, scales[1]),
     )

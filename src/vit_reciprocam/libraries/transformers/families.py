@@ -1,12 +1,11 @@
 """The families of transformers' models: where each has its blocks, its head and its tokens.
 
-Letters of the shapes: B images, T tokens, D width, C classes, E width of a tower's features.
+Letters of the shapes: B images, T tokens, D width, C classes.
 """
 
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import InputError
 from vit_reciprocam.libraries.common.running import Grid
 
-__all__ = [
-    "FAMILIES",
-    "ImageTower",
-    "ModelDescription",
-    "Pooling",
-    "base_name",
-    "check_class",
-    "describe_tower",
-    "get_first",
-    "image_tower",
-]
+__all__ = ["FAMILIES", "ModelDescription", "Pooling", "base_name", "get_first"]
 
 _MEAN = "the head reads the mean of all patches"
-_TOWERS = ("CLIPVisionModel", "MetaClip2VisionModel", "SiglipVisionModel")
 
 
 @dataclass(frozen=True)
@@ -286,63 +274,6 @@ def _pvt_v2(model: Any) -> ModelDescription:
     )
 
 
-class ImageTower(nn.Module):
-    """The image side of a model that compares images with texts: images -> features (B, E)."""
-
-    def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
-        """Join an image encoder and what projects its pooled output."""
-        super().__init__()
-        self.vision = vision
-        self.projection = projection
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the features (B, E) as a tensor, before they are normalised."""
-        features: Tensor = self.projection(self.vision(images).pooler_output)
-        return features
-
-
-def image_tower(model: nn.Module) -> ImageTower:
-    """Return the image side of a CLIP or SigLIP model; it shares the model's modules.
-
-    Args:
-        model: A CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, or a
-            model of the classes of MetaCLIP 2.
-
-    Raises:
-        ModelError: If it is none of these.
-    """
-    if isinstance(model, ImageTower):
-        return model
-    vision: Any = getattr(model, "vision_model", model)
-    kind = base_name(type(vision))
-    if kind not in _TOWERS:
-        raise ModelError(
-            f"{type(model).__name__} is not a supported image tower. Supported are "
-            f"{', '.join(_TOWERS)} and the models that hold one"
-        )
-    if kind == "SiglipVisionModel" and not vision.use_head:
-        raise ModelError(
-            "this SiglipVisionModel has no pooling head (vision_use_head=False), so it has no "
-            "image features to explain"
-        )
-    return ImageTower(vision, getattr(model, "visual_projection", nn.Identity()))
-
-
-def describe_tower(tower: Any) -> ModelDescription:
-    """Return an `ImageTower` by its parts; its features take the place of logits."""
-    vision = tower.vision
-    attention = getattr(vision, "head", None)
-    pooling = Pooling(vision.post_layernorm, tower.projection, attention=attention)
-    return ModelDescription(
-        config=vision.config,
-        blocks=vision.encoder.layers,
-        prefix=0 if attention else 1,
-        reads="the head pools all patches by attention" if attention else 1,
-        head=pooling if attention else lambda y: tower.projection(vision.post_layernorm(y[:, 0])),
-        fixed_size=True,
-    )
-
-
 def get_first(module: Any, *paths: str) -> Any:
     """Return the first of these attributes that a module has, None if it has none.
 
@@ -364,44 +295,3 @@ def base_name(kind: type) -> str:
         if cls.__module__.startswith("transformers.models."):
             return cls.__name__
     return kind.__name__
-
-
-_GIVES_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
-_NO_HEAD = "has no classification head"
-_INSTEAD = {
-    "TimmWrapperForImageClassification": "it wraps a timm model: pass model.timm_model",
-    "Siglip2ForImageClassification": "it takes patches of images of any shape, not images. The "
-    "SigLIP 2 models of one image size are of class SiglipForImageClassification",
-}
-
-
-def check_class(kind: type) -> None:
-    """Refuse a class of models that `split` does not support.
-
-    Raises:
-        ModelError: If so; says why, and what to pass instead.
-    """
-    name = base_name(kind)
-    if name in FAMILIES:
-        return
-    task = re.search("For([A-Z].*)", name)  # what follows "For", but not in "Former"
-    if name in _INSTEAD:
-        why = f"is not supported: {_INSTEAD[name]}"
-    elif issubclass(kind, ImageTower) or _GIVES_FEATURES.fullmatch(name):
-        why = (
-            "gives image features, no class scores: make a classifier of text prompts with "
-            "vit_reciprocam.libraries.transformers.split.zero_shot(model, processor, prompts)"
-        )
-    elif task and task[1].startswith("ImageClassification"):
-        why = (
-            "is not supported: it is not a Vision Transformer whose parts are known. Supported are "
-            + ", ".join(sorted(FAMILIES))
-        )
-    else:
-        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", task[1]).lower() if task else ""
-        lacks = f"is made for {words}, not to classify whole images" if words else _NO_HEAD
-        why = (
-            f"{lacks}, so it has no class scores to explain: load it with "
-            "AutoModelForImageClassification"
-        )
-    raise ModelError(f"transformers' {name} {why}")

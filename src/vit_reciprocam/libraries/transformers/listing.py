@@ -14,7 +14,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
-from vit_reciprocam.libraries.transformers.families import FAMILIES, check_class, image_tower
+from vit_reciprocam.libraries.transformers.check import check_class
+from vit_reciprocam.libraries.transformers.families import FAMILIES
+from vit_reciprocam.libraries.transformers.towers import image_tower
 
 __all__ = ["architectures", "build"]
 

@@ -18,7 +18,7 @@ from vit_reciprocam.errors import InputError, ModelError, WeightsError
 from vit_reciprocam.libraries.common.downloading import first_sentence, not_fetched, quiet
 from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
-from vit_reciprocam.libraries.transformers.families import check_class
+from vit_reciprocam.libraries.transformers.check import check_class
 from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
 from vit_reciprocam.pictures.preprocess import Preprocess
 

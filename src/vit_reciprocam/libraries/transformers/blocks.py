@@ -1,0 +1,96 @@
+"""The encoder blocks of transformers' models by their parts.
+
+Letters of the shapes: T tokens, of which the first R are the readout tokens, D width, A width of
+the joined heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vit_reciprocam.core.split import Attention, Projection
+from vit_reciprocam.libraries.common.running import Grid, same
+from vit_reciprocam.libraries.common.whole import why_not_linear, why_unknown
+from vit_reciprocam.libraries.transformers.families import get_first
+
+__all__ = ["NORM_1", "NORM_2", "describe_attention", "finish_block", "why_unknown_block"]
+
+# The names under which the classes keep a block's first and second LayerNorm.
+NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
+NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
+
+
+def why_unknown_block(block: Any) -> str:
+    """Return why running the last block by its parts might not be running it, "" if it is."""
+    names = ("query", "key", "value")
+    for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
+        because = why_not_linear(linear, f"the last block's {name} projection")
+        if because:
+            return because
+    return why_unknown(block, "transformers", "the last block", get_first(block, *NORM_1))
+
+
+def _self_attention(block: Any) -> Any:
+    """Return the module that holds the projections to queries, keys and values."""
+    return get_first(block, "attention.attention", "attention.self", "attention", "self_attn")
+
+
+def _projections(attention: Any) -> list[Any]:
+    """Return the linear layers that make queries, keys and values."""
+    names = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    return [get_first(attention, *either) for either in names]
+
+
+def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
+    """Return the attention of a block by its parts.
+
+    Args:
+        block: The block.
+        tokens: R, how many readout tokens ask.
+        grid: The patch grid, by which a bias of relative position is made.
+        options: The keywords with which the model calls the block.
+    """
+    module = _self_attention(block)
+    query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
+    heads = get_first(module, "num_attention_heads", "num_heads")
+    # biases of relative position (1, heads, T, T): those that all blocks share, and this block's
+    biases = [options.get("attention_mask"), options.get("relative_position_bias")]
+    own = get_first(block, "relative_position_bias") or get_first(module, "relative_position_bias")
+    if own is not None:
+        biases.append(own(grid))
+    # a mask of truth values hides nothing
+    given = [bias for bias in biases if bias is not None and bias.is_floating_point()]
+    bias = sum(given)[0, :, :tokens].permute(2, 1, 0) if given else None
+    return Attention(
+        heads=heads,
+        scale=(query.weight.shape[0] // heads) ** -0.5,
+        query=query,
+        key=key,
+        value=value,
+        query_norm=same,
+        key_norm=None,
+        bias=bias,
+    )
+
+
+def finish_block(
+    block: Any, heads: Float[Tensor, "*batch A"], x: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch D"]:
+    """Return the block's output for the joined heads and the skip path."""
+    project = get_first(block, "attention.o_proj", "self_attn.out_proj", "attention.output.dense")
+    x = x + _scale_layer(block, 1, project(heads))
+    hidden = get_first(block, *NORM_2)(x)
+    mlp = get_first(block, "mlp")
+    hidden = mlp(hidden) if mlp is not None else block.output(block.intermediate(hidden))
+    return x + _scale_layer(block, 2, hidden)
+
+
+def _scale_layer(
+    block: Any, number: int, value: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch D"]:
+    """Apply BEiT's LayerScale; dropout and stochastic depth do nothing in evaluation mode."""
+    scale = getattr(block, f"lambda_{number}", None)
+    return value if scale is None else scale * value
