@@ -25,8 +25,8 @@ from vit_reciprocam.libraries.dispatch import split_model
 SMALL = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 12, "num_heads": 3, "num_classes": 5}
 
 
-def shaken(model):
-    """In float64, with weights large enough for masks to matter."""
+def shake(model):
+    """Return the model in float64, with weights large enough for masks to matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +34,7 @@ def shaken(model):
     model = model.double().eval()
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # so that its attn_drop is called
+            module.fused_attn = False  # only then is its attn_drop called
     return model
 
 
@@ -55,7 +55,7 @@ def torchvision_swin():
     return torchvision_models.SwinTransformer([4, 4], 6, [1, 2], [1, 3], [4, 4], num_classes=5)
 
 
-# name: a model, the path that it takes, where its tokens are masked, prefix tokens, grid
+# A row is (builder, path, where its tokens are masked, number of prefix tokens, grid).
 MODELS = {
     "timm": (
         lambda: tiny_model(init_values=0.5, qk_norm=True),
@@ -166,25 +166,25 @@ class Adapted(nn.Linear):
         return super().forward(x) + x.mean(dim=-1, keepdim=True)
 
 
-def changed(value):
-    """A tensor, or the first of a tuple, that is not what it was."""
+def change_value(value):
+    """Return a tensor, or a tuple whose first is one, that is not what it was."""
     if isinstance(value, tuple):
-        return (changed(value[0]), *value[1:])
+        return (change_value(value[0]), *value[1:])
     if not isinstance(value, torch.Tensor):  # an output object of transformers
         key = next(iter(value))
         value = copy.copy(value)
-        value[key] = changed(value[key])
+        value[key] = change_value(value[key])
         return value
     return 2 * value + value.roll(1, -1)
 
 
 def hook(module):
-    module.register_forward_hook(lambda _module, _args, output: changed(output))
+    module.register_forward_hook(lambda _module, _args, output: change_value(output))
 
 
 def patch(module):
     def patched(self, *args, **options):
-        return changed(type(self).forward(self, *args, **options))
+        return change_value(type(self).forward(self, *args, **options))
 
     module.forward = types.MethodType(patched, module)
 
@@ -206,7 +206,7 @@ def find_cut(path, side):
 def test_a_changed_module_counts_or_is_refused(name, change):
     make, path, (tap, side), prefix, grid = MODELS[name]
     torch.manual_seed(0)
-    model = shaken(make())
+    model = shake(make())
     scale = 2 if "swin" in name else 1
     images = tiny_images((scale * grid[0], scale * grid[1])).double()
     options = {"score": "logit", "layer": "pool" if name.endswith("pool") else "norm1"}
@@ -251,7 +251,7 @@ def test_a_changed_module_counts_or_is_refused(name, change):
 def test_a_norm_after_the_block_that_mixes_tokens_takes_the_direct_path(name, norm):
     make, _, (tap, side), prefix, grid = MODELS[name]
     torch.manual_seed(0)
-    model, images = shaken(make()), tiny_images(grid).double()
+    model, images = shake(make()), tiny_images(grid).double()
     module = model.get_submodule(norm)
     module.register_forward_hook(lambda _module, _args, y: y + y.mean(dim=1, keepdim=True))
     e = ReciproCAM(model, score="logit")(images, "all")
@@ -261,7 +261,7 @@ def test_a_norm_after_the_block_that_mixes_tokens_takes_the_direct_path(name, no
     torch.testing.assert_close(torch.tensor(e.scores), wanted.float(), rtol=1e-5, atol=1e-4)
 
 
-def masked(model, images, grid=(2, 3), prefix=1):
+def masked_logits(model, images, grid=(2, 3), prefix=1):
     cut = find_cut("blocks.1.norm1", "output")
     masking = {"kernel": "gaussian", "class_token": True, "layer": "norm1", "prefix": prefix}
     return naive_logits(model, images, grid, find_cut=cut, **masking)[0]
@@ -274,11 +274,11 @@ class Squared(nn.Module):
 
 @pytest.mark.parametrize("replacement", [Squared(), nn.Softplus()])
 def test_a_dropout_that_is_none_takes_the_direct_path(replacement):
-    model, images = shaken(tiny_model()), tiny_images().double()
+    model, images = shake(tiny_model()), tiny_images().double()
     model.blocks[-1].attn.attn_drop = replacement
     assert "attn.attn_drop is a" in split_model(model).direct_because
     scores = ReciproCAM(model, score="logit").scores(images, "all")
-    torch.testing.assert_close(scores, masked(model, images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores, masked_logits(model, images), rtol=1e-9, atol=1e-9)
 
 
 class OwnHead(VisionTransformer):
@@ -294,10 +294,10 @@ class OwnPool(VisionTransformer):
 @pytest.mark.parametrize("cls", [OwnHead, OwnPool])
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_a_head_of_its_own_counts(cls, pool):
-    model, images = shaken(cls(**SMALL, depth=2, global_pool=pool)), tiny_images().double()
+    model, images = shake(cls(**SMALL, depth=2, global_pool=pool)), tiny_images().double()
     explainer = ReciproCAM(model, score="logit")
     assert explainer(images).path == "direct"
-    wanted = masked(model, images)
+    wanted = masked_logits(model, images)
     torch.testing.assert_close(explainer.scores(images, "all"), wanted, rtol=1e-9, atol=1e-9)
     if pool == "avg":
         method = "forward_head" if cls is OwnHead else "pool"
@@ -311,10 +311,10 @@ def test_patches_that_are_not_square(pads):
     sizes = {"patch_size": (4, 8), "embed_dim": 24, "depth": 2, "num_heads": 2}
     more = {"pos_embed_grid_size": (2, 3), "class_token": True, "global_pool": "token"}
     config = NaFlexVitCfg(**sizes, **more, dynamic_img_pad=pads)
-    model = shaken(NaFlexVit(config, num_classes=5))
+    model = shake(NaFlexVit(config, num_classes=5))
     images = torch.randn(2, 3, 7 if pads else 8, 22 if pads else 24).double()
     scores = ReciproCAM(model, score="logit").scores(images, "all")
-    torch.testing.assert_close(scores, masked(model, images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores, masked_logits(model, images), rtol=1e-9, atol=1e-9)
 
 
 def test_a_method_that_somebody_patched_is_given_back():
@@ -332,7 +332,7 @@ def test_a_method_that_somebody_patched_is_given_back():
 
 
 class Quantised(nn.Linear):
-    """Stands in for those of PyTorch, which warn of their removal when they are made."""
+    """A stand-in for PyTorch's own quantised layers, which warn of their removal when created."""
 
 
 Quantised.__module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
@@ -391,7 +391,7 @@ def test_quantised_models_are_refused_by_target_too():
 
 
 class Mean(nn.Module):
-    """Without a parameter."""
+    """A model without a parameter."""
 
     def __init__(self):
         super().__init__()

@@ -39,7 +39,7 @@ SIZES = {
 }
 
 
-def shaken(model, seed=0, spread=0.3):
+def shake(model, seed=0, spread=0.3):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,32 +49,32 @@ def shaken(model, seed=0, spread=0.3):
 
 def eva(**options):
     rope = {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "global_pool": "token"}
-    return shaken(Eva(**(SIZES | rope | options)))
+    return shake(Eva(**(SIZES | rope | options)))
 
 
 def beit(**options):
-    return shaken(Beit(**(SIZES | {"global_pool": "token"} | options)))
+    return shake(Beit(**(SIZES | {"global_pool": "token"} | options)))
 
 
 def relpos(**options):
     token = {"class_token": True, "global_pool": "token"}
-    return shaken(VisionTransformerRelPos(**(SIZES | token | options)))
+    return shake(VisionTransformerRelPos(**(SIZES | token | options)))
 
 
 def vit(**options):
-    return shaken(VisionTransformer(**(SIZES | options)))
+    return shake(VisionTransformer(**(SIZES | options)))
 
 
 def with_attention(attention):
     model = VisionTransformer(**SIZES)
     model.blocks[-1].attn = attention
-    return shaken(model)
+    return shake(model)
 
 
 def naflex(**options):
     sizes = {key: value for key, value in SIZES.items() if key not in ("img_size", "num_classes")}
     settings = {"class_token": True, "global_pool": "token", "pos_embed_grid_size": GRID}
-    return shaken(NaFlexVit(NaFlexVitCfg(**(sizes | settings | options)), num_classes=5))
+    return shake(NaFlexVit(NaFlexVitCfg(**(sizes | settings | options)), num_classes=5))
 
 
 def at_attention(model):
@@ -187,7 +187,7 @@ def test_direct_path_where_the_closed_form_does_not_hold(family):
 
 
 def test_class_attention_of_cait():
-    model = shaken(Cait(**SIZES, init_values=0.5))
+    model = shake(Cait(**SIZES, init_values=0.5))
     images = tiny_images(GRID).double()
     for kernel, class_token in itertools.product(KERNELS, (True, False)):
         masking = {"kernel": kernel, "class_token": class_token, "layer": "norm1"}
@@ -211,7 +211,7 @@ def test_class_attention_of_cait():
 def test_position_matters_outside_the_window_even_with_extreme_scores(spread):
     for build in (eva, beit):
         model = build(**({"attn_type": "rope"} if build is eva else {"use_rel_pos_bias": True}))
-        model = shaken(model, spread=spread)
+        model = shake(model, spread=spread)
         images = tiny_images(GRID).double()
         expected, _ = naive_logits(
             model, images, GRID, kernel="gaussian", class_token=True, layer="block"
@@ -232,7 +232,7 @@ def test_rotated_keys_on_grids_smaller_than_the_window(grid):
 
 
 def hybrid(**options):
-    """Patches of 2x2 numbers of a backbone that halves the image, rounding up."""
+    """Return a ViT on patches of 2x2 numbers of a backbone that halves the image, rounding up."""
     embed = functools.partial(HybridEmbed, backbone=nn.Conv2d(3, 6, 3, stride=2, padding=1))
     return vit(embed_layer=embed, patch_size=2, **options)
 
@@ -270,7 +270,7 @@ def test_a_hybrid_with_positions_of_one_size_takes_that_size():
         ReciproCAM(hybrid())(tiny_images((2, 3)).double())
 
 
-# --- other cuts --------------------------------------------------------------------------------
+# Other cuts
 
 
 @pytest.mark.parametrize("block", [-1, -2, -3])
@@ -342,6 +342,6 @@ def test_pools_that_are_not_there_or_not_linear():
     with pytest.raises(ClosedFormError, match="global_pool='max', which is not linear"):
         ReciproCAM(vit(global_pool="max"), layer="pool", path="closed-form")
     model = vit(global_pool="map")
-    model.attn_pool = shaken(AttentionPoolLatent(12, num_heads=3, pos_embed="abs", feat_size=15))
+    model.attn_pool = shake(AttentionPoolLatent(12, num_heads=3, pos_embed="abs", feat_size=15))
     with pytest.raises(ClosedFormError, match="adds a position embedding"):
         ReciproCAM(model, layer="pool", path="closed-form")
