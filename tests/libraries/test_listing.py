@@ -57,7 +57,7 @@ def test_the_list_has_every_library():
     assert listed("test_resnet") == {  # of timm, found by name only
         "timm:test_resnet": (
             "-",
-            "it has no attention, so its last block is no cut of this method's kind",
+            "it has no attention, which is where this method cuts",
         )
     }
 

@@ -81,7 +81,7 @@ def encoder_of(model: nn.Module) -> Encoder:
 def no_encoder(model: nn.Module, because: str) -> ModelError:
     """Return the error that names the model, the reason, and what to use instead."""
     return ModelError(
-        f"attention of every layer is not to be had from this {type(model).__name__}: {because}. "
+        f"attention of every layer is not available from this {type(model).__name__}: {because}. "
         "Rollout, relevance and raw_attention take class-token models of timm's VisionTransformer, "
         "transformers' ViT, DeiT and DINOv2, and torchvision's VisionTransformer. Use ReciproCAM "
         "or a method that needs no attention"
