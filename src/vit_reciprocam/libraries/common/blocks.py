@@ -42,15 +42,15 @@ def split_block(
     finish_block: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     run: Callable[[nn.Module, Call, Tensor], Tensor] = run_again,
 ) -> Split:
-    """Cut a model where F stands in a block.
+    """Cut a model at the place of F in a block.
 
     Args:
         blocks: The block and those after it.
         enter: Images (B, 3, H, W) -> the patch grid, and the call of each block by the model, in
             which X (B, T, D) is the first argument.
-        tap: Where in the block F stands: the output of norms of X, or on the side "input" X itself.
+        tap: The place of F in the block: the output of norms of X, or on the side "input" X itself.
         head: The last block's output (B, T, D) -> logits (B, C).
-        because: Why the closed form does not hold; "" where it does, which needs the next four.
+        because: Why the closed form does not hold, "" if it does; then it needs the next four.
         prefix: How many tokens stand before the patches.
         readout_tokens: R, how many tokens the head reads, from the first on.
         attention: The patch grid, and the keywords with which the model calls the block -> the

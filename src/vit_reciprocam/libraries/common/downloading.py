@@ -15,7 +15,7 @@ __all__ = ["first_sentence", "no_such_model", "not_fetched", "quiet"]
 
 @contextlib.contextmanager
 def quiet(*loggers: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Mute loggers for a while: what they say of each retry, the error at the end says too.
+    """Mute loggers inside a `with`: the error at the end says what they say of each retry.
 
     Args:
         loggers: Their names; "" is the root logger.

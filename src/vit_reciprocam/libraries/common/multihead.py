@@ -61,7 +61,7 @@ def multihead_output(
 
 
 def why_unknown_multihead(attention: nn.Module, what: str = "the last block's attention") -> str:
-    """Return why running the attention by its parts might not be running it, "" if it is."""
+    """Return why running the attention by its parts may differ from calling it, "" if not."""
     if not runs_as(attention, nn.MultiheadAttention):
         return f"{what} is a {kind_of(attention)}, whose parts are not known"
     if has_hooks(attention):

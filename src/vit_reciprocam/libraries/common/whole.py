@@ -98,7 +98,7 @@ def why_not_linear(layer: nn.Module, what: str) -> str:
 
 
 def why_unknown(module: nn.Module, library: str, what: str, *whole: nn.Module) -> str:
-    """Return why running a module by its parts might not be running it, "" if it is.
+    """Return why running a module by its parts may differ from calling it, "" if not.
 
     The parts run on fewer tokens than the module and leave dropout out. So everything inside must
     be the library's or PyTorch's own, without hooks, and what is named dropout must be one.

@@ -208,7 +208,7 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
 
 
 def _why_unknown_pooler(pooler: Any) -> str:
-    """Return why running the attention pooler by its parts might not be running it, or ""."""
+    """Return why running the pooler by its parts may differ from calling it, "" if not."""
     if not runs_as(pooler, AttentionalPooler):
         return f"the attention pooler is a {kind_of(pooler)}, whose parts are not known"
     return why_unknown_multihead(pooler.attn, "the attention pooler's attention") or why_unknown(
@@ -242,7 +242,7 @@ def _why_no_readout(tower: Any) -> str:
 
 
 def _why_unknown_block(block: Any) -> str:
-    """Return why running the block by its parts might not be running it, "" if it is."""
+    """Return why running the block by its parts may differ from calling it, "" if not."""
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
     if not runs_as(block, *kinds):
         return f"the last block is a {kind_of(block)}, whose parts are not known"

@@ -127,7 +127,7 @@ def project_heads(
 
 
 def block_diagonal(every: list[Any]) -> Projection:
-    """Return one projection in which each of several reads and writes its own share."""
+    """Join projections into one in which each reads and writes its own share of the width."""
     weight = torch.block_diag(*(one.weight for one in every))
     if every[0].bias is None:
         return Projection(weight, None)

@@ -45,7 +45,7 @@ class BlockDescription:
     """An encoder block by its parts.
 
     Attributes:
-        tap: Where F stands in the block.
+        tap: The place of F in the block.
         attention: The keywords with which the model calls the block, such as a position embedding,
             and R -> the block's attention.
         finish: The joined heads (n, B, R, A), F (n, B, R, D) and X (n, B, R, D) of the readout
@@ -95,7 +95,7 @@ def describe_block(block: nn.Module) -> BlockDescription:
 def _why_unknown_block(
     block: nn.Module, kinds: tuple[type, ...], norms: Sequence[nn.Module], *attentions: Any
 ) -> str:
-    """Return why running the block by its parts might not be running it, "" if it is.
+    """Return why running the block by its parts may differ from calling it, "" if not.
 
     Args:
         block: The block.

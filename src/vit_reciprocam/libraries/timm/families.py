@@ -141,7 +141,7 @@ def _davit(m: Any) -> LastBlock:
 
 @_family("DeepseekVitClassifier", "Qwen3VitClassifier")
 def _encoder(m: Any) -> LastBlock:
-    """Find it in an encoder, after which some models merge patches."""
+    """Find the block in the encoder, after which some models merge patches."""
     encoder, norm = m.encoder, getattr(m.encoder, "norm", same)
     merge = getattr(encoder, "aligner", None) or getattr(encoder, "merger", None) or same
     return at_norm1(encoder.blocks[-1], lambda y, grid: merge(norm(y).unflatten(1, grid)))
@@ -190,7 +190,7 @@ def _gcvit(m: Any) -> LastBlock:
 
 @_family("Hiera")
 def _hiera(m: Any) -> LastBlock:
-    """Put its tokens, which stand in the order of mask units, into that of the image."""
+    """Put the tokens, which stand in the order of mask units, into the order of the image."""
     block, number = m.blocks[-1], len(m.blocks) - 1
     number -= block.do_expand  # such a block pools inside, after the cut
     grid = m.reroll.schedule[number][1]
@@ -216,7 +216,7 @@ def _levit(m: Any) -> LastBlock:
 
 @_family("MaxxVit")
 def _maxxvit(m: Any) -> LastBlock:
-    """Find it in CoAtNet's blocks, MaxViT's, or those with two attentions side by side."""
+    """Find the attention in a block of CoAtNet, of MaxViT, or of two attentions side by side."""
     block = _last_of_stages(m)
     if type(block).__name__ == "TransformerBlock2d":
         norm = getattr(block.norm1, "norm", block.norm1)  # norm1 may pool after its norm
@@ -245,7 +245,7 @@ def _mvit(m: Any) -> LastBlock:
 
 @_family("Nest")
 def _nest(m: Any) -> LastBlock:
-    """Take its last level, which is one block of patches: (B, 1, T, D)."""
+    """Take the last level, whose tokens are one block of patches: (B, 1, T, D)."""
     block = m.levels[-1].transformer_encoder[-1]
     finish = call_each(m.norm, rows_to_channels)
     return at_reordered_norm1(block, finish, lambda x: x[:, 0], lambda x: x[:, None])
@@ -278,7 +278,7 @@ def _swin(m: Any) -> LastBlock:
 
 @_family("SwinTransformerV2")
 def _swin_v2(m: Any) -> LastBlock:
-    """Cut the residual stream, which its attention reads: norms follow attention and MLP."""
+    """Cut the residual stream, which the attention reads: norms follow attention and MLP."""
     block = m.layers[-1].blocks[-1]
     tap = MethodInputTap((block,), method="_attn")
     return at_norm1(block, call_each(m.norm), "rows", tap=tap)
@@ -286,7 +286,7 @@ def _swin_v2(m: Any) -> LastBlock:
 
 @_family("SwinTransformerV2Cr")
 def _swin_v2_cr(m: Any) -> LastBlock:
-    """Cut the residual stream, which its attention reads: norms follow attention and MLP."""
+    """Cut the residual stream, which the attention reads: norms follow attention and MLP."""
     block = _last_of_stages(m)
     tap = MethodInputTap((block,), method="_shifted_window_attn")
     return at_norm1(block, call_each(rows_to_channels), "rows", tap=tap)
@@ -294,7 +294,7 @@ def _swin_v2_cr(m: Any) -> LastBlock:
 
 @_family("TinyVit")
 def _tiny_vit(m: Any) -> LastBlock:
-    """Cut at the norm inside its attention, which stands after the windows are cut."""
+    """Cut at the norm inside the attention, which comes after the grid is cut into windows."""
     block = _last_of_stages(m)
     return at_norm1(
         block,
@@ -323,7 +323,7 @@ def _tnt(m: Any) -> LastBlock:
 
 @_family("Twins")
 def _twins(m: Any) -> LastBlock:
-    """Repeat the position block after the first block of a stage, if that is the last too."""
+    """Repeat the position block that follows the first block of a stage, if there is no other."""
     blocks, position = m.blocks[-1], m.pos_block[-1]
     if len(blocks) > 1:
         return at_norm1(blocks[-1], call_each(m.norm))

@@ -86,7 +86,7 @@ class LastBlock:
 
     Attributes:
         block: The module that is called with X, and perhaps with more.
-        tap: Where in the block F stands.
+        tap: The place of F in the block.
         finish: The block's output and the grid -> what `model.forward_head` takes.
         attention: What lets its tokens attend to each other; a model is refused if the name of this
             object's class does not say that it is an attention.
@@ -118,7 +118,7 @@ class LastBlock:
     because: str = "the head averages all tokens"
 
 
-# Where F stands
+# The place of F
 
 
 def at_norm1(
@@ -136,7 +136,7 @@ def at_norm1(
         block: The block.
         finish: The block's output and the grid -> what `model.forward_head` takes.
         layout: The layout of what the block takes: "tokens", "rows" or "channels".
-        tap: Where F stands instead.
+        tap: The place of F, if it is not the output of norm1.
         attention: What attends, if it is not the block's attn.
         more: Other attributes of `LastBlock`.
     """

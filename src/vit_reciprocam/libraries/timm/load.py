@@ -123,12 +123,12 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
             f"{path} does not fit {name!r}: keys {'; '.join(problems)}. Is it another variant?"
         )
     if resampled:
-        return _fitted_to_size(name, state, {**options, "num_classes": model.num_classes})
+        return _fit_to_size(name, state, {**options, "num_classes": model.num_classes})
     model.load_state_dict(state)
     return model
 
 
-def _fitted_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
+def _fit_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
     """Load weights into a model for another image size, with the position embedding resampled.
 
     timm resamples it itself if the weights are given in the place of its published ones.

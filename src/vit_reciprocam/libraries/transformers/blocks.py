@@ -24,7 +24,7 @@ NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
 
 
 def why_unknown_block(block: Any) -> str:
-    """Return why running the last block by its parts might not be running it, "" if it is."""
+    """Return why running the last block by its parts may differ from calling it, "" if not."""
     names = ("query", "key", "value")
     for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
         because = why_not_linear(linear, f"the last block's {name} projection")

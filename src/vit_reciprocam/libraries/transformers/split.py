@@ -275,7 +275,7 @@ def _attention_pool(pooling: Pooling) -> Readout:
 
 
 def _why_unknown_pool(head: Any) -> str:
-    """Return why running the attention pool by its parts might not be running it, "" if it is."""
+    """Return why running the attention pool by its parts may differ from calling it, "" if not."""
     if not is_own(head, "transformers"):
         return f"the head pools by a {kind_of(head)}, whose forward is not of transformers"
     return why_unknown_multihead(head.attention, "the head's attention") or why_unknown(
