@@ -69,7 +69,7 @@ class MissingDependencyError(ReciproCAMError, ImportError):
     """An optional dependency is not installed; the message has the install command."""
 
     def __init__(self, what: str, extra: str) -> None:
-        """`what` needs `extra`, an optional dependency group of this package."""
+        """Say that `what` needs `extra`, an optional dependency group of this package."""
         super().__init__(
             f"{what} needs packages that are not installed. "
             f"Install them with: pip install 'vit-reciprocam[{extra}]', in a clone: pip install "

@@ -45,9 +45,9 @@ _NOT_FINITE = (
 class ReciproCAM:
     """Explains the predictions of a Vision Transformer; the model is left as it is.
 
-    The model runs by its parts, and hooks on the modules inside run as ever. With hooks on the last
-    block the direct path runs, since the closed form would bypass them; a model with hooks on the
-    whole is refused.
+    The model runs part by part, and hooks on the modules inside it run as usual. If the last block
+    has hooks, the direct path runs, since the closed form would bypass them. A model with hooks on
+    the whole of it is refused.
 
     Example:
         >>> import timm, torch
@@ -85,9 +85,9 @@ class ReciproCAM:
                 "dirac".
             class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
             layer: Place where tokens are masked: "norm1" (the paper's default) or "block" (its
-                Table 4); for heads that pool all tokens also "pool", just before that. The last is
-                not the paper's method: no block is left between mask and head, only the pool; but
-                it is a closed form.
+                Table 4); for heads that pool all tokens also "pool", just before they do. That last
+                one is not the paper's method, since only the pool is left between mask and head,
+                but it has a closed form.
             score: "probability", the paper's, or "logit", without the softmax.
             path: "auto" takes the closed form if it holds, and the result's `path` says what ran;
                 "closed-form" raises if it does not hold; "direct" always runs H once per mask.
@@ -125,9 +125,9 @@ class ReciproCAM:
         self.memory_limit = memory_limit
         self.progress = progress
         self._is_known = split is None and target is None
-        self.split = _splitter(layer, block, split, target, grid, prefix_tokens)
+        self.split = _choose_splitter(layer, block, split, target, grid, prefix_tokens)
         if check:
-            self._checked_split()
+            self._split_and_check()
 
     def __call__(
         self, images: Float[Tensor, "B ch H W"] | Batch, targets: Any = None
@@ -135,9 +135,9 @@ class ReciproCAM:
         """Explain a batch of images.
 
         Args:
-            images: Preprocessed, on the model's device and of its dtype; or a `Batch` of them that
-                explainers of one model share: G, most of the cost, then runs once for all that cut
-                the model at the same place, such as those of another kernel.
+            images: Preprocessed images, on the model's device and of its dtype, or a `Batch` of
+                them, which explainers of one model share. G, most of the cost, then runs once for
+                all that cut the model at the same place, such as explainers of several kernels.
             targets: None for each image's top-1 class, an int for all images, "all", (B,) with one
                 class per image, (B, K), (1, K) for all images, or a function of the unmasked
                 logits, a NumPy array (B, C), that returns one of these.
@@ -170,12 +170,12 @@ class ReciproCAM:
     def scores(
         self, images: Float[Tensor, "B ch H W"] | Batch, targets: Any = None
     ) -> Float[Tensor, "B K h w"]:
-        """Return the scores alone, a tensor on the model's device.
+        """Return the scores alone, as a tensor on the model's device.
 
         Arguments and errors are those of `__call__`.
 
         Returns:
-            float32, or float64 for a float64 model.
+            Scores in float32, or in float64 for a float64 model.
         """
         return self._run(images, targets)[0]
 
@@ -184,7 +184,7 @@ class ReciproCAM:
         self, images: Tensor | Batch, targets: Any
     ) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
         """Return scores (B, K, h, w), logits (B, C), targets (B, K) and the path that ran."""
-        split, path = self._checked_split()
+        split, path = self._split_and_check()
         cut = self._cut(split, images if isinstance(images, Batch) else Batch(images))
         if path == "closed-form" and cut.readout is None:
             raise ModelError("the split has no readout: say so in its direct_because")
@@ -217,7 +217,7 @@ class ReciproCAM:
             raise ModelError(_NOT_FINITE.format("scores under the masks"))
         return scores[1:].permute(1, 2, 0).unflatten(2, cut.grid), logits, chosen, path
 
-    def _checked_split(self) -> tuple[Split, str]:
+    def _split_and_check(self) -> tuple[Split, str]:
         """Split the model, and return with it the path to take; refuse what cannot be explained."""
         split: Any = self.split(self.model)
         if not isinstance(split, Split):
@@ -230,14 +230,14 @@ class ReciproCAM:
                 f"the closed form does not hold for this model: {split.direct_because}. "
                 "Use path='auto' or path='direct'"
             )
-        if self._is_known:  # a random output would make maps of another than the prediction
+        if self._is_known:  # random layers would make maps of something else than the prediction
             check_mode(self.model)
         else:
             refuse_training(self.model)
         return split, "direct" if self.path == "direct" or split.direct_because else "closed-form"
 
     def _cut(self, split: Split, batch: Batch) -> Cut:
-        """Return the cut of a batch, from the batch if another explainer has cut there."""
+        """Return the cut of a batch, from the batch itself if another explainer has cut there."""
         place = self.model, self.split
         if place not in batch.cuts:
             check_images(self.model, batch.images)
@@ -249,11 +249,11 @@ class ReciproCAM:
 def reciprocam(
     model: nn.Module, images: Float[Tensor, "B ch H W"], targets: Any = None, **settings: Any
 ) -> Float[Tensor, "B K h w"]:
-    """Return `ReciproCAM.scores`, for `METHODS`; settings are those of `ReciproCAM`."""
+    """Return `ReciproCAM.scores`, as `METHODS` needs it; settings are those of `ReciproCAM`."""
     return ReciproCAM(model, check=False, **settings).scores(images, targets)
 
 
-def _splitter(
+def _choose_splitter(
     layer: str,
     block: int,
     split: Splitter | None,
@@ -261,7 +261,7 @@ def _splitter(
     grid: tuple[int, int] | None,
     prefix_tokens: int,
 ) -> Splitter:
-    """Return the function that cuts the model, from options of which only one may say where."""
+    """Return the function that cuts the model; only one of the options may say where."""
     if target is not None:
         if split is not None:
             raise InputError("target and split both say where the cut is: leave out one")
@@ -280,13 +280,14 @@ def _splitter(
 
 
 def _default_limit(device: torch.device, path: str) -> int:
+    """Return the number of bytes that a chunk of masks may take, unless the user says it."""
     if device.type == "cpu":  # the caches decide: measured on both paths
         return 2**25 if path == "closed-form" else 2**27
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
 
 
 def _row_bytes(cut: Cut, path: str) -> int:
-    """Return about what one mask takes: 20 widths for each token that H computes."""
+    """Return roughly the bytes that one mask takes: 20 vectors per token that H computes."""
     numbers = cut.x.numel()
     if path == "closed-form" and isinstance(cut.readout, MeanPool):
         numbers = numbers // cut.x.shape[1]

@@ -188,7 +188,7 @@ def test_a_model_that_joins_its_images_is_refused():
     model = Own(grid_output=False).eval()
     model.head.register_forward_hook(lambda _module, _args, output: output.mean(0, keepdim=True))
     explainer = ReciproCAM(model, target=model.norm, grid=(2, 3))
-    with pytest.raises(ModelError, match="one row of logits an image, but gave 1 for 2 images"):
+    with pytest.raises(ModelError, match="one row of logits per image, but gave 1 for 2 images"):
         explainer(tiny_images())
 
 

@@ -1,4 +1,4 @@
-"""A batch of images, and what the methods of one model share of it."""
+"""A batch of images, and what explainers of one model share about it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["Batch"]
 
 @dataclass(eq=False)
 class Batch:
-    """Preprocessed images, with what has been computed of them so far.
+    """Preprocessed images, with what has been computed from them so far.
 
-    Explainers of one model take a batch instead of images; what one of them has computed, the
-    others need not.
+    Explainers of one model take a batch instead of images. What one of them has computed, the
+    others find here and do not compute again.
 
     Attributes:
-        images: (B, ch, H, W): a tensor on the model's device, or an array for an ONNX file.
-        logits: (B, C) float32 of the unmasked images, once a method has asked for them.
-        cuts: The `Cut` of these images for each model and function that splits it.
+        images: Images (B, ch, H, W): a tensor on the model's device, or an array for an ONNX file.
+        logits: Logits (B, C) float32 of the unmasked images; None until a method has asked for
+            them.
+        cuts: `Cut` of these images for each pair of a model and the function that splits it.
     """
 
     images: Any

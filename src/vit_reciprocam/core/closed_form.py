@@ -1,8 +1,8 @@
-"""The closed form: H for all masks at once, exact where few tokens ask in the last attention.
+"""The closed form: H for all masks at once, exact if only a few tokens ask in the last attention.
 
-Where the head reads prefix tokens only, no other token's query matters in the last block, so each
-mask is one ordinary attention row over other keys and values, and a patch's key and value depend on
-its level in the mask alone: the few weights of the kernel inside the window, 0 outside.
+If the head reads prefix tokens only, no other token's query matters in the last block. Each mask is
+then one ordinary attention row over other keys and values, and a patch's key and value depend only
+on its level in the mask: one of the kernel's few weights inside the window, 0 outside.
 
 A token at level 0 has the same value v_0 wherever it stands. Since attention weights sum to 1, with
 u_l = v_l - v_0,
@@ -47,11 +47,11 @@ def closed_form_rows(
     (stop - start, B, C).
 
     Args:
-        cut: A cut that has a `readout`.
+        cut: Cut of a batch; its `readout` is not None.
         prefix_tokens: Number of tokens before the patches.
         masking: What to keep, and where to cut.
-        attend: Parts, grid and kernel -> the readout tokens' heads for row 0 and every mask,
-            (rows, b, r, k, d). The default is what is fast in PyTorch.
+        attend: Function of parts, grid and kernel that returns the readout tokens' heads for row 0
+            and every mask, (rows, b, r, k, d). The default is what is fast in PyTorch.
     """
     readout = cut.readout
     assert readout is not None
@@ -88,10 +88,10 @@ class _Tokens:
     """The tokens that the attention sees, at every level of a mask.
 
     Attributes:
-        full: (b, t, D), the tokens as they are: level 1.
-        nothing: (1, 1, D), any token at level 0.
-        patches: Level -> (b, n, D), the patches at that level.
-        linear: Whether patches(level) is level * patches(1).
+        full: Tokens as they are, at level 1: (b, t, D).
+        nothing: Any token at level 0: (1, 1, D).
+        patches: Function of a level that returns the patches at that level, (b, n, D).
+        linear: Whether patches(level) equals level * patches(1).
         prefix: Number of tokens before the patches.
     """
 
@@ -103,6 +103,7 @@ class _Tokens:
 
 
 def _tokens(cut: Cut, prefix: int, masking: Masking) -> _Tokens:
+    """Return the tokens at every level; if the block's input is masked, the norm comes after."""
     full = cut.norm(cut.x)
     if masking.layer != "block":
         patches = full[:, prefix:]
@@ -118,17 +119,17 @@ class Parts:
     """What the readout tokens' joined heads are made of, for row 0 and under every mask.
 
     Attributes:
-        v_0: (1, 1, k, d), the value of any token at level 0.
-        u: (b, t, k, d), relative values of the tokens as they are.
-        u_levels: Level -> (b, n, k, d), relative values of the patches at that level; only at 1.0
-            if `linear`.
-        linear: Whether those at a level are level times those at 1.
-        s: (b, t, r, k), scores of the tokens as they are: row 0.
-        s_prefix: (b, p, r, k), scores of the prefix under the masks.
-        s_levels: Level -> (b, n, r, k), scores of the patches at that level.
-        s_outside: (b or 1, 1 or n, r, k), scores of the patches at level 0: one for all, unless
+        v_0: Value of any token at level 0: (1, 1, k, d).
+        u: Relative values u_l = v_l - v_0 of the tokens as they are: (b, t, k, d).
+        u_levels: For each level, the relative values of the patches at it: (b, n, k, d). It has
+            level 1.0 alone if `linear`.
+        linear: Whether relative values at a level are that level times those at level 1.
+        s: Scores of the tokens as they are, for row 0: (b, t, r, k).
+        s_prefix: Scores of the prefix under the masks: (b, p, r, k).
+        s_levels: For each level, the scores of the patches at it: (b, n, r, k).
+        s_outside: Scores of the patches at level 0, (b or 1, 1 or n, r, k): one for all, unless
             their position matters.
-        prefix: Whether the prefix is kept, at level 1.
+        prefix: Whether the masks keep the prefix, at level 1.
     """
 
     v_0: Tensor
@@ -143,11 +144,14 @@ class Parts:
 
 
 def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Masking) -> Parts:
+    """Return scores and values of all tokens at the levels that they have under some mask."""
     attention, prefix = readout.attention, tokens.prefix
     levels = sorted({place.level for place in kernel_window(masking.kernel)})
     prefix_bias = None if attention.bias is None else attention.bias[:prefix]
     patch_bias = None if attention.bias is None else attention.bias[prefix:]
     rotated = attention.rotate is not None
+    # Scores scale with the level if the keys do, up to a constant for each query. A key norm undoes
+    # the scale, and a rotated bias differs from patch to patch, so it is no such constant.
     linear_scores = (
         tokens.linear
         and attention.key_norm is None
@@ -155,6 +159,7 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
     )
 
     def relative_value(some: Tensor) -> Tensor:
+        # the bias is in both v_l and v_0, so it drops out of their difference
         some = some if tokens.linear else some - tokens.nothing
         return _widen(_heads(attention, linear(some, attention.value.weight)))
 
@@ -174,6 +179,7 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
     if masking.class_token:
         s_prefix = s_1[:, :prefix]
     else:
+        # the readout tokens are masked as well, so they ask at level 0
         query = _query(attention, tokens.nothing.expand_as(asking))
         s_1 = _scores(attention, query, tokens.full, prefix)
         s_prefix = _scores(attention, query, nothing(prefix), prefix)
@@ -221,7 +227,11 @@ def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "
 def _masked_weights(
     parts: Parts, grid: tuple[int, int], kernel: str
 ) -> Float[Tensor, "entries b y x r k"]:
-    """Return weights under each mask: for the prefix, the window's places, all outside as one."""
+    """Return the attention weights under each mask: prefix tokens, places of the window, the rest.
+
+    The softmax is over these few entries. A place beyond the border has the score -inf. The patches
+    outside the window share one value, so they enter as one: the log of the sum of their exp(s).
+    """
     window = kernel_window(kernel)
     s_levels = {level: frame(s, grid, window, float("-inf")) for level, s in parts.s_levels.items()}
     if parts.s_outside.shape[1] == 1:
@@ -239,19 +249,22 @@ def _masked_weights(
 
 
 def _biased(s: Tensor, bias: Tensor | None) -> Tensor:
-    """Return scores (b, t or 1, r, k) with what position adds to them."""
+    """Return scores (b, t or 1, r, k) with what the tokens' positions add to them."""
     return s if bias is None else s + bias
 
 
 def _widen(values: Tensor) -> Tensor:
+    """Return values in at least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
+    """Return joined heads (..., k * d) apart, (..., k, d)."""
     return joined.view(*joined.shape[:-1], attention.heads, -1)
 
 
 def _query(attention: Attention, tokens: Tensor) -> Tensor:
+    """Return the queries (b, r, k, d) of readout tokens (b, r, D)."""
     return attention.query_norm(_heads(attention, attention.query(tokens)))
 
 
@@ -261,14 +274,14 @@ def _scores(
     tokens: Float[Tensor, "b t D"],
     prefix: int,
 ) -> Float[Tensor, "b t r k"]:
-    """Return attention scores without the bias, up to a constant of each query.
+    """Return attention scores without the bias, up to a constant for each query.
 
-    Without a key norm or rotation q · (W f + bias) = (Wᵀ q) · f + constant: few queries make that
-    far cheaper than all keys.
+    Without a key norm or rotation, q · (W f + bias) = (Wᵀ q) · f + constant. There are few queries,
+    so the right side is far cheaper than the keys of all tokens.
 
     Args:
         attention: The attention.
-        query: The queries of the readout tokens.
+        query: Queries of the readout tokens.
         tokens: Prefix tokens, then patches; all of the patches if their keys are rotated.
         prefix: Number of prefix tokens among them.
     """

@@ -16,13 +16,16 @@ __all__ = ["direct_rows", "under_masks"]
 
 
 def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
-    """Prepare H once per mask, the definition; arguments and rows as in `closed_form_rows`."""
+    """Prepare to run H once per mask, as the definition says.
+
+    Arguments and result are those of `closed_form_rows`.
+    """
     run = under_masks(cut, masking)
 
     def rows(start: int, stop: int) -> Tensor:
         patches = range(max(start, 1) - 1, stop - 1)
         masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
-        if start == 0:
+        if start == 0:  # row 0 is the unmasked image
             masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
         return run(torch.from_numpy(masks).to(cut.x))
 
@@ -47,7 +50,7 @@ def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
 
 
 def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
-    """Return masks in the shape that multiplies tokens, (M, 1, ...)."""
+    """Return masks (M, 1, ...) in the shape that multiplies the tokens of all images."""
     if cut.x.ndim == 3:
         return masks[:, None, :, None]
     masks = masks.unflatten(1, cut.grid)[:, None]

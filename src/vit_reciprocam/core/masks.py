@@ -20,14 +20,14 @@ KERNELS: dict[str, np.ndarray] = {
     "gaussian": np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16,
     "dirac": np.ones((1, 1)),
 }
-"""Kernel name -> its weights, an odd number of rows and columns."""
+"""Weights of each kernel, an odd number of rows and columns."""
 
 LAYERS = ("norm1", "block", "pool")
-"""Where tokens can be masked."""
+"""Names of the places at which tokens can be masked."""
 
 
 class Place(NamedTuple):
-    """One weight of a kernel, and where it lies: rows down and columns right of the centre."""
+    """A place in a kernel's window: rows down and columns right of the centre, and its weight."""
 
     down: int
     right: int
@@ -43,8 +43,8 @@ class Masking:
         class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
         layer: "norm1" masks the LayerNorm's output and leaves the skip path untouched; "block"
             masks the output of the previous block, so that both the skip path and the LayerNorm see
-            it (Table 4); "pool" masks what a head that pools all tokens pools, which is another
-            method than the paper's.
+            it (Table 4); "pool", for heads that pool all tokens, masks what they pool, which is not
+            the paper's method.
     """
 
     kernel: str = "gaussian"
@@ -63,7 +63,7 @@ class Masking:
 
 @functools.cache
 def kernel_window(kernel: str) -> tuple[Place, ...]:
-    """Return the places of a kernel's weights that are not zero, row by row."""
+    """Return the places of a kernel's weights other than zero, row by row."""
     weights = KERNELS[kernel]
     middle_row, middle_column = weights.shape[0] // 2, weights.shape[1] // 2
     return tuple(
@@ -74,7 +74,7 @@ def kernel_window(kernel: str) -> tuple[Place, ...]:
 
 @functools.lru_cache(maxsize=16)
 def window_sizes(grid: tuple[int, int], kernel: str) -> np.ndarray:
-    """Return the number of patches that each mask keeps, (h, w); at the border it is cropped."""
+    """Return the number of patches (h, w) that each mask keeps, fewer at the border of the grid."""
     height, width = grid
     kept = np.zeros(grid)
     for down, right, _ in kernel_window(kernel):
@@ -100,8 +100,8 @@ def mask_matrix(
     Args:
         grid: Patch grid (h, w).
         masking: Kernel and class token; the layer makes no difference here.
-        prefix_tokens: Tokens before the patches: class, distillation, registers.
-        patches: The patches whose masks are wanted; by default all N.
+        prefix_tokens: Number of tokens before the patches: class, distillation, registers.
+        patches: Patches whose masks are wanted; by default all N.
     """
     height, width = grid
     rows = range(height * width) if patches is None else patches

@@ -1,7 +1,7 @@
 """A classifier cut in two at an encoder block: H(norm(X), X) with X = G(images).
 
-Plain data and functions. An adapter fills a `Split` from a model; the method needs nothing else of
-the model.
+Plain data and functions. The code of each library fills a `Split` from a model, and the method
+needs to know nothing else about the model.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Tap:
     """The place in a model at which the normed tokens F can be seen and changed.
 
     Attributes:
-        modules: The modules whose output or first argument F is: one, or several that each have
-            their share of its width.
+        modules: Modules whose output or first argument is F. If there are several, each has its
+            share of F's width.
         side: "output" or "input" of these modules.
     """
 
@@ -47,14 +47,14 @@ class Tap:
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """Replace what stands there, as long as the context lasts.
+        """Change the tensors at this place, as long as the context lasts.
 
         Args:
-            change: Given the tensor that would stand there and the number of its module, returns
-                the tensor that stands there instead.
+            change: Function of the tensor that the model has there and the number of its module. It
+                returns the tensor to go on with.
 
         Raises:
-            ModelError: If the model does not call the modules in the meantime.
+            ModelError: If the model does not call the modules while the context lasts.
         """
         called = set()
 
@@ -95,8 +95,8 @@ class Projection:
     """A linear layer's parameters.
 
     Attributes:
-        weight: (out, in).
-        bias: (out,) or None.
+        weight: Weight (out, in).
+        bias: Bias (out,), or None.
     """
 
     weight: Tensor
@@ -108,11 +108,11 @@ class Projection:
 
 
 def projections(weights: Sequence[Tensor], bias: Tensor | None) -> list[Projection]:
-    """Return the linear layers that a joint layer consists of, such as query, key and value.
+    """Return the linear layers that are joined in one, such as query, key and value.
 
     Args:
-        weights: Their shares of its weight, (out, in) each.
-        bias: The joint layer's bias, which is split like its weight, or None.
+        weights: Shares of the joint layer's weight, (out, in) each.
+        bias: Bias of the joint layer, which is split like its weight, or None.
     """
     biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     return [Projection(*share) for share in zip(weights, biases, strict=True)]
@@ -128,14 +128,14 @@ class Attention:
     Attributes:
         heads: Number of heads.
         scale: Factor of the scores q · k.
-        query: The readout tokens (B, R, D) -> their joined queries (B, R, A).
+        query: Readout tokens (B, R, D) -> their joined queries (B, R, A).
         key: Tokens (B, T, D) -> joined keys (B, T, A).
         value: Tokens (B, T, D) -> joined values (B, T, A).
-        query_norm: Normalises queries (..., heads, head dimension); the identity if there is none.
-        key_norm: Normalises keys (..., heads, head dimension), or None.
-        rotate: Rotary position embedding of the patches' keys, (B, N, heads, head dimension), or
+        query_norm: Norm of queries (..., heads, head dimension); the identity if there is none.
+        key_norm: Norm of keys (..., heads, head dimension), or None.
+        rotate: Rotary position embedding of the patches' keys (B, N, heads, head dimension), or
             None.
-        bias: (T, R, heads), what position alone adds to the readout tokens' scores, or None.
+        bias: Scores (T, R, heads) that position alone adds to the readout tokens', or None.
     """
 
     heads: int
@@ -151,11 +151,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Readout:
-    """What the closed form needs of the block and the head: the few tokens that the head reads.
+    """What the closed form needs of the block and the head, if the head reads only a few tokens.
 
     Attributes:
-        tokens: R, the number of readout tokens; they are the first ones.
-        attention: The block's attention, part by part.
+        tokens: Number R of readout tokens; they are the first ones.
+        attention: Attention of the block, part by part.
         finish: Joined heads (n, B, R, A), normed tokens F (n, B, R, D) and skip path X (n, B, R, D)
             of the readout tokens -> logits (n, B, C).
     """
@@ -184,12 +184,12 @@ class Cut:
     patches row by row; width D, classes C, readout tokens R, joined heads A.
 
     Attributes:
-        grid: (h, w).
+        grid: Patch grid (h, w).
         x: X, the residual stream that enters the block: (B, T, D), or (B, h, w, D), or (B, D, h, w)
             if `channels_first`.
         norm: X -> F, the block's first LayerNorm, which acts on each token alone.
-        rest: H: (F, X) -> logits (n * B, C), for n sets of masked tokens, (n * B, T, D) each, in
-            the order of X repeated n times.
+        rest: H: (F, X) -> logits (n * B, C), for n sets of masked tokens. F and X are (n * B, T, D)
+            each, the B images n times over.
         readout: What the closed form needs; None if it does not hold.
         channels_first: Whether X is (B, D, h, w).
     """
@@ -204,15 +204,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Split:
-    """A model as the method sees it; a snapshot, made anew for each call so as not to go stale.
+    """A model as the method sees it. It is made anew for each call, since the model may change.
 
     Attributes:
         cut: G: images (B, ch, H, W) -> their `Cut`. Raises `InputError` if the model cannot take
-            that size.
-        prefix_tokens: P, the number of class, distillation and register tokens before the patches.
-        block: The encoder block that is cut.
-        tap: The place of F in it.
-        direct_because: Why the closed form does not hold; empty if it does.
+            images of that size.
+        prefix_tokens: Number P of class, distillation and register tokens before the patches.
+        block: Encoder block that is cut.
+        tap: Place of F in that block.
+        direct_because: Reason why the closed form does not hold; empty if it does.
     """
 
     cut: Callable[[Tensor], Cut]
@@ -223,14 +223,14 @@ class Split:
 
 
 Splitter = Callable[[nn.Module], Split]
-"""Splits a model; explainers call it anew for each batch."""
+"""A function that splits a model; explainers call it anew for each batch."""
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return a model's class scores (B, C), also out of an object that holds them as `logits`.
+    """Return the logits (B, C) that a model gave, as a tensor or in an object's `logits`.
 
     Raises:
-        ModelError: If there are none.
+        ModelError: If it gave none.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:

@@ -1,4 +1,4 @@
-"""Which classes to explain: from what a user may write to one array of class indices."""
+"""The classes to explain: from what a user may write to one array of class indices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
             class per image, (B, K), or (1, K) for all images; as lists, arrays or tensors of
             integers. Or a function that is given the logits as a NumPy array (B, C) and returns one
             of these.
-        logits: (B, C) of the unmasked images.
+        logits: Logits (B, C) of the unmasked images.
 
     Raises:
         InputError: If the shape or type does not fit.
@@ -75,15 +75,15 @@ def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
 
 
 def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
-    """Return the index of a class written as an index or a name.
+    """Return the index of a class that a user names by its index or its name.
 
-    A name fits a class whose whole name, or one of its comma-separated synonyms, is equal but for
-    case. If none does, classes that have it as a whole word are offered before those that are spelt
-    like it.
+    A name fits a class if it equals the class's whole name or one of its comma-separated synonyms,
+    whatever the case. If it fits none, the error offers classes whose names have it as a whole
+    word before those that are spelt like it.
 
     Args:
-        wanted: A name, or an index, also written as text.
-        names: The classes' names, or the number of classes if names are not known.
+        wanted: Name, or index as a number or as text.
+        names: Names of the classes, or the number of classes if names are not known.
 
     Raises:
         UnknownClassError: If nothing or more than one class fits; the message offers the closest.

@@ -1,4 +1,4 @@
-"""What `split=` takes: functions that cut a model at a block, or at a module that one names."""
+"""Functions that `split=` takes, to cut a model at a block or at a module that the user names."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def cut_at(
 ) -> Splitter:
     """Return the function that cuts any model at the output of one of its modules.
 
-    The output may be (B, T, D), (B, h, w, D) or (B, D, h, w). What follows the cut is run by
-    running the whole model with that output replaced, so nothing needs to be known of it, and each
-    mask costs one forward pass. The model gives logits (B, C), or an object that holds them as
-    `logits`.
+    The output may be (B, T, D), (B, h, w, D) or (B, D, h, w). What follows the cut is computed by
+    running the whole model with that output replaced. So nothing needs to be known about it, and
+    each mask costs one forward pass. The model must give logits (B, C), or an object that holds
+    them as `logits`.
 
     Args:
-        module: The module, which must run once per forward pass.
-        grid: (h, w) of the patches. For an output of four dimensions it also says which of them are
+        module: Module at whose output to cut; it must run once per forward pass.
+        grid: Patch grid (h, w). For an output of four dimensions it also says which of them are
             rows and columns; an output that leaves this open is refused.
-        prefix_tokens: Number of tokens that stand before the patches.
+        prefix_tokens: Number of tokens before the patches.
 
     Raises:
         InputError: If grid or prefix_tokens make no sense; later, when a model is cut, if `module`
-            is not a module of it.
+            is not one of its modules.
     """
     sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
-    if grid is not None and not (len(sides) == 2 and all(_whole(side, 1) for side in sides)):
+    if grid is not None and not (len(sides) == 2 and all(_is_whole(side, 1) for side in sides)):
         raise InputError(
             f"grid must be (h, w), two positive whole numbers of patches, got {grid!r}"
         )
-    if not _whole(prefix_tokens, 0):
+    if not _is_whole(prefix_tokens, 0):
         raise InputError(
             f"prefix_tokens must be a whole number and not negative, got {prefix_tokens!r}"
         )
@@ -62,6 +62,7 @@ def cut_at(
 def _split(
     model: nn.Module, *, module: nn.Module, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> Split:
+    """Split a model at the output of one of its modules."""
     refuse_quantised(model)
     if not isinstance(module, nn.Module) or all(module is not one for one in model.modules()):
         raise InputError("target must be one of the model's own modules, such as model.blocks[-1]")
@@ -69,15 +70,15 @@ def _split(
 
     def cut(images: Tensor) -> Cut:
         tokens = _tokens(model, tap, images)
-        lie, channels_first = _layout(tokens, module, grid, prefix_tokens)
-        if tokens.shape[1] == len(images):  # perhaps (T, B, D): with one image more it would show
+        patch_grid, channels_first = _layout(tokens, module, grid, prefix_tokens)
+        if tokens.shape[1] == len(images):  # perhaps (T, B, D), which one image more would show
             _tokens(model, tap, torch.cat([images, images[:1]]))
 
         def rest(normed: Tensor, _x: Tensor) -> Tensor:
             with tap.replaced(normed):
                 return _run(model, images.repeat(len(normed) // len(images), 1, 1, 1))
 
-        return Cut(grid=lie, x=tokens, norm=same, rest=rest, channels_first=channels_first)
+        return Cut(grid=patch_grid, x=tokens, norm=same, rest=rest, channels_first=channels_first)
 
     return Split(
         cut=cut,
@@ -89,10 +90,10 @@ def _split(
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse training mode altogether: code of a user's own may ask for it and drop at random.
+    """Refuse training mode altogether, since the user's own code may then do things at random.
 
     Raises:
-        ModelError: If the model or a module of it is in training mode; names it.
+        ModelError: If the model or one of its modules is in training mode; the message names it.
     """
     for name, module in model.named_modules():
         if module.training:
@@ -104,24 +105,25 @@ def refuse_training(model: nn.Module) -> None:
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (B, C) of images, one row per image."""
     logits = logits_of(model(images))
     if len(logits) != len(images):
         raise ModelError(
-            f"the model must give one row of logits an image, but gave {len(logits)} for "
+            f"the model must give one row of logits per image, but gave {len(logits)} for "
             f"{len(images)} images"
         )
     return logits
 
 
 def _tokens(model: nn.Module, tap: Tap, images: Tensor) -> Tensor:
-    """What the target gives in a forward pass, for each image its own."""
+    """Return what the target gives in a forward pass, if its first dimension is the images."""
     outputs: list[Any] = []
 
-    def note(tokens: Tensor, _number: int) -> Tensor:
+    def keep(tokens: Tensor, _number: int) -> Tensor:
         outputs.append(tokens)
         return tokens
 
-    with tap.changed(note):
+    with tap.changed(keep):
         _run(model, images)
     name = type(tap.modules[0]).__name__
     if len(outputs) != 1:
@@ -144,14 +146,14 @@ def _tokens(model: nn.Module, tap: Tap, images: Tensor) -> Tensor:
     return tokens
 
 
-def _whole(value: Any, least: int) -> bool:
+def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and int(value) >= least
 
 
 def _layout(
     tokens: Tensor, target: nn.Module, grid: tuple[int, int] | None, prefix: int
 ) -> tuple[tuple[int, int], bool]:
-    """The grid (h, w), and whether the channels stand before it."""
+    """Return the grid (h, w), and whether the channels come before it."""
     name, shape = type(target).__name__, tuple(tokens.shape)
     if grid is None:
         raise InputError(
@@ -177,6 +179,6 @@ def _layout(
     if h * w != shape[1] - prefix:
         raise InputError(
             f"grid={h, w} is {h * w} patches, but the target {name} gives {shape}: {shape[1]} "
-            f"tokens, of which prefix_tokens={prefix} are no patches"
+            f"tokens, of which prefix_tokens={prefix} are not patches"
         )
     return (h, w), False

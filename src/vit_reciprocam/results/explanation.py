@@ -1,4 +1,4 @@
-"""The result: maps, scores and the prediction they explain, and what can be done with them."""
+"""The result: maps and scores with the prediction that they explain, to be drawn and saved."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from vit_reciprocam.results.files import write_folder
 __all__ = ["MOST_DRAWN", "Explanation", "softmax"]
 
 MOST_DRAWN = 12
-"""Of more targets than this the most probable are drawn and listed."""
+"""Largest number of targets that are drawn and listed; of more, the most probable are chosen."""
 
 _SCHEMA = 1
-_SAME_SHAPE = 0.05
+_SHAPE_TOLERANCE = 0.05  # by which share the shapes of a picture and of the grid may differ
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis, float32."""
+    """Return probabilities over the last axis, float32."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities.astype(np.float32)
@@ -47,19 +47,21 @@ class Explanation:
     """Saliency maps of B images for K classes each, and the prediction they explain; read-only.
 
     Attributes:
-        scores: (B, K, h, w) float32: the target's softmax probability with only that window kept
-            (or its logit, see `settings["score"]`), comparable between classes and images, as
-            `maps` are not; for other methods the maps themselves.
-        logits: (B, C) float32 of the unmasked images.
-        probs: (B, C) float32, their softmax.
-        targets: (B, K) int64, the explained classes.
-        path: "closed-form" or "direct": how the scores were computed; "" for other methods.
-        settings: What was run: method, model and the method's settings.
-        class_names: One a class, where known.
-        pictures: For each image the region that the model saw, RGB, where known.
-        sources: For each image its file name, where known.
-        preprocess: What cut those regions out of the whole pictures, where known.
-        scores_are_maps: Whether `scores` are maps already, as those of other methods.
+        scores: Scores (B, K, h, w) float32: the target's softmax probability with only that window
+            kept, or its logit, see `settings["score"]`. They can be compared between classes and
+            images, unlike `maps`. For other methods they are the maps themselves.
+        logits: Logits (B, C) float32 of the unmasked images.
+        probs: Softmax (B, C) float32 of the logits.
+        targets: Explained classes (B, K) int64.
+        path: Path by which the scores were computed, "closed-form" or "direct"; "" for other
+            methods.
+        settings: Method, model and the method's settings.
+        class_names: Names of the C classes; None if not known.
+        pictures: For each image the region that the model saw, RGB; None if not known.
+        sources: For each image its file name; None if not known.
+        preprocess: Preprocessing that cut those regions out of the whole pictures; None if not
+            known.
+        scores_are_maps: Whether `scores` are maps already, as for other methods.
     """
 
     scores: np.ndarray
@@ -75,7 +77,7 @@ class Explanation:
     scores_are_maps: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Make the arrays and settings read-only, without touching the caller's."""
+        """Make the arrays and settings read-only, but not those of the caller."""
         for name in ("scores", "logits", "probs", "targets"):
             array = getattr(self, name).view()
             array.flags.writeable = False
@@ -83,12 +85,13 @@ class Explanation:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the fields: a read-only mapping cannot be pickled itself."""
+        """Return the fields to pickle; a read-only mapping cannot be pickled as it is."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return _rebuild, (values | {"settings": dict(self.settings)},)
 
     @cached_property
     def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
+        """Maps, and which of them are degenerate; read-only."""
         maps, degenerate = min_max(self.scores)
         if self.scores_are_maps:
             maps = self.scores.view()
@@ -97,31 +100,31 @@ class Explanation:
 
     @property
     def maps(self) -> np.ndarray:
-        """(B, K, h, w) float32: each map of `scores` scaled to [0, 1], zeros where degenerate."""
+        """Maps (B, K, h, w) float32: `scores` scaled to [0, 1] each; zeros if degenerate."""
         return self._min_max[0]
 
     @property
     def degenerate(self) -> np.ndarray:
-        """(B, K) bool: the score is the same for every patch, so the map says nothing."""
+        """Whether each score is the same for every patch, so that its map says nothing: (B, K)."""
         return self._min_max[1]
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
-        """The targets' class names, K for each of the B images."""
+        """Class names of the targets, K for each of the B images."""
         return tuple(tuple(self.name(target) for target in row) for row in self.targets)
 
     def name(self, class_index: int) -> str:
-        """A class's name, or "class 7" where names are not known."""
+        """Return a class's name, or one such as "class 7" if names are not known."""
         if self.class_names is None:
             return f"class {class_index}"
         return self.class_names[class_index]
 
     def __len__(self) -> int:
-        """B, the number of images."""
+        """Return B, the number of images."""
         return len(self.scores)
 
     def __getitem__(self, image: int) -> Explanation:
-        """One image's explanation, with B = 1."""
+        """Return the explanation of one image, with B = 1."""
         if not -len(self) <= image < len(self):
             raise IndexError(f"image {image} of an explanation of {len(self)} image(s)")
         one = slice(image % len(self), image % len(self) + 1)
@@ -136,7 +139,7 @@ class Explanation:
         )
 
     def __repr__(self) -> str:
-        """Shapes and the first image's targets; the arrays would fill the screen."""
+        """Return shapes and the first image's targets; the arrays would fill the screen."""
         images, targets, rows, columns = self.scores.shape
         shown = ", ".join(
             f"{name} {self.probs[0, target]:.1%}"
@@ -159,21 +162,21 @@ class Explanation:
         colormap: str = "viridis",
         opacity: float = 0.55,
     ) -> Image.Image:
-        """One map over its picture: in viridis bright yellow is strong, dark purple weak.
+        """Draw one map over its picture; in viridis bright yellow is strong and dark purple weak.
 
-        Each map is scaled for itself, so colours compare patches, not classes or images.
+        Each map is scaled on its own, so its colours compare patches, but not classes or images.
 
         Args:
-            target: Which of the K targets, by position or by class name.
-            image: Which of the B images.
-            picture: What to draw on: by default the region that the model saw, or the whole
-                picture, of which the map then covers that region only.
-            colormap: viridis, inferno, cividis, jet or gray.
-            opacity: Of the map, 0 to 1.
+            target: One of the K targets, by position or by class name.
+            image: One of the B images, by position.
+            picture: Picture to draw on: the region that the model saw, which is the default, or the
+                whole picture, of which the map then covers that region only.
+            colormap: Colours of the map: "viridis", "inferno", "cividis", "jet" or "gray".
+            opacity: Opacity of the map, 0 to 1.
 
         Raises:
             InputError: If there is no such target or image, no picture to draw on, or `picture` is
-                neither of the two.
+                neither of these two.
         """
         position = self._position(target, image)
         canvas = read_image(self._picture(image) if picture is None else picture)
@@ -187,19 +190,17 @@ class Explanation:
     def grid(
         self, *, image: int = 0, colormap: str = "viridis", opacity: float = 0.55
     ) -> Image.Image:
-        """The picture and each target's overlay side by side, with class and probability.
+        """Draw the picture and each target's overlay side by side, with class and probability.
 
-        A legend says which colours are strong; each map is scaled for itself. Of more than 12
-        targets the 12 most probable are drawn.
-
-        Raises:
-            InputError: As `overlay`.
+        A legend says which colours are strong; each map is scaled on its own. If there are more
+        than 12 targets, the 12 most probable are drawn. Arguments and errors are those of
+        `overlay`.
         """
-        drawn = self._drawn(image)
+        positions = self._pick_targets(image)
         pictures, captions = [self._picture(image)], ["what the model saw"]
-        if len(drawn) < self.targets.shape[1]:
-            captions = [f"top {len(drawn)} of {self.targets.shape[1]} targets"]
-        for position in drawn:
+        if len(positions) < self.targets.shape[1]:
+            captions = [f"top {len(positions)} of {self.targets.shape[1]} targets"]
+        for position in positions:
             target = self.targets[image, position]
             pictures.append(self.overlay(position, image=image, colormap=colormap, opacity=opacity))
             flat = " (no preference)" if self.degenerate[image, position] else ""
@@ -207,7 +208,7 @@ class Explanation:
         return render.panels(pictures, captions, colormap=colormap)
 
     def show(self) -> None:
-        """Show the grid of each image: in a notebook inline, elsewhere in the system's viewer.
+        """Show the grid of each image, inline in a notebook, else in the system's viewer.
 
         Raises:
             InputError: If there are no pictures to draw on.
@@ -228,19 +229,20 @@ class Explanation:
                 grid.show()
 
     def _repr_html_(self) -> str:
+        """Return the grid of each image as HTML, by which notebooks show an explanation."""
         if self.pictures is None:
             return f"<pre>{html.escape(repr(self))}</pre>"
         figures = []
         for image in range(len(self)):
             data = base64.b64encode(render.png(self.grid(image=image))).decode()
-            names = ", ".join(self.names[image][target] for target in self._drawn(image))
+            names = ", ".join(self.names[image][target] for target in self._pick_targets(image))
             alt = html.escape(f"Saliency maps: {names}")
             source = f"data:image/png;base64,{data}"
             figures.append(f'<img style="max-width:100%" alt="{alt}" src="{source}">')
         return "<br>".join(figures)
 
-    def _drawn(self, image: int) -> list[int]:
-        """Positions of the targets to draw: all in their order, or the most probable."""
+    def _pick_targets(self, image: int) -> list[int]:
+        """Return positions of the targets to draw: all in their order, or the most probable."""
         targets = self.targets[image]
         if len(targets) <= MOST_DRAWN:
             return list(range(len(targets)))
@@ -248,7 +250,7 @@ class Explanation:
         return [int(position) for position in best]
 
     def _position(self, target: int | str, image: int) -> int:
-        """Where a target stands among its image's."""
+        """Return the position of a target among those of its image."""
         images, targets = self.targets.shape
         if not 0 <= image < images:
             raise InputError(f"no image {image}: there are {images} image(s), counted from 0")
@@ -266,7 +268,7 @@ class Explanation:
         return int(target)
 
     def _box(self, picture: Image.Image, image: int) -> tuple[int, int, int, int]:
-        """Where in a picture lies what the model saw: (left, top, right, bottom)."""
+        """Return the box (left, top, right, bottom) of a picture that the model saw."""
         whole = (0, 0, picture.width, picture.height)
         if self.pictures and self.preprocess:
             seen = self.pictures[image].size
@@ -278,7 +280,7 @@ class Explanation:
                 f"was explained, or the {seen[0]}x{seen[1]} region of it that the model saw"
             )
         rows, columns = self.scores.shape[2:]
-        if abs(picture.width * rows / (picture.height * columns) - 1) > _SAME_SHAPE:
+        if abs(picture.width * rows / (picture.height * columns) - 1) > _SHAPE_TOLERANCE:
             raise InputError(
                 f"picture is {picture.width}x{picture.height} pixels, the model's grid "
                 f"{columns}x{rows}: crop or resize it as it was for the model, or use "
@@ -287,6 +289,7 @@ class Explanation:
         return whole
 
     def _picture(self, image: int) -> Image.Image:
+        """Return the region that the model saw."""
         if self.pictures is None:
             raise InputError(
                 "this explanation was made from tensors and has no pictures to draw on: pass "
@@ -303,18 +306,23 @@ class Explanation:
         colormap: str = "viridis",
         opacity: float = 0.55,
     ) -> Path:
-        """Write overlays and grids (PNG), `maps.npz`, and last `manifest.json`: what was run.
+        """Write overlays and grids (PNG), `maps.npz`, and at the end `manifest.json`.
 
-        An earlier explanation in the same place is replaced; other files stay. A folder without a
-        manifest is one whose writing was cut short. Of more than 12 targets the 12 most probable
-        are drawn; `maps.npz` has all.
+        The manifest says what was run; a folder without one is incomplete. An earlier explanation
+        in the same place is replaced; other files stay. If there are more than 12 targets, the
+        12 most probable are drawn; `maps.npz` holds them all.
+
+        Args:
+            directory: Folder to write to; it is made if it does not exist.
+            colormap: Colours of the maps, as in `overlay`.
+            opacity: Opacity of the maps, 0 to 1.
 
         Returns:
             The folder.
 
         Raises:
-            InputError: If a file of somebody else's stands in the way, or the folder cannot be
-                written to.
+            InputError: If a file that is not ours is in the way, or the folder cannot be written
+                to.
         """
         maps = io.BytesIO()
         names = ("maps", "scores", "targets", "logits", "probs")
@@ -328,7 +336,7 @@ class Explanation:
                 record["grid"] = f"{prefix}grid.png"
                 grid = self.grid(image=image, colormap=colormap, opacity=opacity)
                 files[record["grid"]] = render.png(grid)
-                for number, target in enumerate(self._drawn(image), 1):
+                for number, target in enumerate(self._pick_targets(image), 1):
                     picture = self.overlay(target, image=image, colormap=colormap, opacity=opacity)
                     about = record["targets"][target]
                     about["overlay"] = f"{prefix}{number}-{_slug(_short(about['name']))}.png"
@@ -347,9 +355,9 @@ class Explanation:
         return folder
 
     def record(self, image: int = 0) -> dict[str, Any]:
-        """One image's prediction and targets as plain JSON values."""
+        """Return the prediction and the targets of one image as plain JSON values."""
 
-        def described(target: int) -> dict[str, Any]:
+        def describe(target: int) -> dict[str, Any]:
             return {
                 "index": int(target),
                 "name": self.name(int(target)),
@@ -358,22 +366,24 @@ class Explanation:
 
         return {
             "source": self.sources[image] if self.sources else None,
-            "prediction": described(int(self.probs[image].argmax())),
+            "prediction": describe(int(self.probs[image].argmax())),
             "targets": [
-                described(int(target)) | {"degenerate": bool(flat)}
+                describe(int(target)) | {"degenerate": bool(flat)}
                 for target, flat in zip(self.targets[image], self.degenerate[image], strict=True)
             ],
         }
 
 
 def _short(name: str) -> str:
-    """The first of a class's comma-separated synonyms."""
+    """Return the first of a class's comma-separated synonyms."""
     return name.split(",")[0].strip()
 
 
 def _slug(name: str) -> str:
+    """Return a class name as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "unnamed"
 
 
 def _rebuild(values: dict[str, Any]) -> Explanation:
+    """Return the explanation of pickled fields."""
     return Explanation(**values)
