@@ -6,12 +6,14 @@ relevance R, and each of its inputs x gets the share that it has in the output Z
     R_x = x ⊙ (∂Z/∂x)ᵀ (R / Z)
 
 Each rule below is this formula for one kind of layer, with the sum of relevance kept. LayerNorm,
-activations, softmax and LayerScale pass relevance on as it is, and biases get none. Where the paper
-is silent, the rules are those of its authors' public code.
+activations, softmax and LayerScale pass relevance on as it is, and biases get none. If the paper is
+silent, the rules are those of its authors' public code.
 
-R / Z is large where Z is near 0, so rounding errors grow on the way down, about a million times in
-twelve layers. In float32 a map differs between machines by some hundredths of its maximum, on some
-pictures by much more, in whatever code; in float64 it is the same to nine digits.
+R / Z is large if Z is near 0, so rounding errors grow on the way down, about a million times in
+twelve layers. In float32, any code's map differs between machines by some hundredths of its
+maximum, on some pictures by much more; in float64 it is the same to nine digits.
+
+Letters of the shapes: b image, T token, D width, C class, in and out features of a linear layer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -36,26 +39,32 @@ __all__ = [
     "trace_layers",
 ]
 
-_TINY = 1e-9
+_TINY = 1e-9  # keeps quotients finite, as in the authors' code
 
 
 def _ratio(r: Tensor, z: Tensor) -> Tensor:
-    """R / Z, and 0 where Z is 0."""
+    """Return R / Z, and 0 where Z is 0."""
     near = z + _TINY
     ratio: Tensor = torch.where(z == 0, 0, r / torch.where(near == 0, _TINY, near))
     return ratio
 
 
-def linear_rule(x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-    """Z = x⁺W⁺ + x⁻W⁻: only what adds to the output counts (the αβ rule with α = 1, β = 0).
+def linear_rule(
+    x: Float[Tensor, "*batch in"],
+    weight: Float[Tensor, "out in"],
+    r: Float[Tensor, "*batch out"],
+) -> Float[Tensor, "*batch in"]:
+    """Propagate relevance through a linear layer, of which only what adds to the output counts.
+
+    Z = x⁺W⁺ + x⁻W⁻, which is the αβ rule with α = 1, β = 0.
 
     Args:
-        x: Input (..., in).
-        weight: (out, in).
-        r: Relevance of the output (..., out).
+        x: Input of the layer.
+        weight: Weight of the layer.
+        r: Relevance of the output.
 
     Returns:
-        Relevance of the input (..., in).
+        Relevance of the input.
     """
     x, weight = x.to(r), weight.to(r)
     over, under = x.clamp(min=0), x.clamp(max=0)
@@ -64,13 +73,19 @@ def linear_rule(x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     return over * (s @ plus) + under * (s @ minus)
 
 
-def matmul_rule(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Z = A B: each factor gets half, as both get all by the formula.
+def matmul_rule(
+    a: Float[Tensor, "*batch m k"],
+    b: Float[Tensor, "*batch k n"],
+    r: Float[Tensor, "*batch m n"],
+) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k n"]]:
+    """Propagate relevance through a product of matrices.
+
+    Z = A B. By the formula each factor gets all of the relevance, so each gets half of that.
 
     Args:
-        a: (..., m, k).
-        b: (..., k, n).
-        r: Relevance of the product (..., m, n).
+        a: First factor, A.
+        b: Second factor, B.
+        r: Relevance of the product.
 
     Returns:
         Relevance of A and of B.
@@ -80,11 +95,22 @@ def matmul_rule(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return a * (s @ b.mT) / 2, b * (a.mT @ s) / 2
 
 
-def add_rule(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Z = a + b: by the formula, then both scaled to the sum of R in the ratio of their own sums.
+def add_rule(
+    a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"], r: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Propagate relevance through a sum, such as that of a block and its skip connection.
 
-    The sums are over one image, the first axis apart. Without the scaling (section 3.2) the two
-    shares could grow without bound with opposite signs.
+    Z = a + b. By the formula alone the two shares could grow without bound, with opposite signs. So
+    they are scaled (section 3.2) until they sum to the sum of R together, in the ratio of the
+    absolute values of their own sums. Sums are over each image: over all axes but the first.
+
+    Args:
+        a: First summand.
+        b: Second summand.
+        r: Relevance of the sum.
+
+    Returns:
+        Relevance of a and of b.
     """
     a, b = a.to(r), b.to(r)
     s = _ratio(r, a + b)
@@ -97,18 +123,42 @@ def add_rule(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(r: Tensor) -> Tensor:
-    """Of each image, to multiply it with."""
+    """Return the sum over each image, in the shape that multiplies all of it."""
     return r.sum(dim=tuple(range(1, r.ndim)), keepdim=True)
 
 
-def copy_rule(x: Tensor, *r: Tensor) -> Tensor:
-    """One x read in several places: the sum of the relevance that it has in each."""
+def copy_rule(x: Float[Tensor, "*shape"], *r: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Add up the relevance of one x that is read in several places.
+
+    By the formula, with Z = x for each of them, x gets the sum of their relevance, but none where
+    it is 0.
+
+    Args:
+        x: What is read.
+        r: Relevance of x in each place.
+
+    Returns:
+        Relevance of x.
+    """
     x = x.to(r[0])
     return x * torch.stack([_ratio(one, x) for one in r]).sum(dim=0)
 
 
 class Trace(NamedTuple):
-    """What a layer computed, (b, T, ...); lists hold the input of each step and the last output."""
+    """What an encoder block computed. A list holds the input of each step, then the last output.
+
+    Attributes:
+        x: Input of the block (b, T, D).
+        before: Steps from x to what the attention reads.
+        query: Queries (b, heads, T, head dimension), normed if the block norms them.
+        key: Keys in the same shape, also normed.
+        value: Values in the same shape.
+        attention: Attention weights (b, heads, T, T).
+        after: Steps from the joined heads to what is added to x.
+        y: Sum of x and what the attention adds, (b, T, D).
+        mlp: Steps from y to what is added to y.
+        out: Output of the block (b, T, D).
+    """
 
     x: Tensor
     before: list[Tensor]
@@ -122,16 +172,16 @@ class Trace(NamedTuple):
     out: Tensor
 
 
-def run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
-    """The input of each step and the last output."""
+def _run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
+    """Return the input of each step, and the last output."""
     values = [x]
     for step in steps:
         values.append(step(values[-1]))
     return values
 
 
-def trace_layers(encoder: Encoder, x: Tensor) -> Iterator[Trace]:
-    """Run an encoder from its tokens (b, T, D) on, layer by layer."""
+def trace_layers(encoder: Encoder, x: Float[Tensor, "b T D"]) -> Iterator[Trace]:
+    """Run an encoder on its tokens layer by layer, and yield what each computed."""
     for layer in encoder.layers:
         trace = _trace(layer, x)
         yield trace
@@ -139,51 +189,52 @@ def trace_layers(encoder: Encoder, x: Tensor) -> Iterator[Trace]:
 
 
 def _trace(layer: Layer, x: Tensor) -> Trace:
+    """Run a layer step by step, since fused kernels do not give their attention weights."""
     a = layer.attention
-    before = run_steps(layer.before, x)
+    before = _run_steps(layer.before, x)
     query = a.query_norm(_heads(a, a.query(before[-1])))
     key = _heads(a, a.key(before[-1]))
     key = key if a.key_norm is None else a.key_norm(key)
     value = _heads(a, a.value(before[-1]))
     attention = (query @ key.mT * a.scale).softmax(dim=-1)
-    after = run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
+    after = _run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
     y = x + after[-1]
-    mlp = run_steps(layer.mlp, y)
+    mlp = _run_steps(layer.mlp, y)
     return Trace(x, before, query, key, value, attention, after, y, mlp, y + mlp[-1])
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
-    """(b, T, A) -> (b, heads, T, head dimension)."""
+    """Return joined heads (b, T, A) apart, (b, heads, T, head dimension)."""
     apart: Tensor = joined.unflatten(-1, (attention.heads, -1))
     return apart.transpose(1, 2)
 
 
 def relevance_matrices(
-    encoder: Encoder, tokens: Tensor
-) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """Logits, and a function from target classes to each layer's relevance-weighted attention.
+    encoder: Encoder, tokens: Float[Tensor, "b T D"]
+) -> tuple[Float[Tensor, "b C"], Callable[[Tensor], list[Tensor]]]:
+    """Return the logits, and a function of targets that returns relevance-weighted attention.
 
     Section 3.3 of the paper: with R_l the relevance of layer l's attention weights A_l, found by
-    propagating the target's from the logits down, and ∇A_l the gradient of the target's logit,
+    propagating relevance from the target's logit down, and ∇A_l the gradient of that logit,
 
         Ā_l = mean over heads of (∇A_l ⊙ R_l)⁺.
 
     Args:
-        encoder: One head a readout token.
-        tokens: Of some images, (b, T, D).
+        encoder: Encoder with one head per readout token.
+        tokens: Tokens of the images.
 
     Returns:
-        Logits (b, C); targets, one an image (b,), -> Ā_1 to Ā_L, (b, T, T) each.
+        Logits, and the function from targets (b,), one per image, to Ā_1 to Ā_L, (b, T, T) each.
     """
     with torch.enable_grad():
         traces = list(trace_layers(encoder, tokens.detach().requires_grad_()))
-        normed = run_steps(encoder.norm, traces[-1].out)[-1]
-        heads = [run_steps(steps, normed[:, at]) for at, steps in enumerate(encoder.heads)]
+        normed = _run_steps(encoder.norm, traces[-1].out)[-1]
+        heads = [_run_steps(steps, normed[:, at]) for at, steps in enumerate(encoder.heads)]
         logits = torch.stack([values[-1] for values in heads]).mean(dim=0)
 
     @torch.no_grad()
     def matrices(targets: Tensor) -> list[Tensor]:
-        wanted = one_hot(targets, logits.shape[1]).to(_wide(logits))
+        wanted = one_hot(targets, logits.shape[1]).to(_widen(logits))
         gradients = torch.autograd.grad(
             logits, [t.attention for t in traces], wanted.to(logits), retain_graph=True
         )
@@ -202,7 +253,7 @@ def relevance_matrices(
 def _heads_relevance(
     encoder: Encoder, tokens: Tensor, heads: Sequence[list[Tensor]], r: Tensor
 ) -> Tensor:
-    """From the logits (b, C), the mean of the heads' outputs, back to the tokens (b, T, D)."""
+    """Propagate relevance from the logits (b, C), the heads' mean, to the tokens (b, T, D)."""
     each = [r] if len(heads) == 1 else add_rule(heads[0][-1] / 2, heads[1][-1] / 2, r)
     found = torch.zeros_like(tokens, dtype=r.dtype)
     for at, (steps, values, one) in enumerate(zip(encoder.heads, heads, each, strict=True)):
@@ -211,7 +262,7 @@ def _heads_relevance(
 
 
 def _layer_relevance(layer: Layer, t: Trace, r: Tensor) -> tuple[Tensor, Tensor]:
-    """From a layer's output back to x (b, T, D), and to its attention (b, heads, T, T)."""
+    """Propagate relevance from a layer's output to x (b, T, D), and to its attention weights."""
     r_y, r_mlp = add_rule(t.y, t.mlp[-1], r)
     r = copy_rule(t.y, r_y, _steps_relevance(layer.mlp, t.mlp, r_mlp))
     r_x, r_after = add_rule(t.x, t.after[-1], r)
@@ -225,7 +276,10 @@ def _layer_relevance(layer: Layer, t: Trace, r: Tensor) -> tuple[Tensor, Tensor]
 def _projections_relevance(
     attention: Attention, x: Tensor, r_query: Tensor, r_key: Tensor, r_value: Tensor
 ) -> Tensor:
-    """From queries, keys and values (b, heads, T, head dimension), one linear layer, back to x."""
+    """Propagate relevance from queries, keys and values (b, heads, T, head dimension) to x.
+
+    The three projections are one linear layer, so their shares are added without the copy rule.
+    """
     assert isinstance(attention.query, Projection)
     total = torch.zeros_like(x, dtype=r_value.dtype)
     read = (attention.query, r_query), (attention.key, r_key), (attention.value, r_value)
@@ -235,13 +289,13 @@ def _projections_relevance(
 
 
 def _steps_relevance(steps: Sequence[Step], values: Sequence[Tensor], r: Tensor) -> Tensor:
-    """From the last output back to the first input."""
+    """Propagate relevance from the last output of steps to their first input."""
     for step, x in zip(reversed(steps), reversed(values[:-1]), strict=True):
         if isinstance(step, Projection):
             r = linear_rule(x, step.weight, r)
     return r
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least float32."""
+def _widen(values: Tensor) -> Tensor:
+    """Return values in at least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
