@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import vit_reciprocam as vr
 from conftest import tiny_images, tiny_model
+from vit_reciprocam import methods
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.core.maps import min_max
@@ -36,7 +37,22 @@ def test_every_method_has_one_signature(name):
     assert maps.amax() == 1
 
 
-def test_reciprocam_is_the_explainer_s():
+def test_scaling_on_the_device_is_that_of_arrays_to_the_bit():
+    scores = np.random.default_rng(0).normal(size=(8, 2, 5, 7)).astype(np.float32)
+    scores[1] = 0.999 + 1e-7 * scores[1]  # constant but for rounding
+    scores[2] = [[[0.3]], [[-2.0]]]
+    scores[3] = 0
+    scores[4] = 0.999 + 1e-5 * scores[4]  # nearly constant
+    scores[5] = 1e-30 * abs(scores[5])
+    scores[6] = 1e30 * scores[6]
+    scores[7, :, 1:] = scores[7, 0, 0, 0]
+    expected, degenerate = min_max(scores)
+    assert degenerate.any(axis=1).tolist() == [False, True, True, True, *[False] * 4]
+    maps = methods._min_max(torch.from_numpy(scores)).numpy()
+    np.testing.assert_array_equal(maps.view(np.int32), expected.view(np.int32))
+
+
+def test_reciprocam_is_the_explainers():
     model, images = tiny_model(), tiny_images()
     maps = METHODS["reciprocam"](model, images, 2, kernel="dirac", class_token=False)
     e = vr.ReciproCAM(model, kernel="dirac", class_token=False)(images, 2)
