@@ -16,17 +16,17 @@ __all__ = ["Backend", "Classifier", "Explainer"]
 
 
 class Explainer(Protocol):
-    """Explains preprocessed images by one method with its settings."""
+    """Explains preprocessed images by one method with fixed settings."""
 
     def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
-        """Explain images (B, 3, H, W) float32, or a `Batch` from the backend.
+        """Explain images (B, 3, H, W) float32, or a `Batch` that the backend made.
 
         Targets are those of `ReciproCAM`.
         """
 
 
 class Backend(Protocol):
-    """What runs a model: PyTorch, or a runtime of ONNX files. NumPy in, NumPy out."""
+    """What runs a model, PyTorch or a runtime of ONNX files: NumPy in, NumPy out."""
 
     @property
     def model(self) -> Any:
@@ -51,7 +51,7 @@ class Backend(Protocol):
     ) -> Explainer:
         """Return a method of `METHODS` with its settings.
 
-        Without `check` it is the first call that refuses a model that cannot be explained.
+        A model that cannot be explained is refused here, or by the first call if `check` is false.
         """
 
     def digest(self) -> str:
@@ -60,13 +60,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with what stands around it.
+    """A model with all that it takes to explain a picture.
 
     Attributes:
-        name: The spec that it was loaded by.
-        backend: What runs the model.
-        preprocess: Turns a picture into the model's input.
-        class_names: One per class, or None if they are not known.
+        name: Spec by which the model was loaded.
+        backend: Backend that runs the model.
+        preprocess: Preprocessing that turns a picture into the model's input.
+        class_names: Names of the classes; None if not known.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""From pictures to their explanation."""
+"""Explain pictures: read them, prepare them, and pass them to a classifier's backend."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def explain(
     targets: str | int | Sequence[str | int] | None = None,
     **settings: Any,
 ) -> Explanation:
-    """Explain pictures: read, prepare, compute; the result keeps the pictures to draw on.
+    """Explain pictures; the result keeps them, to draw its maps on.
 
-    The model sees, and the result shows, what its preprocessing leaves of a picture: mostly the
-    centre crop.
+    The model sees, and the result shows, what preprocessing leaves of a picture, usually the centre
+    crop.
 
     Args:
-        images: Files, PIL images or uint8 arrays (H, W, 3); one or several, in one batch.
-        classifier: From `load`.
-        top: Explain each picture's `top` most probable classes; by default 1.
-        targets: Instead of `top`: a class by name or index, "top3" for the three most probable,
-            several, or "all". Beside named classes, which come first, "top3" is of the others.
-        settings: method="reciprocam" or another name of `METHODS`, and its settings.
+        images: Files, PIL images or uint8 arrays (H, W, 3): one, or several in one batch.
+        classifier: Classifier that `load` returned.
+        top: Number of each picture's most probable classes to explain; by default 1.
+        targets: Classes to explain, instead of `top`: one by name or index, "top3" for the three
+            most probable, a list of these, or "all". Classes that are named come first, and "top3"
+            then means three others.
+        settings: Name of the method in `METHODS`, as method="reciprocam", and its settings.
 
     Raises:
         ImageError: If a picture cannot be read.
@@ -66,9 +67,9 @@ def explain_with(
     top: int | None = None,
     targets: str | int | Sequence[str | int] | None = None,
 ) -> Explanation:
-    """Explain pictures as `explain` does, by a method that its backend has made ready.
+    """Explain pictures as `explain` does, with an explainer that the classifier's backend made.
 
-    Arguments and errors are those of `explain`; `explainer` comes from the classifier's backend.
+    Other arguments and errors are those of `explain`.
     """
     many = isinstance(images, (list, tuple))
     sources: Sequence[ImageSource] = images if many else [images]  # type: ignore[assignment, list-item]
@@ -88,11 +89,11 @@ def explain_with(
 
 
 def parse_targets(classifier: Classifier, *, top: int | None = None, targets: Any = None) -> Any:
-    """What an explainer takes as targets, of what a user of `explain` writes.
+    """Return the targets as an explainer takes them, from what a user of `explain` writes.
 
     Raises:
         UnknownClassError: If there is no such class.
-        InputError: If `top` is out of range or stands beside `targets`.
+        InputError: If `top` is out of range or given together with `targets`.
     """
     if targets is None:
         return _named_and_top(classifier, [], 1 if top is None else top)
@@ -117,7 +118,7 @@ def parse_targets(classifier: Classifier, *, top: int | None = None, targets: An
 
 
 def _named_and_top(classifier: Classifier, named: list[int], top: int) -> Any:
-    """A function of the logits: the named classes, and the `top` most probable of the others."""
+    """Return a function of the logits that picks the named classes, and the `top` other ones."""
     if not 1 <= top <= classifier.num_classes:
         raise InputError(
             f"top must be between 1 and the number of classes, {classifier.num_classes}; got {top}"
@@ -131,6 +132,7 @@ def _named_and_top(classifier: Classifier, named: list[int], top: int) -> Any:
 
 
 def _source_name(source: ImageSource, number: int) -> str:
+    """Return the file name of a picture, or one made from its number if it has none."""
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or f"image-{number}")
     return f"image-{number}" if isinstance(source, np.ndarray) else str(source)

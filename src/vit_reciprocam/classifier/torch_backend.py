@@ -1,4 +1,4 @@
-"""A PyTorch classifier as a `Backend`: NumPy in, NumPy out, with every method."""
+"""PyTorch as a `Backend`, with every method: NumPy in, NumPy out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TorchBackend:
     Attributes:
         name: Name that explanations give the model.
         model: The module, in evaluation mode.
-        num_classes: C.
+        num_classes: Number C of classes.
         device: Device that computes.
     """
 
@@ -35,7 +35,7 @@ class TorchBackend:
         """Move a classifier to a device.
 
         Raises:
-            InputError: If it cannot go there.
+            InputError: If the model cannot go there.
         """
         try:
             self.model: Any = model.to(device)
@@ -49,7 +49,7 @@ class TorchBackend:
         self.device = str(self._like.device)
 
     def batch(self, images: np.ndarray) -> Batch:
-        """Return preprocessed images (B, 3, H, W) on the device, for several explainers."""
+        """Return preprocessed images (B, 3, H, W) on the device, for explainers to share."""
         return Batch(torch.from_numpy(images).to(self._like))
 
     @torch.no_grad()

@@ -2,10 +2,10 @@
 
     METHODS[name](model, images, targets=None, **settings) -> maps (B, K, h, w)
 
-Maps are floats in [0, 1] on the model's device and patch grid, each scaled for itself: not
-upsampled. Their own values, before scaling, come from the functions behind: `ReciproCAM.scores`,
-`baselines` and `peers`. Nothing heavy is imported before a method is called. These take a PyTorch
-model; null baselines need none, see `null`, and stand beside the maps of ONNX files too.
+Maps are floats in [0, 1], each scaled on its own, on the model's device and patch grid, not
+upsampled. The values before scaling come from `ReciproCAM.scores`, `methods.baselines` and
+`methods.peers`. Nothing heavy is imported before a method is called. The methods take a PyTorch
+model. Null baselines can do without, see `methods.null`: ONNX files have them too.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ _EXTRAS = {"reciprocam": "torch", "methods.baselines": "torch", "methods.peers":
 Method = Callable[..., Any]
 
 
-def _method(name: str) -> Method:
+def _make_method(name: str) -> Method:
+    """Return the method of that name, with the signature and the scale of `METHODS`."""
+
     def method(model: Any, images: Any, targets: Any = None, **settings: Any) -> Any:
         check_settings(name, settings)
         if name in NULLS:
-            null_baseline = _function("null_baseline", "methods.baselines")
+            null_baseline = _import("null_baseline", "methods.baselines")
             values = null_baseline(name, model, images, targets, **settings)
         else:
-            values = _function(name, _MODULES[name])(model, images, targets, **settings)
+            values = _import(name, _MODULES[name])(model, images, targets, **settings)
         return values.float() if name == "uniform" else _min_max(values)  # ones by definition
 
     method.__name__ = method.__qualname__ = name
@@ -56,23 +58,23 @@ def _method(name: str) -> Method:
     return method
 
 
-METHODS: Mapping[str, Method] = MappingProxyType({name: _method(name) for name in _MODULES})
+METHODS: Mapping[str, Method] = MappingProxyType({name: _make_method(name) for name in _MODULES})
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Refuse a method or setting that does not exist, before anything is computed.
 
     Raises:
-        InputError: If there is none of that name; the message has the choices.
+        InputError: If there is none of that name; the message lists the choices.
         MissingDependencyError: If the method's library is not installed.
     """
     check_choice("method", name, METHODS)
     if name in NULLS:
-        _function("null_baseline", "methods.baselines")  # torch must be there
+        _import("null_baseline", "methods.baselines")  # torch must be there
         check_keywords(name, NULLS[name].draw, settings)
         return
     wanted = "ReciproCAM" if name == "reciprocam" else name
-    check_keywords(name, _function(wanted, _MODULES[name]), settings)
+    check_keywords(name, _import(wanted, _MODULES[name]), settings)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class MethodSpec:
     """A method with its settings, as written on the command line.
 
     Attributes:
-        name: Of `METHODS`.
-        settings: Its keyword arguments.
+        name: Name of the method in `METHODS`.
+        settings: Keyword arguments of the method.
     """
 
     name: str
@@ -108,7 +110,12 @@ class MethodSpec:
         return f"{self.name}:{','.join(pairs)}" if pairs else self.name
 
 
-def _function(name: str, module: str) -> Callable[..., Any]:
+def _import(name: str, module: str) -> Callable[..., Any]:
+    """Return a function of a module, which is imported only now.
+
+    Raises:
+        MissingDependencyError: If the module needs a library that is not installed.
+    """
     try:
         function: Callable[..., Any] = getattr(
             importlib.import_module(f"vit_reciprocam.{module}"), name
@@ -121,8 +128,8 @@ def _function(name: str, module: str) -> Callable[..., Any]:
 
 
 def _min_max(values: Any) -> Any:
-    """Scale each map (..., h, w) of a tensor to [0, 1], as `core.maps.min_max` does of an array."""
+    """Return maps (..., h, w) of a tensor, scaled to [0, 1] each as by `core.maps.min_max`."""
     maps = values.detach().float()
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     flat = high - low <= FLAT * low.abs().maximum(high.abs())
-    return (maps - low) / (high - low).masked_fill(flat, float("inf"))
+    return (maps - low) / (high - low).masked_fill(flat, float("inf"))  # zeros if constant

@@ -1,4 +1,4 @@
-"""Methods to compare with: attention rollout, relevance, raw attention; null baselines by name.
+"""Methods to compare with: attention rollout, raw attention, relevance, and null baselines.
 
 All have one signature, f(model, images, targets=None, **settings) -> (B, K, h, w): the method's own
 values on the patch grid, in at least float32, on the model's device. `targets` are those of
@@ -54,18 +54,18 @@ def rollout(
 
         rollout = (A_L + I) ... (A_2 + I) (A_1 + I),
 
-    of which the map is the class token's row over the patches; where the head reads a distillation
-    token too, the mean of both rows. The paper fuses by the mean; the other settings are common
-    additions to it. Costs about two forward passes: the model's own, and one by its parts.
+    and the map is the class token's row over the patches, or the mean of two rows if the head reads
+    a distillation token too. The paper fuses heads by the mean; the other settings are common
+    additions to it. The cost is about two forward passes: the model's own, and one part by part.
 
     Args:
-        model: A classifier whose head reads its class token; also DINOv2.
-        images: Preprocessed.
-        targets: Only how many.
-        head_fusion: "mean", "max" or "min" over heads.
-        discard_ratio: Which share of each image's fused weights, the smallest, become 0 first.
-        start_layer: The first layer of the product, counted from 0.
-        memory_limit: About how many bytes a chunk of images may take.
+        model: Classifier whose head reads its class token; also DINOv2.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`; only their number matters.
+        head_fusion: Fusion of the heads: "mean", "max" or "min".
+        discard_ratio: Share of each image's fused weights, the smallest, that become 0 first.
+        start_layer: First layer of the product, counted from 0.
+        memory_limit: Bytes that a chunk of images may take, roughly.
 
     Raises:
         InputError: If the images, targets or settings do not fit.
@@ -75,15 +75,17 @@ def rollout(
     if not 0 <= discard_ratio < 1:
         raise InputError(f"discard_ratio must be from 0 to below 1; got {discard_ratio}")
 
-    def of_tokens(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_and_logits(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
         fused = []
         for trace in trace_layers(encoder, tokens):
-            weights = _wide(_FUSIONS[head_fusion](trace.attention))
-            fused.append(_without_smallest(weights, discard_ratio))
+            weights = _widen(_FUSIONS[head_fusion](trace.attention))
+            fused.append(_drop_smallest(weights, discard_ratio))
         rows = _product_rows(fused[start_layer:], _readouts(encoder), normalise=True)
         return rows[:, None], encoder.logits(trace.out)
 
-    return _by_layer(model, images, targets, of_tokens, start_layer, memory_limit, "rollout")
+    return _maps_by_layer(
+        model, images, targets, rows_and_logits, start_layer, memory_limit, "rollout"
+    )
 
 
 def raw_attention(
@@ -91,25 +93,25 @@ def raw_attention(
 ) -> Maps:
     """The class token's attention in the last layer, the mean over heads.
 
-    Where the head reads a distillation token too, the mean of both tokens' attention.
+    If the head reads a distillation token too, it is the mean of both tokens' attention.
 
     Args:
-        model: A classifier whose head reads its class token; also DINOv2.
-        images: Preprocessed.
-        targets: Only how many.
-        memory_limit: About how many bytes a chunk of images may take.
+        model: Classifier whose head reads its class token; also DINOv2.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`; only their number matters.
+        memory_limit: Bytes that a chunk of images may take, roughly.
 
     Raises:
         InputError: If the images or targets do not fit.
         ModelError: If the model's attention is not known layer by layer, with the reason.
     """
 
-    def of_tokens(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_and_logits(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
         trace = deque(trace_layers(encoder, tokens), maxlen=1).pop()
-        rows = _wide(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
+        rows = _widen(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
         return rows.mean(dim=1, keepdim=True), encoder.logits(trace.out)
 
-    return _by_layer(model, images, targets, of_tokens, 0, memory_limit, "raw_attention")
+    return _maps_by_layer(model, images, targets, rows_and_logits, 0, memory_limit, "raw_attention")
 
 
 def relevance(
@@ -127,27 +129,27 @@ def relevance(
 
         Ā_l = mean over heads of (∇A_l ⊙ R_l)⁺,    map = row of (Ā_L + I) ... (Ā_1 + I).
 
-    Rows are not normalised, as in the authors' code. The row is the class token's; where the head
+    Rows are not normalised, as in the authors' code. The row is the class token's; if the head
     reads a distillation token too, relevance starts in both heads and the map is the mean of both
     rows. LayerScale and query and key norms, which the paper's models do not have, pass relevance
-    on like a LayerNorm. In float32 the map carries rounding errors of some hundredths of its
-    maximum, on some pictures much more; a model in float64 has none to speak of.
+    on as a LayerNorm does. In float32 the map carries rounding errors of some hundredths of its
+    maximum, on some pictures much more; for a model in float64 they are negligible.
 
-    Costs about nine forward passes for one target, and six for each further.
+    The cost is about nine forward passes for one target, and six for each further one.
 
     Args:
-        model: A classifier whose head reads its class token.
-        images: Preprocessed.
-        targets: As of `ReciproCAM`.
-        start_layer: The first layer of the product, counted from 0.
-        memory_limit: About how many bytes a chunk of images may take.
+        model: Classifier whose head reads its class token.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`.
+        start_layer: First layer of the product, counted from 0.
+        memory_limit: Bytes that a chunk of images may take, roughly.
 
     Raises:
         InputError: If the images, targets or settings do not fit.
         ModelError: If the model has parts for which the paper has no rule, with the reason.
     """
 
-    def of_tokens(encoder: Encoder, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_and_logits(encoder: Encoder, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logits, matrices = relevance_matrices(encoder, tokens)
         rows = [
             _product_rows(matrices(target)[start_layer:], _readouts(encoder), normalise=False)
@@ -155,42 +157,52 @@ def relevance(
         ]
         return torch.stack(rows, dim=1), logits
 
-    return _by_layer(model, images, targets, of_tokens, start_layer, memory_limit, "relevance")
+    return _maps_by_layer(
+        model, images, targets, rows_and_logits, start_layer, memory_limit, "relevance"
+    )
 
 
 def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> Tensor:
-    """The readout tokens' mean row of (A_L + I) ... (A_1 + I): (b, T, T) each -> (b, T)."""
+    """Return the readout tokens' mean row (b, T) of (A_L + I) ... (A_1 + I), from A_l (b, T, T).
+
+    The row is multiplied from the left, one matrix after the other: no product of matrices is made.
+    """
     row = torch.zeros_like(matrices[0][:, :1])
     row[..., :readouts] = 1 / readouts
     for a in reversed(matrices):
-        if normalise:
+        if normalise:  # rows of A + I to sum to 1
             row = row / (a.sum(dim=-1) + 1)[:, None]
         row = row @ a + row
     return row[:, 0]
 
 
-def _without_smallest(weights: Tensor, ratio: float) -> Tensor:
-    """(b, T, T) with that share of each image's weights at 0."""
+def _drop_smallest(weights: Tensor, ratio: float) -> Tensor:
+    """Return weights (b, T, T) of which, in each image, that share of the smallest is 0."""
     flat = weights.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
     return flat.scatter(1, smallest, 0.0).view_as(weights)
 
 
 def _readouts(encoder: Encoder) -> int:
+    """Return how many tokens the head reads, class and distillation token."""
     return max(1, len(encoder.heads))
 
 
-def _by_layer(
+def _maps_by_layer(
     model: nn.Module,
     images: Tensor,
     targets: Any,
-    of_tokens: Callable[[Encoder, Tensor, Tensor], tuple[Tensor, Tensor]],
+    rows_and_logits: Callable[[Encoder, Tensor, Tensor], tuple[Tensor, Tensor]],
     start_layer: int,
     memory_limit: int,
     method: str,
 ) -> Tensor:
-    """Maps from a function of an encoder's tokens and targets: rows (b, K or 1, T) and logits."""
-    split = _checked(model, images)
+    """Return maps from `rows_and_logits`, a function of an encoder's tokens and of targets (b, K).
+
+    The function returns rows (b, K or 1, T) of a matrix over tokens, and the logits. Those of the
+    first chunk are compared with the model's own.
+    """
+    split = _split_and_check(model, images)
     encoder = encoder_of(model)
     if method == "relevance":
         _check_rules(model, encoder)
@@ -208,7 +220,7 @@ def _by_layer(
         found = []
         at_once = max(1, memory_limit // _bytes(encoder, tokens))
         for part in torch.arange(len(images)).split(at_once):
-            rows, own = of_tokens(encoder, tokens[part], chosen[part].to(tokens.device))
+            rows, own = rows_and_logits(encoder, tokens[part], chosen[part].to(tokens.device))
             if part[0] < len(logits):
                 _check_same(model, method, own[: len(logits)], logits[part[: len(logits)]])
             found.append(rows)
@@ -217,8 +229,9 @@ def _by_layer(
 
 
 def _check_rules(model: nn.Module, encoder: Encoder) -> None:
+    """Refuse a model with a step for which relevance has no rule."""
     name, step = type(model).__name__, step_without_rule(encoder)
-    because = f"it has a {step}, which is no plain linear layer" if step else ""
+    because = f"it has a {step}, which is not a plain linear layer" if step else ""
     if not encoder.heads:
         because = "its head reads more than its class token"
     if because:
@@ -229,7 +242,8 @@ def _check_rules(model: nn.Module, encoder: Encoder) -> None:
 
 def _check_same(model: nn.Module, method: str, ours: Tensor, logits: Tensor) -> None:
     """Refuse a model that is not the sum of its parts, such as one with hooks inside."""
-    tolerance = max(1e-4, torch.finfo(logits.dtype).eps ** 0.5)  # some take softmax in float32
+    # in half precision some models take the softmax in float32, and the parts here do not
+    tolerance = max(1e-4, torch.finfo(logits.dtype).eps ** 0.5)
     if not (ours - logits).abs().max() <= tolerance * logits.abs().max():
         raise ModelError(
             f"this {type(model).__name__} is not supported by {method}: its forward differs from "
@@ -238,7 +252,10 @@ def _check_same(model: nn.Module, method: str, ours: Tensor, logits: Tensor) -> 
 
 
 def _bytes(encoder: Encoder, tokens: Tensor) -> int:
-    """About what relevance keeps of one image: four matrices a head, 30 widths a token."""
+    """Return roughly the bytes that relevance keeps per image.
+
+    They are four matrices (T, T) per head, and 30 vectors of width D per token and layer.
+    """
     count, width = tokens.shape[1:]
     heads = sum(layer.attention.heads for layer in encoder.layers)
     numbers = 4 * heads * count**2 + 30 * len(encoder.layers) * count * width
@@ -250,34 +267,34 @@ def null_baseline(
 ) -> Maps:
     """Return a null baseline's values on the model's grid, the same for every target.
 
-    One image runs through the model, to find its grid and classes; all of them, if `targets` is a
-    function of the logits.
+    One image runs through the model, to find the grid and the number of classes; all of them do if
+    `targets` is a function of the logits.
 
     Args:
-        name: Name of the function of `methods.null`.
-        model: Only for its grid.
-        images: Preprocessed.
-        targets: As in `ReciproCAM`; only how many.
-        settings: Settings of that function.
+        name: Name of the null baseline, see `methods.null`.
+        model: Supported classifier, of which only the grid and the number of classes matter.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`; only their number matters.
+        settings: Settings of the null baseline.
 
     Raises:
         InputError: If the images, targets or settings do not fit.
     """
-    split = _checked(model, images)
+    split = _split_and_check(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
-    pictures = _wide(images.detach()).cpu().numpy()
+    pictures = _widen(images.detach()).cpu().numpy()
     drawn = torch.from_numpy(NULLS[name].draw(pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 
-def _checked(model: nn.Module, images: Tensor) -> Split:
-    """A supported model in evaluation mode, cut; refuses others, and images that do not fit."""
+def _split_and_check(model: nn.Module, images: Tensor) -> Split:
+    """Return the split of a supported model in evaluation mode, if the images fit it."""
     split = split_model(model)
     check_mode(model)
     check_images(model, images)
     return split
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least float32."""
+def _widen(values: Tensor) -> Tensor:
+    """Return values in at least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""Null baselines: maps that explain nothing, of pictures and a patch grid alone. No torch.
+"""Null baselines: maps that explain nothing, from pictures and a patch grid alone, without torch.
 
 They show what a metric gives to a map that does not look at the model, or not even at the picture.
-All are f(images, grid, **settings) -> (B, h, w), from preprocessed images (B, ch, H, W) and the
-grid (h, w) of a model, in at least float32: their own values, before each is scaled to [0, 1].
+Each is f(images, grid, **settings) -> (B, h, w), from preprocessed images (B, ch, H, W) and a
+model's grid (h, w): its own values in at least float32, before each map is scaled to [0, 1].
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def random(images: np.ndarray, grid: Size, *, seed: int = 0, cells: int = 4) -> np.ndarray:
-    """Smooth noise, drawn anew for each picture.
+    """Return smooth noise, drawn anew for each picture.
 
-    Uniform noise on `cells` x `cells`, upsampled bicubically with its corner cells on the grid's
+    Uniform noise on `cells` x `cells` is upsampled bicubically, with its corner cells on the grid's
     corner patches. It is drawn from the seed and the picture's bytes, so it is the same in every
-    run and batch, and another for a picture with parts masked: a map that stayed the same there
-    would be called coherent by ADCC.
+    run and batch, and differs for a picture with parts masked: ADCC would call a map coherent that
+    stayed the same there.
 
     Args:
-        images: (B, ch, H, W), only as a source of chance.
-        grid: (h, w).
-        seed: Of the noise.
-        cells: Of the noise before it is upsampled, along each side.
+        images: Images (B, ch, H, W), from whose bytes the noise is seeded.
+        grid: Patch grid (h, w).
+        seed: Seed of the noise, beside the images.
+        cells: Number of cells along each side, before the noise is upsampled.
 
     Raises:
         InputError: If a setting does not fit.
     """
     if not isinstance(cells, int) or cells < 2:
         raise InputError(f"cells must be at least 2, a whole number; got {cells}")
-    noise = np.stack([_noise(image, seed, cells) for image in _wide(images)])
-    rows, columns = (_stretching(side, cells) for side in grid)
-    return _like(images, rows @ noise @ columns.T)
+    noise = np.stack([_noise(image, seed, cells) for image in _widen(images)])
+    rows, columns = (_bicubic_weights(side, cells) for side in grid)
+    return _as_dtype_of(images, rows @ noise @ columns.T)
 
 
 def center(images: np.ndarray, grid: Size, *, sigma: float = 0.5) -> np.ndarray:
-    """A Gaussian blob in the middle of every picture.
+    """Return a Gaussian blob in the middle of every picture.
 
     Args:
-        images: (B, ch, H, W), only how many.
-        grid: (h, w).
+        images: Images (B, ch, H, W), of which only the number matters.
+        grid: Patch grid (h, w).
         sigma: Standard deviation, in halves of the picture's height and width.
 
     Raises:
@@ -71,38 +71,41 @@ def center(images: np.ndarray, grid: Size, *, sigma: float = 0.5) -> np.ndarray:
         raise InputError(f"sigma must be positive; got {sigma}")
     y, x = ((2 * np.arange(side) + 1) / side - 1 for side in grid)
     blob = np.exp(-(y[:, None] ** 2 + x**2) / (2 * sigma**2))
-    return _like(images, np.repeat(blob[None], len(images), axis=0))
+    return _as_dtype_of(images, np.repeat(blob[None], len(images), axis=0))
 
 
 def uniform(images: np.ndarray, grid: Size) -> np.ndarray:
-    """1 everywhere.
+    """Return 1 everywhere.
 
     Args:
-        images: (B, ch, H, W), only how many.
-        grid: (h, w).
+        images: Images (B, ch, H, W), of which only the number matters.
+        grid: Patch grid (h, w).
     """
-    return _like(images, np.ones((len(images), *grid)))
+    return _as_dtype_of(images, np.ones((len(images), *grid)))
 
 
 def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
-    """How much edge each patch holds, whatever the model.
+    """Return how much edge each patch holds, whatever the model.
 
-    The mean over the patch of the Sobel gradient's length, of the preprocessed picture's luminance
-    (ITU-R BT.601), or of the mean of its channels where they are not three. Where the grid does not
-    divide the picture, patches share the pixels on their borders, as in adaptive average pooling.
+    A patch has the mean length of the Sobel gradient over its pixels. The gradient is that of the
+    preprocessed picture's luminance (ITU-R BT.601), or of the mean of its channels if they are not
+    three. If the grid does not divide the picture, patches share the pixels on their borders, as in
+    adaptive average pooling.
 
     Args:
-        images: (B, ch, H, W).
-        grid: (h, w).
+        images: Images (B, ch, H, W).
+        grid: Patch grid (h, w).
     """
-    images, channels = _wide(images), images.shape[1]
+    images, channels = _widen(images), images.shape[1]
     weights = _LUMINANCE if channels == 3 else [1 / channels] * channels
     luminance = np.tensordot(np.asarray(weights, images.dtype), images, axes=(0, 1))
     around = np.pad(luminance, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    across = _smooth(around[:, :, 2:] - around[:, :, :-2])
-    down = _smooth((around[:, 2:] - around[:, :-2]).swapaxes(1, 2)).swapaxes(1, 2)
-    rows, columns = (_pooling(side, n) for side, n in zip(grid, images.shape[2:], strict=True))
-    return _like(images, rows @ np.hypot(across, down) @ columns.T)
+    across = _smooth_rows(around[:, :, 2:] - around[:, :, :-2])
+    down = _smooth_rows((around[:, 2:] - around[:, :-2]).swapaxes(1, 2)).swapaxes(1, 2)
+    rows, columns = (
+        _pooling_weights(side, n) for side, n in zip(grid, images.shape[2:], strict=True)
+    )
+    return _as_dtype_of(images, rows @ np.hypot(across, down) @ columns.T)
 
 
 class NullBaseline(NamedTuple):
@@ -129,7 +132,7 @@ NULLS: Mapping[str, NullBaseline] = MappingProxyType(
 
 
 def null_maps(name: str, images: np.ndarray, grid: Size, **settings: Any) -> np.ndarray:
-    """Maps (B, h, w) of a null baseline in [0, 1], as `METHODS` scales them.
+    """Return the maps (B, h, w) of a null baseline in [0, 1], as `METHODS` scales them.
 
     Raises:
         InputError: If a setting does not fit.
@@ -142,7 +145,7 @@ def check_keywords(name: str, function: Callable[..., Any], settings: Mapping[st
     """Refuse settings that a method's function has no keyword for.
 
     Raises:
-        InputError: If there is one; the message has the choices.
+        InputError: If there is one; the message lists the choices.
     """
     parameters = inspect.signature(function).parameters.values()
     known = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -153,14 +156,15 @@ def check_keywords(name: str, function: Callable[..., Any], settings: Mapping[st
 
 
 def _noise(image: np.ndarray, seed: int, cells: int) -> np.ndarray:
+    """Return noise (cells, cells) that depends on the seed and the picture's bytes alone."""
     digest = hashlib.blake2b(f"{seed} ".encode() + image.tobytes(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big")).random((cells, cells))
 
 
-def _stretching(side: int, cells: int) -> np.ndarray:
-    """Return bicubic weights (side, cells), first and last cell on the first and last place.
+def _bicubic_weights(side: int, cells: int) -> np.ndarray:
+    """Return bicubic weights (side, cells), the first and last cell on the first and last place.
 
-    Beyond the border the border's cell counts again.
+    Beyond the border, the cells at the border are repeated.
     """
     place = np.linspace(0, cells - 1, side)[:, None]
     beyond = np.arange(-2, cells + 2)
@@ -168,22 +172,24 @@ def _stretching(side: int, cells: int) -> np.ndarray:
     return np.asarray(weights @ (beyond.clip(0, cells - 1)[:, None] == np.arange(cells)))
 
 
-def _smooth(differences: np.ndarray) -> np.ndarray:
-    """Sobel's other direction: 1, 2, 1 down the rows (B, H + 2, W), as a gradient a pixel."""
-    return np.asarray(differences[:, :-2] + 2 * differences[:, 1:-1] + differences[:, 2:]) / 8
+def _smooth_rows(differences: np.ndarray) -> np.ndarray:
+    """Return differences (B, H + 2, W) weighted 1, 2, 1 down the rows, as a gradient per pixel."""
+    weighted = differences[:, :-2] + 2 * differences[:, 1:-1] + differences[:, 2:]
+    return np.asarray(weighted) / 8  # the weights sum to 4, and a difference spans two pixels
 
 
-def _pooling(side: int, pixels: int) -> np.ndarray:
-    """The weights (side, pixels) that average all pixels which a patch touches."""
+def _pooling_weights(side: int, pixels: int) -> np.ndarray:
+    """Return weights (side, pixels) that average all pixels which a patch touches."""
     first, pixel = np.arange(side)[:, None] * pixels, np.arange(pixels) * side
     touched = (pixel + side > first) & (pixel < first + pixels)
     return np.asarray(touched / touched.sum(axis=1, keepdims=True))
 
 
-def _wide(images: np.ndarray) -> np.ndarray:
-    return _like(images, images)
+def _widen(images: np.ndarray) -> np.ndarray:
+    """Return images in at least float32."""
+    return _as_dtype_of(images, images)
 
 
-def _like(images: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values in the images' dtype, at least float32."""
+def _as_dtype_of(images: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return values in the images' dtype, or in float32 if that is narrower."""
     return values.astype(np.result_type(images.dtype, np.float32), copy=False)

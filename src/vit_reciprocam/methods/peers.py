@@ -1,7 +1,7 @@
 """Peers' methods through their own libraries, with the signature of `METHODS`.
 
 Grad-CAM, LayerCAM, EigenCAM and Score-CAM come from pytorch-grad-cam, Integrated Gradients and
-Occlusion from captum. The layer and the token grid are found; the model is left as it was.
+Occlusion from captum. Layer and token grid are found, and the model is left as it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Grid = tuple[int, int]
 
 
 class _Logits(nn.Module):
-    """A model that gives its logits as a tensor, whatever object it gives them in."""
+    """A model that returns its logits as a tensor, also if they come inside an object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class _Logits(nn.Module):
 def grad_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
     """Grad-CAM (Selvaraju et al. 2017) at the last block's first LayerNorm.
 
-    The positive part of the activations' sum, weighted by the mean gradient of the target's logit.
-    Maps are scaled to [0, 1], as the library does.
+    The map is the positive part of a weighted sum of the layer's activations. A channel's weight is
+    the mean gradient of the target's logit over the patches. The library scales maps to [0, 1].
 
     Raises:
         InputError: If the images or targets do not fit.
@@ -67,7 +67,7 @@ def grad_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
 def layer_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
     """LayerCAM (Jiang et al. 2021): each activation weighted by its own positive gradient.
 
-    The layer, the scale and errors are those of `grad_cam`.
+    Layer, scale and errors are those of `grad_cam`.
     """
     return _cam(pytorch_grad_cam.LayerCAM, model, images, targets)
 
@@ -75,7 +75,7 @@ def layer_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
 def eigen_cam(model: nn.Module, images: Images, targets: Any = None) -> Maps:
     """EigenCAM (Muhammad & Yeasin 2020): the activations' first principal component.
 
-    The same for every target. The layer, the scale and errors are those of `grad_cam`.
+    The map is the same for every target. Layer, scale and errors are those of `grad_cam`.
     """
     return _cam(pytorch_grad_cam.EigenCAM, model, images, targets)
 
@@ -85,13 +85,13 @@ def score_cam(
 ) -> Maps:
     """Score-CAM (Wang et al. 2020): a forward pass for each of the layer's D channels.
 
-    The layer, the scale and errors are those of `grad_cam`.
+    Layer, scale and errors are those of `grad_cam`.
 
     Args:
-        model: A supported classifier.
-        images: Preprocessed.
-        targets: As of `ReciproCAM`.
-        batch_size: Channels in one pass.
+        model: Supported classifier.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`.
+        batch_size: Number of channels per forward pass.
     """
 
     def build(*args: Any, **options: Any) -> Any:
@@ -112,15 +112,15 @@ def integrated_gradients(
 ) -> Maps:
     """Integrated Gradients (Sundararajan et al. 2017) of the target's logit.
 
-    From the mean colour (zeros after normalisation) to the picture; absolute values, summed over
-    channels and averaged over each patch.
+    The integral runs from the mean colour (zeros after normalisation) to the picture. Its absolute
+    value, summed over channels and averaged over each patch, is the map.
 
     Args:
-        model: A supported classifier.
-        images: Preprocessed.
-        targets: As of `ReciproCAM`.
-        steps: Of the integral.
-        batch_size: Pictures on the way in one pass.
+        model: Supported classifier.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`.
+        steps: Number of steps of the integral.
+        batch_size: Number of pictures per forward pass, each a step of the integral.
 
     Raises:
         InputError: If the images or targets do not fit.
@@ -147,13 +147,13 @@ def occlusion(
 ) -> Maps:
     """Occlusion (Zeiler & Fergus 2014): the fall of the target's probability without each patch.
 
-    A patch of the grid at a time becomes the mean colour (zeros after normalisation).
+    One patch of the grid at a time becomes the mean colour (zeros after normalisation).
 
     Args:
-        model: A supported classifier.
-        images: Preprocessed.
-        targets: As of `ReciproCAM`.
-        batch_size: Occluded pictures in one pass.
+        model: Supported classifier.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`.
+        batch_size: Number of occluded pictures per forward pass.
 
     Raises:
         InputError: If the images or targets do not fit.
@@ -178,6 +178,7 @@ def occlusion(
 
 
 def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    """Run a method of pytorch-grad-cam at the last block's first LayerNorm, on the patch grid."""
     split = split_model(model)
     if split.tap.side != "output" or len(split.tap.modules) > 1:
         raise ModelError(
@@ -211,14 +212,14 @@ def _for_each_target(
     attribute: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor],
     split: Split | None = None,
 ) -> Tensor:
-    """`attribute` for each of the K targets, (B, h, w) each, with the model kept as it was."""
+    """Return the maps (B, h, w) of `attribute` for each target, and leave the model as it was."""
     split = split_model(model) if split is None else split
     check_mode(model)
     check_images(model, images)
     if torch.is_inference_mode_enabled():
         raise InputError("these methods need gradients: leave torch.inference_mode first")
     images = images.detach().clone()
-    with _kept(model), torch.enable_grad():
+    with _keep_state(model), torch.enable_grad():
         grid, resolved, _ = grid_and_targets(split, images, targets)
         chosen = torch.from_numpy(resolved).to(images.device)
         logits = _Logits(model)
@@ -228,8 +229,8 @@ def _for_each_target(
 
 
 @contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """After it, modes, gradients and whether they are wanted are as before."""
+def _keep_state(model: nn.Module) -> Iterator[None]:
+    """Restore modes, gradients and which parameters need them, once the context ends."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:

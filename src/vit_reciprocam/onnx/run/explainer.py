@@ -1,4 +1,4 @@
-"""Explanations from a file through ONNX Runtime or OpenVINO: NumPy in, NumPy out, no torch."""
+"""Explanations from an ONNX file in ONNX Runtime or OpenVINO: NumPy in, NumPy out, no torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["OnnxExplainer"]
 
 
 class OnnxExplainer:
-    """Explains with a file that `export` or `insert` wrote; the maps' settings lie in its graph.
+    """Explains with a file that `export` or `insert` wrote; the maps' settings are in its graph.
 
     Attributes:
-        path: The file.
-        metadata: What it says of itself.
-        session: It, in its runtime.
-        preprocess: What stands before the model; None where not known.
-        class_names: One a class; None where not known.
-        num_classes: C.
-        size: (height, width) that the graph takes, None where that is dynamic.
+        path: Path of the file.
+        metadata: Metadata of the file, which say what its graph computes.
+        session: Session of the file in its runtime.
+        preprocess: Preprocessing of pictures for the model; None if not known.
+        class_names: Names of the classes; None if not known.
+        num_classes: Number C of classes.
+        size: Height and width of the images that the graph takes; None if it takes any.
     """
 
     def __init__(
@@ -51,16 +51,17 @@ class OnnxExplainer:
         """Open a file, and check that its graph is what its metadata says.
 
         Args:
-            path: An ONNX file with an explanation.
-            backend: As in `open_session`.
-            device: Likewise.
-            threads: Likewise.
-            streams: Likewise; a batch is spread over them.
-            preprocess: Instead of the file's own, also as text, see `Preprocess.parse`.
-            class_names: Instead of the file's own, one a class.
+            path: ONNX file with an explanation.
+            backend: Runtime, as in `open_session`.
+            device: Device that computes, as in `open_session`.
+            threads: Number of threads, as in `open_session`.
+            streams: Number of streams, over which a batch is spread, as in `open_session`.
+            preprocess: Preprocessing instead of the file's own, also as text, see
+                `Preprocess.parse`.
+            class_names: Names of the classes, instead of the file's own.
 
         Raises:
-            ModelError: If it cannot be loaded, holds no explanation, or contradicts itself.
+            ModelError: If the file cannot be loaded, holds no explanation, or contradicts itself.
             InputError: If an option does not fit.
         """
         self.path = Path(path)
@@ -69,7 +70,7 @@ class OnnxExplainer:
         self._options: dict[str, Any] = {"backend": backend, "device": device, "streams": streams}
         self.session = open_session(path, threads=threads, **self._options)
         self._most = check_file_targets(self.metadata.targets)
-        self.size = self._checked_graph()
+        self.size = self._check_graph()
         self.num_classes = self._count_classes()
         self.class_names = self.metadata.class_names if class_names is None else tuple(class_names)
         if self.class_names is not None and len(self.class_names) != self.num_classes:
@@ -81,30 +82,30 @@ class OnnxExplainer:
                 f"{len(self.class_names)} class names given for a model of {self.num_classes} "
                 "classes"
             )
-        self.preprocess = self._checked_preprocess(preprocess)
+        self.preprocess = self._check_preprocess(preprocess)
 
     def options(self) -> dict[str, Any]:
-        """What `OnnxExplainer` opens the same file with, as plain JSON values."""
+        """Return what `OnnxExplainer` opens the same file with, as plain JSON values."""
         return {"path": str(self.path), "threads": self.threads, **self._options}
 
     @property
     def device(self) -> str:
-        """Runtime and device, such as "openvino CPU"."""
+        """Runtime and device that compute, such as "openvino CPU"."""
         return f"{self.session.backend} {self.session.device}"
 
     def digest(self) -> str:
-        """SHA-256 of the file and of those that hold its weights."""
+        """Return the SHA-256 of the file and of the files that hold its weights."""
         return digest(self.path)
 
     def make_explainer(
         self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Callable[..., Explanation]:
-        """Return ReciproCAM as it lies in the graph, or a null baseline.
+        """Return an explainer by ReciproCAM as the graph has it, or by a null baseline.
 
         Args:
             method: "reciprocam", or a name of `methods.null.NULLS`.
-            check: Without effect: a file is checked when it is opened.
-            settings: Settings that the graph has, or those of the null baseline.
+            check: Setting without effect, since a file is checked when it is opened.
+            settings: Settings that the graph was made with, or those of the null baseline.
 
         Raises:
             InputError: If the file has no such method or setting.
@@ -119,6 +120,7 @@ class OnnxExplainer:
     def _check_reciprocam(
         self, *, score: str = "probability", path: str = "auto", **masking: Any
     ) -> None:
+        """Refuse settings of `ReciproCAM` other than those in the graph."""
         for name in masking:
             check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
         check_choice("path", path, ("auto", self.metadata.path))
@@ -152,7 +154,7 @@ class OnnxExplainer:
         Raises:
             InputError: If the images do not fit the model.
         """
-        return Batch(self._checked_images(images))
+        return Batch(self._check_images(images))
 
     def predict(self, images: np.ndarray | Batch) -> np.ndarray:
         """Return the logits (B, C) float32 of preprocessed images.
@@ -173,9 +175,10 @@ class OnnxExplainer:
         """Explain preprocessed images (B, 3, H, W) float32.
 
         Args:
-            images: The images, or a `Batch` of them. Logits that the batch holds spare a file with
-                an input for targets the run that finds each image's top classes.
-            targets: As in `ReciproCAM`; of a file that explains the top classes only, these.
+            images: Images, or a `Batch` of them. If the batch holds logits, a file with an input
+                for targets needs no extra run to find each image's top classes.
+            targets: Classes, as in `ReciproCAM`. If the file explains the most probable classes
+                only, they must be among these.
 
         Raises:
             InputError: If the images or targets do not fit the model or the file.
@@ -230,7 +233,7 @@ class OnnxExplainer:
         )
 
     def _grid(self, images: np.ndarray) -> tuple[int, int]:
-        """Of the patches; where the graph leaves it open, from a run of the first image."""
+        """Return the patch grid; if the graph leaves it open, the first image runs to find it."""
         rows, columns = self.session.outputs["scores"].shape[2:]
         if rows is None or columns is None:
             rows, columns = self(images[:1]).scores.shape[2:]
@@ -240,7 +243,7 @@ class OnnxExplainer:
         """Return logits, scores and targets of a file with an input for targets."""
         if targets is None or callable(targets):
             known = self.predict(batch)
-        else:  # only the shape matters
+        else:  # only the shape of the logits matters
             known = np.empty((len(batch), self.num_classes))
         chosen = resolve_targets(targets, known)
         feeds = {self.metadata.images: batch.images, "targets": chosen}
@@ -250,13 +253,13 @@ class OnnxExplainer:
     def _run_and_pick(
         self, images: np.ndarray, targets: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a file that has chosen its classes: logits, scores, targets."""
+        """Return logits, scores and targets of a file whose graph chooses the classes."""
         names = [self.metadata.logits, "scores"] + ["classes"] * (self._most is not None)
         logits, scores, *classes = self.session.run(names, {self.metadata.images: images})
         logits = self._as_logits(logits)
         chosen = resolve_targets(targets, logits)
         if not classes:
-            if isinstance(targets, str):  # all of them, as they are
+            if isinstance(targets, str):  # "all" wants every class, in order
                 return logits, scores, chosen
             places = chosen
         else:
@@ -275,7 +278,10 @@ class OnnxExplainer:
         return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
 
     def _as_logits(self, prediction: np.ndarray) -> np.ndarray:
-        """Float32; of probabilities the logarithm, which has them as its softmax."""
+        """Return the prediction as logits float32.
+
+        If the file predicts probabilities, they are the softmax of their own logarithms.
+        """
         values = prediction.astype(np.float32, copy=False)
         if not self.metadata.probabilities:
             return values
@@ -283,7 +289,8 @@ class OnnxExplainer:
 
     # --- checks ---------------------------------------------------------------------------
 
-    def _checked_images(self, images: np.ndarray) -> np.ndarray:
+    def _check_images(self, images: np.ndarray) -> np.ndarray:
+        """Return images in the dtype of the graph, if they fit it."""
         height, width = self.size or (None, None)
         fits = images.ndim == 4 and len(images) and images.shape[1] == 3
         if not fits or (self.size and images.shape[2:] != self.size):
@@ -293,7 +300,8 @@ class OnnxExplainer:
             raise InputError("images hold NaN or infinity")
         return images.astype(self.session.inputs[self.metadata.images].dtype, copy=False)
 
-    def _checked_preprocess(self, given: Preprocess | str | None) -> Preprocess | None:
+    def _check_preprocess(self, given: Preprocess | str | None) -> Preprocess | None:
+        """Return the preprocessing, given or the file's own, if it fits the graph."""
         if isinstance(given, str):
             given = Preprocess.parse(given, size=self.size)
         own = self.metadata.preprocess
@@ -306,8 +314,8 @@ class OnnxExplainer:
             )
         return own if given is None else given
 
-    def _checked_graph(self) -> tuple[int, int] | None:
-        """The size that it takes.
+    def _check_graph(self) -> tuple[int, int] | None:
+        """Return the size of images that the graph takes; None if it takes any.
 
         Raises:
             ModelError: If inputs and outputs are not what the metadata says.
@@ -338,6 +346,7 @@ class OnnxExplainer:
         return None if height is None or width is None else (height, width)
 
     def _count_classes(self) -> int:
+        """Return the number of classes, for which an image of zeros may have to run."""
         shape = self.session.outputs[self.metadata.logits].shape
         if len(shape) == 2 and shape[1] is not None:
             return shape[1]
@@ -352,6 +361,7 @@ class OnnxExplainer:
         return int(self.predict(np.zeros((1, 3, size[0], size[1]), np.float32)).shape[1])
 
     def _contradiction(self, said: str, found: str) -> ModelError:
+        """Return the error that metadata and graph differ."""
         return ModelError(
             f"{self.path}: metadata and graph contradict each other: {said} by the metadata, "
             f"{found} in the graph. Write the file anew"
