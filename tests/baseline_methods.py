@@ -16,6 +16,7 @@ BY_LAYER = [rollout, raw_attention, relevance]
 
 
 def null(name):
+    """Return a null baseline with the signature of the other methods."""
     method = functools.partial(null_baseline, name)
     method.__name__ = name
     return method
@@ -35,5 +36,5 @@ def images64(count=2, grid=GRID):
     return tiny_images(grid, count).double()
 
 
-def close(ours, wanted):
+def assert_near(ours, wanted):
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8 * float(wanted.abs().max()))

@@ -8,7 +8,7 @@ from vit_reciprocam import ReciproCAM
 
 
 def assert_equals_reference(model, images, grid, path, **masking):
-    expected, plain = naive_logits(model, images, grid, **masking)
+    expected, unmasked = naive_logits(model, images, grid, **masking)
     explainer = ReciproCAM(model, score="logit", path=path, **masking)
     scores = explainer.scores(images, "all")
     assert scores.dtype == torch.float64
@@ -16,4 +16,4 @@ def assert_equals_reference(model, images, grid, path, **masking):
     assert expected.std(dim=(2, 3)).min() > 1e-4, "the masks make no difference: nothing was tested"
     probabilities = ReciproCAM(model, path=path, **masking).scores(images, "all")
     torch.testing.assert_close(probabilities, expected.softmax(dim=1), rtol=0, atol=1e-10)
-    np.testing.assert_allclose(explainer(images).logits, plain.float(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(explainer(images).logits, unmasked.float(), rtol=0, atol=1e-6)

@@ -1,6 +1,6 @@
 """The paper as naive loops in float64: slow, short, and sharing no code with the package.
 
-For each patch one whole forward pass of the user's model, with a hook that multiplies the tokens
+For each patch the user's model runs one whole forward pass, with a hook that multiplies the tokens
 by that patch's mask. Nothing here knows of splits, levels or closed forms.
 """
 
@@ -13,7 +13,7 @@ DIRAC = [[1.0]]
 
 
 def naive_mask(grid, row, column, kernel, prefix, class_token):
-    """The mask of one patch: a list of T weights."""
+    """Return the mask of one patch as a list of T weights."""
     weights = GAUSSIAN if kernel == "gaussian" else DIRAC
     reach = len(weights) // 2
     patches = []
@@ -25,24 +25,25 @@ def naive_mask(grid, row, column, kernel, prefix, class_token):
 
 
 def cut_of(model):
-    """Where F stands in most of timm's models: the block, the modules and which side of them."""
+    """Return the place of F in most timm models: the block, the modules, and their side."""
     block = model.blocks[-1]
     return block, [block.norm1], "output"
 
 
 @torch.no_grad()
 def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cut_of, prefix=None):
-    """Logits (B, C, h, w) under each mask, and (B, C) unmasked.
+    """Return the logits (B, C, h, w) under each mask, and (B, C) of the unmasked images.
 
-    `find_cut` gives of a model the block, the modules in it whose output is F, or whose input.
-    `prefix` is how many tokens stand before the patches; timm's models tell.
+    `find_cut` returns the block of a model, the modules in it that F leaves or enters, and "output"
+    or "input" accordingly. `prefix` is the number of tokens before the patches; timm's models know
+    it themselves.
     """
     model = copy.deepcopy(model).double().eval()
     images = images.double()
     prefix = model.num_prefix_tokens if prefix is None else prefix
     block, modules, side = find_cut(model)
-    plain = logits_of(model(images))
-    result = torch.empty(*plain.shape, *grid, dtype=torch.float64)
+    unmasked = logits_of(model(images))
+    result = torch.empty(*unmasked.shape, *grid, dtype=torch.float64)
     for row in range(grid[0]):
         for column in range(grid[1]):
             mask = naive_mask(grid, row, column, kernel, prefix, class_token)
@@ -67,9 +68,9 @@ def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cu
             result[:, :, row, column] = logits_of(model(images))
             for hook in hooks:
                 hook.remove()
-    return result, plain
+    return result, unmasked
 
 
 def logits_of(output):
-    """transformers' models give them inside an object."""
+    """Return the logits, which transformers' models give inside an object."""
     return getattr(output, "logits", output)

@@ -1,8 +1,8 @@
 """Rollout and relevance as their authors define them, image by image, in float64.
 
 Relevance is the generic formula R_x = x ⊙ vjp(R / Z) with PyTorch's own vector-Jacobian product of
-each layer, one attention head after the other. Only timm's plain blocks are known here. Nothing is
-shared with the package.
+each layer, one attention head after the other. It knows no blocks but timm's standard ones, and
+shares nothing with the package.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 
 def attention_of(model, images):
-    """What timm's unfused attention computes: (B, heads, T, T) for each layer."""
+    """Return what timm's unfused attention computes: (B, heads, T, T) for each layer."""
     model, found = copy.deepcopy(model).double(), []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -23,7 +23,7 @@ def attention_of(model, images):
 
 
 def naive_rollout(weights, *, fuse="mean", start=0, readouts=1):
-    """(B, heads, T, T) for each layer -> (B, T): the whole product, one image at a time."""
+    """Return rows (B, T) of the whole product of the layers' weights (B, heads, T, T)."""
     rows = []
     for image in range(len(weights[0])):
         product = None
@@ -43,7 +43,7 @@ def divide(r, z):
 
 
 def share(layer, inputs, r):
-    """R_x = x ⊙ vjp(R / Z) for each input of a layer."""
+    """Return R_x = x ⊙ vjp(R / Z) for each input of a layer."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     z = layer(*inputs)
     gradients = torch.autograd.grad(z, inputs, divide(r, z.detach()))
@@ -51,7 +51,7 @@ def share(layer, inputs, r):
 
 
 def share_linear(weight, x, r):
-    """α = 1: weights of the same sign as the input."""
+    """Return the share of x by the αβ rule with α = 1: weights of the same sign as the input."""
 
     def positive(over, under):
         return linear(over, weight.clamp(min=0)) + linear(under, weight.clamp(max=0))
@@ -69,12 +69,12 @@ def share_sum(a, b, r):
     return scaled
 
 
-def share_copies(x, *several):
-    return sum(x * divide(r, x) for r in several)
+def share_copies(x, *shares):
+    return sum(x * divide(r, x) for r in shares)
 
 
 def naive_relevance(model, image, target, *, start=0):
-    """The readout tokens' mean row (T,) for one image (ch, H, W) and class."""
+    """Return the readout tokens' mean row (T,) for one image (ch, H, W) and class."""
     model = copy.deepcopy(model).double().requires_grad_(False)
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda _m, args: entered.append(args[0]))

@@ -1,3 +1,5 @@
+"""Classifiers by their specs, and pictures explained by them."""
+
 import subprocess
 import sys
 
@@ -363,7 +365,7 @@ def test_explain_refuses_bad_input(small, tmp_path):
 
 
 def test_deit_tiny_names_real_photographs(deit_tiny_weights, shared_data):
-    """79 % of the 1000 photographs that these were drawn from; half of the 500 bound it well."""
+    """The model is right on 79 % of the 500 photographs; half of them come close to that."""
     import csv
 
     clf = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
@@ -381,7 +383,7 @@ def test_deit_tiny_names_real_photographs(deit_tiny_weights, shared_data):
 
 
 def test_two_classes_in_one_photograph_have_two_maps(deit_tiny_weights, shared_data):
-    """The dog sits above the cat: so must the centres of their maps."""
+    """The dog sits above the cat, so the peak of its map must be above the cat's."""
     clf = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
     e = vr.explain(
         shared_data / "multi-object" / "catdog.png", clf, targets=["bull mastiff", "tiger cat"]

@@ -1,4 +1,4 @@
-"""One picture, one way through: what an explain call does exactly once, counted."""
+"""Count what an explain call must do exactly once: one picture, one way through."""
 
 import collections
 
@@ -22,7 +22,7 @@ def classifier():
 
 @pytest.fixture
 def counts(monkeypatch):
-    """How often a model was split, images were checked, and arrays went to or from the device."""
+    """Count how often models are split, images checked, and arrays moved to or from the device."""
     counts = collections.Counter()
 
     def count(owner, name, key):
@@ -68,7 +68,9 @@ def test_tensors(classifier, counts):
     explainer = vr.ReciproCAM(classifier.model)
     counts.clear()
     explainer(torch.zeros(2, 3, 160, 160), "all").maps  # noqa: B018
-    assert counts == {key: 1 for key in ONCE if key != "images to the device"}  # they are there
+    assert counts == {
+        key: 1 for key in ONCE if key != "images to the device"
+    }  # where they are already
 
 
 def test_scores_stay_on_the_device(classifier, counts):

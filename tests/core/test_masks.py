@@ -1,3 +1,5 @@
+"""Masks against the paper's, and window sizes worked out by hand."""
+
 import numpy as np
 import pytest
 import torch

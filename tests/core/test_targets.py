@@ -1,3 +1,5 @@
+"""Classes by index and by name, in every form that a user may write."""
+
 import numpy as np
 import pytest
 

@@ -11,7 +11,7 @@ from vit_reciprocam.libraries.transformers.split import zero_shot as zero_shot_t
 
 
 def codes(texts, length=8):
-    """Texts as numbers, one a letter, between a start and an end."""
+    """Return texts as numbers, one per letter, between a start and an end."""
     rows = [[0, *(2 + ord(letter) % 40 for letter in text[: length - 2]), 49] for text in texts]
     return torch.tensor([row + [49] * (length - len(row)) for row in rows])
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from baseline_methods import BY_LAYER, TARGETS, close, images64
+from baseline_methods import BY_LAYER, TARGETS, assert_near, images64
 from conftest import tiny_model
 from reference_relevance import naive_rollout
 from vit_reciprocam.errors import ModelError
@@ -18,7 +18,7 @@ from vit_reciprocam.methods.baselines import (
 
 
 def renamed(state, rules):
-    """A state dict by other names; a rule whose name is a list takes equal shares."""
+    """Return a state dict by other names; a list of names in a rule takes equal shares."""
     found = {}
     for key, value in state.items():
         for pattern, name in rules:
@@ -83,7 +83,7 @@ CONFIG = {
 }
 
 
-def of_transformers(kind, config, attention, state, body):
+def build_of_transformers(kind, config, attention, state, body):
     config._attn_implementation = attention
     model = getattr(transformers, kind)(config).double().eval()
     model.load_state_dict(renamed(state, transformers_names(body)))
@@ -91,7 +91,7 @@ def of_transformers(kind, config, attention, state, body):
 
 
 def twins(name):
-    """A model of another library, and timm's with the same weights."""
+    """Return a model of another library, and timm's with the same weights."""
     library, _, attention = name.partition(" ")
     theirs = tiny_model(grid=(4, 4), distilled=library == "deit").double()
     state = theirs.state_dict()
@@ -100,11 +100,11 @@ def twins(name):
         model.load_state_dict(renamed(state, TORCHVISION_NAMES))
     elif library == "vit":
         config = transformers.ViTConfig(**CONFIG)
-        model = of_transformers("ViTForImageClassification", config, attention, state, "vit")
+        model = build_of_transformers("ViTForImageClassification", config, attention, state, "vit")
     else:
         config = transformers.DeiTConfig(**CONFIG)
         kind = "DeiTForImageClassificationWithTeacher"
-        model = of_transformers(kind, config, attention, state, "deit")
+        model = build_of_transformers(kind, config, attention, state, "deit")
     return model, theirs
 
 
@@ -115,7 +115,7 @@ def test_the_same_weights_in_other_libraries_give_the_same_maps(method, name):
     images = images64(2, (4, 4))
     maps = method(model, images, TARGETS)
     assert maps.shape == (2, 2, 4, 4)
-    close(maps, method(theirs, images, TARGETS))
+    assert_near(maps, method(theirs, images, TARGETS))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -132,6 +132,6 @@ def test_rollout_of_dinov2_is_that_of_transformers_own_attention(gated):
     with torch.no_grad():
         attentions = model(images, output_attentions=True).attentions
     wanted = naive_rollout(attentions)[:, 1:].unflatten(1, (4, 4))
-    close(rollout(model, images)[:, 0], wanted)
+    assert_near(rollout(model, images)[:, 0], wanted)
     with pytest.raises(ModelError, match=r"relevance is not supported for this Dinov2.*rollout"):
         relevance(model, images)

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from baseline_methods import BY_LAYER, GRID, NULLS, TARGETS, close, images64, model_of
+from baseline_methods import BY_LAYER, GRID, NULLS, TARGETS, assert_near, images64, model_of
 from conftest import tiny_model
 from reference_relevance import attention_of, naive_rollout
 from vit_reciprocam.errors import InputError, ModelError
@@ -24,8 +24,8 @@ def test_a_batch_is_its_images_one_by_one(method):
     together = method(model, images, [1, 2, 3])
     for number in range(3):
         alone = method(model, images[number : number + 1], number + 1)
-        close(alone, together[number : number + 1])
-    close(method(model, images, [1, 2, 3], memory_limit=1), together)
+        assert_near(alone, together[number : number + 1])
+    assert_near(method(model, images, [1, 2, 3], memory_limit=1), together)
     assert not torch.allclose(together[0], together[1])
 
 
@@ -45,9 +45,9 @@ def test_callers_without_gradients(method, around):
     wanted = method(model, images, 2)
     with around():
         made_here = images + 0
-        close(method(model, made_here, 2).clone(), wanted)
+        assert_near(method(model, made_here, 2).clone(), wanted)
     assert not wanted.requires_grad
-    close(method(model.requires_grad_(False), images, 2), wanted)
+    assert_near(method(model.requires_grad_(False), images, 2), wanted)
 
 
 @pytest.mark.parametrize("method", BY_LAYER)
@@ -57,7 +57,7 @@ def test_fused_attention_makes_no_difference(method, fused):
     wanted = method(model, images, 1)
     for block in model.blocks:
         block.attn.fused_attn = fused
-    close(method(model, images, 1), wanted)
+    assert_near(method(model, images, 1), wanted)
 
 
 class GatedAttention(timm.layers.Attention):
@@ -93,8 +93,8 @@ def test_unsupported_models_are_refused(method, name):
 def test_what_has_no_rule_has_rollout_but_no_relevance():
     model, images = tiny_model(mlp_layer=timm.layers.GluMlp).double(), images64()
     wanted = naive_rollout(attention_of(model, images))[:, 1:].unflatten(1, GRID)
-    close(rollout(model, images)[:, 0], wanted)
-    with pytest.raises(ModelError, match="it has a GluMlp, which is no plain linear"):
+    assert_near(rollout(model, images)[:, 0], wanted)
+    with pytest.raises(ModelError, match="it has a GluMlp, which is not a plain linear"):
         relevance(model, images)
 
 

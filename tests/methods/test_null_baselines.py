@@ -59,7 +59,7 @@ def test_random_is_smooth():
     model = tiny_model(grid=(14, 14))
     maps = random(model, tiny_images((14, 14), 16))[:, 0]
     step = (maps[:, 1:] - maps[:, :-1]).std()
-    assert step < 0.5 * maps.std()  # white noise: 1.4
+    assert step < 0.5 * maps.std()  # white noise has 1.4
     rough = random(model, tiny_images((14, 14), 16), cells=14)[:, 0]
     assert (rough[:, 1:] - rough[:, :-1]).std() > 1.2 * rough.std()
 
@@ -67,7 +67,8 @@ def test_random_is_smooth():
 @pytest.mark.parametrize("grid", [(14, 14), (7, 1), (3, 11)])
 def test_random_is_noise_upsampled_from_corner_to_corner(grid):
     images = torch.rand(3, 3, 8, 8).numpy()
-    noise = DRAWN["random"].draw(images, (5, 5), cells=5)  # each cell on a patch
+    # as many cells as patches: the noise itself
+    noise = DRAWN["random"].draw(images, (5, 5), cells=5)
     assert noise.min() >= 0
     assert noise.max() < 1
     wanted = interpolate(
@@ -88,16 +89,16 @@ def test_image_edges_stand_where_the_picture_changes():
     model = tiny_model(grid=(2, 4))
     images = torch.zeros(2, 3, 8, 16)
     images[0, :, :, 8:] = 1  # one edge between the second and third column of patches
-    images[1, 0, 4:] = 1  # red alone, between the rows
+    images[1, 0, 4:] = 1  # an edge in red alone, between the rows of patches
     maps = image_edges(model, images)[:, 0]
-    # a step of 1 has the gradient 1/2 on either side of it, one column of a patch's four
+    # a step of 1 has the gradient 1/2 in the columns next to it, and a patch has four columns
     torch.testing.assert_close(maps[0], torch.tensor([[0.0, 0.125, 0.125, 0.0]] * 2))
     torch.testing.assert_close(maps[1], torch.full((2, 4), 0.299 / 8))
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 9), (40, 90)])
 def test_image_edges_are_pooled_sobel_gradients(grid):
-    """Also on grids that do not divide the picture, and finer ones than it."""
+    """This holds on grids that do not divide the picture too, and on grids finer than it."""
     images = torch.rand(2, 3, 30, 71, dtype=torch.float64)
     red, green, blue = images.unbind(dim=1)
     luminance = (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]

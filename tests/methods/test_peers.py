@@ -1,4 +1,4 @@
-"""Peers' methods on token grids, against their formulas written out; the model left as it was."""
+"""Peers' methods on token grids against their formulas; the model is left as it was."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def scaled(maps):
 
 
 def layer(model, images, targets):
-    """Activations (B, h, w, D) of the last block's first norm, and their gradient."""
+    """Return activations (B, h, w, D) of the last block's first norm, and their gradient."""
     kept = []
 
     def keep(_module, _args, output):
@@ -42,7 +42,7 @@ def test_grad_cam_and_layer_cam_are_their_formulas(options):
     model, images = tiny_model(**options), tiny_images(count=4)
     targets = torch.tensor([[3], [1], [0], [2]])
     activation, gradient = layer(model, images, targets)
-    # at the mean of all patches each channel's weight; the positive part of the sum
+    # a channel's weight is its mean gradient over all patches; the map is the sum's positive part
     weighted = (activation * gradient.mean(dim=(1, 2), keepdim=True)).sum(dim=3).relu()
     assert (weighted.flatten(1).amax(dim=1) > 0).sum() >= 2  # else there is little to compare
     found = peers.grad_cam(model, images, targets)[:, 0]
@@ -94,7 +94,7 @@ def test_score_cam_weighs_channels_by_the_scores_of_masked_pictures():
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(method, fails, monkeypatch):
     model, images = tiny_model(), tiny_images()
-    model.train()  # its dropouts are all zero
+    model.train()  # without effect, as its dropout rates are zero
     first, second = model.blocks[0].norm1.weight, model.head.weight
     first.requires_grad_(False)
     second.grad = torch.ones_like(second)

@@ -29,7 +29,7 @@ def reference(shared_data):
 
 
 def off(ours, wanted):
-    """Differences (8, N), in each map's maximum."""
+    """Return differences (8, N) as shares of each map's maximum."""
     ours, wanted = ours.double().flatten(1), wanted.double().flatten(1)
     return (ours - wanted).abs() / wanted.amax(dim=1, keepdim=True)
 
@@ -42,7 +42,7 @@ def test_rollout_of_deit_tiny_is_the_references(deit, reference, reference_image
 def test_relevance_of_deit_tiny_is_the_references_but_for_rounding(
     deit, reference, reference_images
 ):
-    """Its rules magnify rounding errors about a million times on some pictures, in any code.
+    """Relevance magnifies rounding errors about a million times on some pictures, in any code.
 
     The reference was computed in float32. On the three pictures where that harms least, it must be
     met closely; the naive loops in the next test are met to nine digits.

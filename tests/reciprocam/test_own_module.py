@@ -1,4 +1,4 @@
-"""Models of no library: cut at a module that the user names, or by a split of the user's own."""
+"""Models from no library, cut at a module that the user names or by the user's own split."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ LAYERS = ["norm1", "block"]
 
 
 class Own(torch.nn.Module):
-    """Convolutions and one attention, of no library."""
+    """A model from no library, with convolutions and one attention."""
 
     def __init__(self, grid_output):
         super().__init__()
@@ -44,7 +44,7 @@ class Own(torch.nn.Module):
         ("embed", True, (2, 3)),  # (B, D, h, w)
     ],
 )
-def test_a_module_of_ones_own(target, grid_output, shape):
+def test_own_module_by_target(target, grid_output, shape):
     torch.manual_seed(0)
     model, grid = Own(grid_output).double().eval(), (2, 3)
     module = getattr(model, target)
@@ -131,7 +131,7 @@ def test_a_layout_that_may_be_two_is_refused():
 
 
 class TokensFirst(torch.nn.Module):
-    """torch's encoder layer by its defaults, on (T, B, D)."""
+    """A model around torch's encoder layer with its defaults, which takes (T, B, D)."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ class TokensFirst(torch.nn.Module):
 
 
 class Windows(torch.nn.Module):
-    """Two windows an image, in the batch dimension."""
+    """A model with two windows per image, in the batch dimension."""
 
     def __init__(self):
         super().__init__()
@@ -166,7 +166,7 @@ class Windows(torch.nn.Module):
         (Windows, (1, 3), 2, r"gives 4 rows for 2 image\(s\), .* windows in its batch"),
     ],
 )
-def test_tokens_that_do_not_lie_one_row_an_image_are_refused(build, grid, count, words):
+def test_tokens_without_one_row_per_image_are_refused(build, grid, count, words):
     model = build().eval()
     # one mask at a time: with six images and six tokens no shape would be wrong
     explainer = ReciproCAM(model, target=model.encoder, grid=grid, memory_limit=1)
@@ -198,7 +198,7 @@ class DropsOnItsOwn(Own):
 
 
 @pytest.mark.parametrize("how", ["target", "split"])
-def test_ones_own_code_in_training_mode_is_refused(how):
+def test_own_code_in_training_mode_is_refused(how):
     model = DropsOnItsOwn(grid_output=False).eval()
     cut = {"target": model.norm, "grid": (2, 3)}
     if how == "split":
@@ -206,7 +206,7 @@ def test_ones_own_code_in_training_mode_is_refused(how):
         cut = {"split": lambda _model: made}
     explainer = ReciproCAM(model, **cut)
     assert explainer(tiny_images()).path == "direct"
-    model.training = True  # of itself, but of no module inside
+    model.training = True  # the model itself, but no module inside it
     with pytest.raises(ModelError, match=r"the model is in training mode, .*call model\.eval\(\)"):
         explainer(tiny_images())
     model.eval().mix.train()
@@ -217,7 +217,7 @@ def test_ones_own_code_in_training_mode_is_refused(how):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_split_of_ones_own(layer):
+def test_own_split(layer):
     model, images = tiny_model(reg_tokens=1), tiny_images()
     called = []
 

@@ -104,7 +104,7 @@ def test_code_and_hooks_that_running_the_parts_would_bypass_are_refused():
 
 def test_scripted_and_compiled_models_are_refused():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated, but traced models are about
+        warnings.simplefilter("ignore")  # tracing is deprecated, but traced models are still around
         traced = torch.jit.trace(tiny_model(), tiny_images(), check_trace=False)
     with pytest.raises(ModelError, match=r"scripted.*pass the original"):
         ReciproCAM(traced)

@@ -1,3 +1,5 @@
+"""An explanation: its maps, what it draws, and the folder that it writes."""
+
 import copy
 import json
 import pickle
@@ -51,7 +53,7 @@ def test_rounding_noise_is_no_preference_but_small_differences_are():
     maps, degenerate = min_max(small)
     assert not degenerate
     assert maps.max() == 1
-    tiny = np.array([[0, 1e-12]], np.float32)  # an improbable class still has its place
+    tiny = np.array([[0, 1e-12]], np.float32)  # an improbable class still has a map
     assert not min_max(tiny)[1]
 
 
@@ -258,7 +260,9 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(
+        "os.access", lambda *_: False
+    )  # tests may run as root, who may write anywhere
     with pytest.raises(InputError, match="no permission for"):
         explanation().save(tmp_path / "out")
 
