@@ -6,7 +6,7 @@
     │   └── UnknownClassError            a class that the model does not have
     ├── ModelError (ValueError)          a model that cannot be explained or loaded
     │   ├── WeightsError                 weights that do not fit the model
-    │   ├── ClosedFormError              the closed form was asked for where it does not hold
+    │   ├── ClosedFormError              the closed form was asked for but does not hold
     │   └── DownloadError                weights that could not be fetched
     └── MissingDependencyError (ImportError)
 
@@ -58,7 +58,7 @@ class WeightsError(ModelError):
 
 
 class ClosedFormError(ModelError):
-    """The closed form was asked for where it does not hold; the message has the reason."""
+    """The closed form was asked for but does not hold; the message has the reason."""
 
 
 class DownloadError(ModelError):

@@ -68,9 +68,8 @@ def test_tensors(classifier, counts):
     explainer = vr.ReciproCAM(classifier.model)
     counts.clear()
     explainer(torch.zeros(2, 3, 160, 160), "all").maps  # noqa: B018
-    assert counts == {
-        key: 1 for key in ONCE if key != "images to the device"
-    }  # where they are already
+    # the images are on the device already
+    assert counts == {key: 1 for key in ONCE if key != "images to the device"}
 
 
 def test_scores_stay_on_the_device(classifier, counts):

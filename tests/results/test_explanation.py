@@ -260,9 +260,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "os.access", lambda *_: False
-    )  # tests may run as root, who may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # tests run as root may write anywhere
     with pytest.raises(InputError, match="no permission for"):
         explanation().save(tmp_path / "out")
 

@@ -177,7 +177,7 @@ def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> 
 
 
 def _drop_smallest(weights: Tensor, ratio: float) -> Tensor:
-    """Return weights (b, T, T) of which, in each image, that share of the smallest is 0."""
+    """Return weights (b, T, T) with the smallest of each image, a share `ratio` of them, at 0."""
     flat = weights.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
     return flat.scatter(1, smallest, 0.0).view_as(weights)
@@ -199,8 +199,8 @@ def _maps_by_layer(
 ) -> Tensor:
     """Return maps from `rows_and_logits`, a function of an encoder's tokens and of targets (b, K).
 
-    The function returns rows (b, K or 1, T) of a matrix over tokens, and the logits. Those of the
-    first chunk are compared with the model's own.
+    The function returns rows (b, K or 1, T) of a matrix over tokens, and the logits, which must be
+    those of the model itself.
     """
     split = _split_and_check(model, images)
     encoder = encoder_of(model)
