@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from train_demo import ARCHITECTURE
+
+TOOLS = Path(__file__).parents[1] / "tools"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # The model families of the method: names are test ids, values are what differs from a plain ViT.
@@ -50,6 +54,14 @@ def tiny_images(grid=(2, 3), count=2, seed=1):
     return torch.randn(
         count, 3, 4 * grid[0], 4 * grid[1], generator=torch.Generator().manual_seed(seed)
     )
+
+
+@pytest.fixture(scope="session")
+def demo_torch_model():
+    """The PyTorch model that the bundled demo file was exported from."""
+    model = VisionTransformer(**ARCHITECTURE).eval()
+    model.load_state_dict(load_file(TOOLS / "demo.safetensors"))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The page of examples/browser in a real browser: as Python computes it, and nothing leaves it."""
+"""The page of examples/browser in a real browser: it shows what Python computes, sends nothing."""
 
 import base64
 import functools
@@ -71,7 +71,7 @@ COUNT_RUNS = """async () => {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The page as it is served."""
+    """The folder of the page as it is served."""
     reason = None
     if not shutil.which("node"):
         reason = "needs Node.js"
@@ -110,14 +110,14 @@ def browser(built, chromium):
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the page; at the end nothing was asked of anybody but the server, and nothing broke."""
-    contexts, foreign, broken = [], [], []
+    """Open the page; at the end no other server was asked for anything, and nothing broke."""
+    contexts, elsewhere, broken = [], [], []
 
     def guard(route):
         if route.request.url.startswith((address, "blob:" + address, "data:")):
             route.continue_()
         else:
-            foreign.append(route.request.url)
+            elsewhere.append(route.request.url)
             route.abort()
 
     def opened(*, script=None, ready=True, **options):
@@ -138,7 +138,7 @@ def open_page(browser, address):
     yield opened
     for context in contexts:
         context.close()
-    assert not foreign
+    assert not elsewhere
     assert not broken
 
 
@@ -170,7 +170,7 @@ def refused(page, name, content):
 
 
 def rows(page):
-    """Name -> probability of the classes in the list, in its order."""
+    """Return name -> probability of the classes in the list, in its order."""
     return dict(
         page.eval_on_selector_all(
             ".class[data-probability]",
@@ -180,7 +180,7 @@ def rows(page):
 
 
 def canvas(page, name):
-    """The pixels of a canvas, (height, width, 3)."""
+    """Return the pixels of a canvas, (height, width, 3)."""
     url = page.evaluate("name => document.getElementById(name).toDataURL()", name)
     image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
     return np.asarray(image.convert("RGB"))
@@ -194,7 +194,7 @@ def expected_colours(e, index, size):
 
 
 def seen(page, image, preprocess):
-    """The pixels that the page would give the model, and where in the picture they lie."""
+    """Return the pixels that the page would give the model, and where in the picture they lie."""
     data = base64.b64encode(image.convert("RGBA").tobytes()).decode()
     pixels, box = page.evaluate(VIEW, [data, *image.size, preprocess.to_dict()])
     return np.array(pixels, np.uint8).reshape(*preprocess.size, 4)[..., :3], tuple(box)
@@ -216,7 +216,7 @@ def test_the_model_sees_the_same_pixels_to_the_last_bit(open_page):
     rng = np.random.default_rng(0)
     for name, ((width, height), options) in PICTURES.items():
         pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
-        pixels[: height // 2] = np.where(pixels[: height // 2] > 127, 255, 0)  # weights overshoot
+        pixels[: height // 2] = np.where(pixels[: height // 2] > 127, 255, 0)  # filters overshoot
         preprocess = Preprocess(**options)
         image = Image.fromarray(pixels)
         got, box = seen(page, image, preprocess)
@@ -225,7 +225,7 @@ def test_the_model_sees_the_same_pixels_to_the_last_bit(open_page):
 
 
 def test_tall_pictures_differ_by_a_rounding_of_bytes(open_page):
-    page = open_page()  # since Pillow 13 some of them are resampled downwards first, then across
+    page = open_page()  # since version 13 Pillow resamples some of them down first, then across
     image = draw_scene(4, size=200).image.crop((60, 0, 127, 200))
     preprocess = Preprocess((32, 32))
     got, _ = seen(page, image, preprocess)
@@ -242,7 +242,9 @@ def test_probabilities_scores_and_maps_are_those_of_python(open_page, built, dem
         np.testing.assert_allclose(found["probs"], e.probs[0], rtol=0, atol=1e-4)
         shape = e.scores[0].shape
         np.testing.assert_allclose(np.reshape(found["scores"], shape), e.scores[0], atol=1e-4)
-        sure = np.ptp(e.scores[0], axis=(1, 2)) > 1e-3  # else rounding is what would be compared
+        sure = (
+            np.ptp(e.scores[0], axis=(1, 2)) > 1e-3
+        )  # in flatter maps only rounding would be compared
         assert sure.sum() >= 2
         maps = np.reshape(found["maps"], shape)
         np.testing.assert_allclose(maps[sure], e.maps[0][sure], rtol=0, atol=1e-3)
@@ -268,7 +270,7 @@ def test_what_the_page_shows_is_what_python_draws(open_page, demo):
 def explained_file(
     targets, preprocess, *, class_names=("ant", "bee", "cat", "dog"), probabilities=False
 ):
-    """A model whose maps are cheap: what each 4 by 4 window's mean colour says of the classes."""
+    """Return the bytes of a cheap model: each 4 by 4 window's mean colour scores the classes."""
     count = len(class_names or range(4))
     rng = np.random.default_rng(5)
     weight = numpy_helper.from_array(rng.normal(size=(count, 3, 1, 1)).astype(np.float32), "weight")
@@ -457,7 +459,9 @@ def test_it_works_with_the_network_gone(open_page, demo):
 def test_the_browser_itself_refuses_to_send_anything(open_page):
     page = open_page()
     away = "fetch('https://example.org/', {method: 'POST', body: 'x'}).then(() => 'sent', String)"
-    assert "Failed to fetch" in page.evaluate(away)  # before any route: the fixture saw no request
+    assert "Failed to fetch" in page.evaluate(
+        away
+    )  # refused so early that the fixture saw no request
 
 
 def test_files_that_cannot_be_used_are_refused_in_a_sentence(open_page):

@@ -1,15 +1,11 @@
 """The bundled model: what it was exported from, how well it predicts, and where its maps lie."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 
 import onnx
+from export_demo import PICTURE_SEED
 from vit_reciprocam import ReciproCAM, explain, load
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.core.masks import Masking
@@ -19,8 +15,7 @@ from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.sessions import open_session
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
-TRAINING = Path(__file__).parents[2] / "tools"
-FRESH = range(700_000, 701_000)  # seeds that neither training nor choosing ever drew
+FRESH = range(700_000, 701_000)  # seeds of scenes used neither for training nor for choosing
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +23,14 @@ def demo():
     return load("demo")
 
 
-@pytest.fixture(scope="module")
-def torch_model():
-    sys.path.insert(0, str(TRAINING))
-    try:
-        from train_demo import ARCHITECTURE
-    finally:
-        sys.path.remove(str(TRAINING))
-    model = VisionTransformer(**ARCHITECTURE).eval()
-    model.load_state_dict(load_file(TRAINING / "demo.safetensors"))
-    return model
-
-
 def inputs(demo, seeds):
     return np.stack([demo.preprocess(draw_scene(seed).image) for seed in seeds])
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_onnx_equals_pytorch(demo, torch_model, batch):
+def test_onnx_equals_pytorch(demo, demo_torch_model, batch):
     images = inputs(demo, FRESH[:batch])
-    expected = ReciproCAM(torch_model)(torch.from_numpy(images), "all")
+    expected = ReciproCAM(demo_torch_model)(torch.from_numpy(images), "all")
     e = demo.model(images, "all")
     np.testing.assert_allclose(e.logits, expected.logits, rtol=0, atol=1e-4)
     np.testing.assert_allclose(e.scores, expected.scores, rtol=0, atol=1e-5)
@@ -95,7 +78,7 @@ def test_in_two_class_scenes_each_maximum_lies_on_its_own_object(demo):
 
 
 def peak_is_on(saliency, mask):
-    """Does the mask reach into the patch of the map's maximum?"""
+    """Tell whether the mask reaches into the patch of the map's maximum."""
     rows, columns = saliency.shape
     row, column = np.unravel_index(saliency.argmax(), saliency.shape)
     tall, wide = mask.shape[0] // rows, mask.shape[1] // columns
@@ -104,11 +87,6 @@ def peak_is_on(saliency, mask):
 
 def test_the_bundled_picture_shows_what_the_demo_finds(demo):
     e = explain(ASSETS / "demo.png", demo, top=3)
-    sys.path.insert(0, str(TRAINING))
-    try:
-        from export_demo import PICTURE_SEED
-    finally:
-        sys.path.remove(str(TRAINING))
     scene = draw_scene(PICTURE_SEED, size=560, objects=3)
     assert set(e.names[0]) == {list(CLASSES)[label] for label in scene.labels}
 
@@ -147,10 +125,10 @@ def test_files_that_are_no_explainers(tmp_path):
 @pytest.mark.parametrize(
     "masking", [Masking("dirac"), Masking("gaussian", False), Masking("gaussian", True, "block")]
 )
-def test_export_of_other_settings(tmp_path, torch_model, demo, masking):
+def test_export_of_other_settings(tmp_path, demo_torch_model, demo, masking):
     path = tmp_path / "model.onnx"
     export(
-        torch_model,
+        demo_torch_model,
         path,
         class_names=list(CLASSES),
         preprocess=demo.preprocess,
@@ -167,11 +145,11 @@ def test_export_of_other_settings(tmp_path, torch_model, demo, masking):
         "class_token": masking.class_token,
         "layer": masking.layer,
     }
-    expected = ReciproCAM(torch_model, **settings)(torch.from_numpy(images), "all")
+    expected = ReciproCAM(demo_torch_model, **settings)(torch.from_numpy(images), "all")
     np.testing.assert_allclose(explainer(images, "all").scores, expected.scores, rtol=0, atol=1e-5)
 
 
-def test_export_refuses_a_pooling_that_is_not_there(tmp_path, torch_model, demo):
+def test_export_refuses_a_pooling_that_is_not_there(tmp_path, demo_torch_model, demo):
     settings = {"class_names": list(CLASSES), "preprocess": demo.preprocess, "name": "m"}
     with pytest.raises(InputError, match="reads its class token"):
-        export(torch_model, tmp_path / "m.onnx", layer="pool", **settings)
+        export(demo_torch_model, tmp_path / "m.onnx", layer="pool", **settings)

@@ -1,13 +1,8 @@
-"""Files run without torch: each form in each runtime, options, files that are none, small types."""
+"""Explained files in each runtime: every form, null baselines, options, external data, float16."""
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
-import venv
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +12,6 @@ import pytest
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 import onnx
@@ -29,30 +22,14 @@ from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError, UnknownClassError
 from vit_reciprocam.methods import METHODS
 from vit_reciprocam.methods.null import NULLS
-from vit_reciprocam.onnx.export.export import export_prediction
 from vit_reciprocam.onnx.insert.insert import insert
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
 from vit_reciprocam.onnx.run.sessions import open_session
-from vit_reciprocam.pictures.read import read_image
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
-ROOT = Path(__file__).parents[2]
-RUN = (ROOT / "docs" / "onnx.md").read_text().split("\n## Run\n")[1].split("\n## ")[0]
 BACKENDS = ["onnxruntime", "openvino"]
 both = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(scope="module")
-def model():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from train_demo import ARCHITECTURE
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    model = VisionTransformer(**ARCHITECTURE).eval()
-    model.load_state_dict(load_file(ROOT / "tools" / "demo.safetensors"))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +43,14 @@ def images(preprocess):
 
 
 @pytest.fixture(scope="module")
-def expected(model, images):
-    """Of all classes, by PyTorch."""
-    return vr.ReciproCAM(model)(torch.from_numpy(images), "all")
+def expected(demo_torch_model, images):
+    """What PyTorch computes for all classes."""
+    return vr.ReciproCAM(demo_torch_model)(torch.from_numpy(images), "all")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, preprocess):
-    """The demo's plain file with each form of explanation, and a batch that is fixed."""
+    """The demo's plain file with each form of explanation inserted, also with a fixed batch."""
     folder = tmp_path_factory.mktemp("files")
     forms = {"all": {}, "top3": {"targets": "top3", "raw": True}, "input": {"targets": "input"}}
     for name, options in forms.items():
@@ -173,7 +150,9 @@ def test_a_file_is_a_classifier_like_any_other(files, preprocess, expected, back
 @both
 @pytest.mark.parametrize("name", NULLS)
 @pytest.mark.parametrize("form", ["all-2", "top3", "input"])
-def test_null_baselines_are_those_of_the_model(model, files, images, expected, backend, form, name):
+def test_null_baselines_are_those_of_the_model(
+    demo_torch_model, files, images, expected, backend, form, name
+):
     settings = {"random": {"seed": 3, "cells": 5}, "center": {"sigma": 0.3}}.get(name, {})
     classifier = vr.load(files / f"{form}.onnx", backend=backend)
     explain = classifier.backend.make_explainer(method=name, **settings)
@@ -185,7 +164,7 @@ def test_null_baselines_are_those_of_the_model(model, files, images, expected, b
     ):
         e = explain(images, targets)
         assert e.targets.tolist() == chosen.tolist()
-        wanted = METHODS[name](model, torch.from_numpy(images), chosen, **settings)
+        wanted = METHODS[name](demo_torch_model, torch.from_numpy(images), chosen, **settings)
         np.testing.assert_allclose(e.maps, wanted, rtol=0, atol=1e-6)
         np.testing.assert_allclose(e.probs, expected.probs, rtol=0, atol=1e-4)
         assert (e.maps.dtype, e.path) == (np.float32, "")
@@ -261,7 +240,7 @@ def test_several_streams_share_a_batch(files, images, expected):
     feeds[1] = {**feeds[1], "images": images[:1, :, :64]}
     with pytest.raises(ModelError, match="failed in OpenVINO"):
         session.run_all(["scores"], feeds)
-    agree(explainer(images, "all"), expected)  # what had begun is not in the way
+    agree(explainer(images, "all"), expected)  # the runs that had begun are not in the way
     with pytest.raises(InputError, match="streams are OpenVINO's"):
         OnnxExplainer(files / "all.onnx", streams=2)
 
@@ -355,7 +334,7 @@ def test_a_missing_runtime_says_how_to_install_it(files, monkeypatch):
 
 
 def test_a_file_that_knows_neither_names_nor_preprocessing(tmp_path, images, preprocess):
-    path = tmp_path / "foreign.onnx"
+    path = tmp_path / "other.onnx"
     insert(ASSETS / "demo-plain.onnx", path, kernel="dirac")
     with pytest.raises(InputError, match=r"does not say how pictures .* --preprocess imagenet"):
         vr.load(path)
@@ -417,7 +396,7 @@ def test_a_graph_that_ends_in_a_softmax(tmp_path, images, expected, preprocess):
     assert e.targets.tolist() == expected.probs.argmax(axis=1)[:, None].tolist()
 
 
-# --- files that are none, and that contradict themselves -----------------------------------------
+# --- external data -------------------------------------------------------------------------------
 
 
 @both
@@ -456,181 +435,7 @@ def test_external_data(files, tmp_path, images, expected, backend):
             OnnxExplainer(path, backend=backend)
 
 
-WHOLE = (ASSETS / "demo.onnx").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, r"no such model file: .*m\.onnx"),
-        (b"", r"m\.onnx is empty \(0 bytes\)"),
-        (b"hello, this is text", r"is not an ONNX file: it begins with b'hello"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9",
-            "is not an ONNX file",
-        ),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is not an ONNX file"),
-        (WHOLE[: len(WHOLE) // 2], "is truncated or damaged: fetch or write it anew"),
-        (WHOLE[:-1], "is truncated or damaged"),
-        (WHOLE[:2], "is truncated or damaged: it holds no graph"),
-        ((ASSETS / "demo-plain.onnx").read_bytes(), "holds no explanation. `vit-reciprocam insert"),
-    ],
-)
-@both
-def test_files_that_are_none(tmp_path, content, words, backend):
-    path = tmp_path / "m.onnx"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ModelError, match=words):
-        vr.load(path, backend=backend)
-
-
-def changed(folder, change, **about):
-    """The demo file with its graph changed, and its metadata."""
-    model = onnx.load(ASSETS / "demo.onnx")
-    change(model)
-    (property_,) = model.metadata_props
-    property_.value = json.dumps(json.loads(property_.value) | about)
-    onnx.save(model, folder / "m.onnx")
-    return folder / "m.onnx"
-
-
-def nothing(model):
-    pass
-
-
-def foreign_operator(model):
-    model.graph.node[0].domain = "com.example"
-    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
-
-
-def newer(model):
-    model.opset_import[0].version = 999
-
-
-def without_scores(model):
-    (scores,) = [value for value in model.graph.output if value.name == "scores"]
-    model.graph.output.remove(scores)
-
-
-def five_dimensions(model):
-    model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 1
-
-
-@both
-@pytest.mark.parametrize(
-    ("change", "about", "words"),
-    [
-        (foreign_operator, {}, r"of opset 18, cannot be loaded by \w+ ?\w* [\d.]+: .*upgrade"),
-        (nothing, {"class_names": ["a", "b"]}, "2 class names by the metadata, 12 classes in the"),
-        (nothing, {"class_names": "abcdefghijkl"}, "class_names have to be text"),
-        (nothing, {"path": "winding"}, "path must be one of"),
-        (nothing, {"targets": "best"}, "cannot be read.*targets of a file"),
-        (nothing, {"logits": "prediction"}, r"outputs \['prediction', 'scores'\] by the metadata"),
-        (without_scores, {}, r"outputs \['logits', 'scores'\] by the metadata, \['logits', 'sal"),
-        (nothing, {"images": "pixels"}, r"inputs \['pixels'\] by the metadata, \['images'\] in"),
-        (nothing, {"targets": "input"}, r"inputs \['images', 'targets'\] by the metadata"),
-        (nothing, {"targets": "top3"}, r"outputs \['classes', 'logits', 'scores'\]"),
-        (
-            nothing,
-            {"preprocess": vr.Preprocess((64, 112)).to_dict()},
-            r"pictures of \(64, 112\) by the metadata, \(112, 112\) in the graph",
-        ),
-        (nothing, {"schema": 1}, "in a layout that this version does not read"),
-        (nothing, {"masking": {"kernel": "box"}}, "kernel must be one of|cannot be read"),
-    ],
-)
-def test_files_that_contradict_themselves(tmp_path, change, about, words, backend):
-    with pytest.raises((ModelError, InputError), match=words):
-        OnnxExplainer(changed(tmp_path, change, **about), backend=backend)
-
-
-def test_an_opset_that_the_runtime_lacks(tmp_path):
-    with pytest.raises(ModelError, match=r"of opset 999, cannot be loaded by ONNX Runtime .*lower"):
-        OnnxExplainer(changed(tmp_path, newer))
-
-
-def any_size(model):
-    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
-        side.dim_param = f"side{side.dim_value}"
-
-
-@both
-def test_pictures_of_the_wrong_size(tmp_path, images, backend):
-    explainer = OnnxExplainer(ASSETS / "demo.onnx", backend=backend)
-    with pytest.raises(InputError, match=r"must be \(B, 3, 112, 112\), got \(5, 3, 112, 96\)"):
-        explainer(images[..., :96])
-    open_size = OnnxExplainer(changed(tmp_path, any_size), backend=backend)
-    assert open_size.size is None
-    np.testing.assert_allclose(
-        open_size(images).logits, explainer(images).logits, rtol=0, atol=1e-5
-    )
-    with pytest.raises(ModelError, match=r"m\.onnx failed in O"):
-        open_size(images[..., :96])
-    with pytest.raises(InputError, match=r"must be \(B, 3, H, W\), got \(5, 1, 112, 112\)"):
-        open_size(images[:, :1])
-
-
-# --- without torch -------------------------------------------------------------------------------
-
-
-def test_an_exported_deit_in_an_environment_with_the_core_only(
-    tmp_path, shared_data, deit_tiny_weights
-):
-    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    venv.create(tmp_path / "env", with_pip=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    if done.returncode and not os.environ.get("VIT_RECIPROCAM_REQUIRE_DATA"):
-        pytest.skip(f"the core cannot be installed here: {done.stderr.strip()[-200:]}")
-    assert not done.returncode, done.stderr
-
-    classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
-    vr.export(classifier, tmp_path / "deit.onnx")
-    picture = next((shared_data / "multi-object").glob("*.[jp][pn]g"))
-    expected = vr.explain(picture, classifier, top=3)
-
-    def run(*command):
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(
-            [str(part) for part in (python, *command)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=clean,
-        )
-        assert not done.returncode, done.stderr
-        return done.stdout
-
-    report = json.loads(
-        run(
-            "-m",
-            "vit_reciprocam",
-            "explain",
-            picture,
-            "--model",
-            "deit.onnx",
-            "--target",
-            "top3",
-            "--out",
-            "out",
-            "--json",
-        )
-    )
-    names = [target["name"] for target in report["images"][0]["targets"]]
-    assert names == list(expected.names[0])
-    with np.load(tmp_path / report["images"][0]["folder"] / "maps.npz") as saved:
-        np.testing.assert_allclose(saved["logits"], expected.logits, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(saved["maps"], expected.maps, rtol=0, atol=1e-3)
-    heavy = ("torch", "timm", "torchvision", "transformers", "onnx", "openvino", "vit_reciprocam")
-    find = f"import importlib.util as u; print([n for n in {heavy} if u.find_spec(n)])"
-    assert run("-c", find).strip() == "['vit_reciprocam']"
-    inside = run("-c", "import vit_reciprocam; print(vit_reciprocam.__file__)").strip()
-    assert Path(inside).is_relative_to(tmp_path / "env"), "installed, not the working tree"
-
-
-# --- int8 and float16 ----------------------------------------------------------------------------
+# --- float16 -------------------------------------------------------------------------------------
 
 
 @both
@@ -644,35 +449,3 @@ def test_a_half_precision_file(tmp_path, images, expected, backend):
     assert (e.logits.dtype, e.scores.dtype) == (np.float32, np.float32)
     np.testing.assert_allclose(e.logits, expected.logits, rtol=0, atol=0.05)
     np.testing.assert_allclose(e.scores, expected.scores, rtol=0, atol=0.01)
-
-
-def test_the_recipes_for_int8_and_float16(tmp_path, monkeypatch, shared_data, deit_tiny_weights):
-    """Those of the docs as they stand there; on 100 photographs the docs give the figures."""
-    classifier = vr.load("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
-    export_prediction(classifier.model, tmp_path / "deit-plain.onnx", size=(224, 224))
-    photographs = sorted((shared_data / "imagenet-samples").glob("*.jpg"))
-    (tmp_path / "photos").mkdir()
-    for photograph in photographs[::25]:
-        shutil.copy(photograph, tmp_path / "photos")
-    monkeypatch.chdir(tmp_path)
-    for recipe in re.findall(r"```python\n(.*?)```", RUN, re.DOTALL):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the converters
-            exec(recipe, {})
-    pictures = photographs[7::63]
-    batch = np.stack([classifier.preprocess(read_image(one)) for one in pictures])
-    expected = OnnxExplainer("deit-explained.onnx")(batch)
-    for name, least, agreeing in (("int8", 0.95, 6), ("half", 0.97, 8)):
-        for backend in BACKENDS:
-            explainer = OnnxExplainer(f"deit-{name}-explained.onnx", backend=backend)
-            e = explainer(batch, expected.targets)
-            assert e.path == "closed-form"
-            maps = zip(e.scores[:, 0], expected.scores[:, 0], strict=True)
-            pearson = [np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in maps]
-            assert np.mean(pearson) >= least, name
-            same = e.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
-            assert len(same) == 8
-            assert same.sum() >= agreeing
-    sizes = [Path(f"deit{name}.onnx").stat().st_size for name in ("-plain", "-int8", "-half")]
-    assert sizes[1] < 0.4 * sizes[0]
-    assert sizes[2] < 0.6 * sizes[0]
