@@ -64,7 +64,7 @@ def attend_by_convolution(
         numerator = summed.permute(0, 3, 1, 2).unsqueeze(-1)
     for level, s in parts.s_levels.items():
         e = weights(_positions_last(s))
-        # Where u is linear in the level, u at level 1 is all there is, and the level is a factor.
+        # If u is linear in the level, only u at level 1 is there, and the level is a factor.
         held_at, factor = (1.0, level) if parts.linear else (level, 1.0)
         u_level = parts.u_levels[held_at].permute(0, 2, 3, 1).unsqueeze(1)  # (b, 1, k, d, n)
         denominator = denominator + _sum_window(e, grid, kernel, level)

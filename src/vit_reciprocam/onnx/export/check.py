@@ -55,8 +55,8 @@ def compare(file: Path, model: nn.Module, metadata: Metadata, shape: tuple[int, 
         scores = np.take_along_axis(scores, chosen[:, :, None, None], axis=1)
     wanted = {"logits": expected.logits, "scores": scores}
     if "saliency" in got:
-        # Maps are compared with those of the file's own scores: where scores are nearly flat,
-        # scaling them to [0, 1] enlarges their rounding.
+        # Maps are compared with those of the file's own scores, because scaling nearly flat scores
+        # to [0, 1] enlarges their rounding.
         wanted["saliency"] = min_max(got["scores"])[0]
     if "classes" in got:
         ranked = np.sort(got["logits"], axis=1)[:, ::-1][:, : got["classes"].shape[1]]

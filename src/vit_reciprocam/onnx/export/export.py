@@ -45,7 +45,7 @@ __all__ = ["ExportedFile", "export", "export_prediction"]
 OPSET = 18
 _LEAST_OPSET = 17
 _LARGE = 2_000_000_000  # bytes of weights; an ONNX file itself ends at 2 GiB
-# Numbers of images: one traced with another than it is checked with finds what the trace froze.
+# Numbers of images. They differ, so that a batch size frozen by the trace fails the check.
 _TRACED, _CHECKED = 2, 3
 _BATCH = Dim("batch")
 
@@ -118,7 +118,7 @@ def export(
             another is wanted.
         kernel: "gaussian" or "dirac", as in `ReciproCAM`.
         class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
-        layer: Where tokens are masked, as in `ReciproCAM`.
+        layer: The place where tokens are masked, as in `ReciproCAM`.
         targets: Which classes are explained: "all"; "top1", "top3" … of each image, which the
             output `classes` then names; or "input", which adds the input `targets`.
         raw: Whether to leave out `saliency`: then there are only the probabilities, not scaled to
@@ -151,7 +151,8 @@ def export(
 
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
     module = ModelWithMaps(work, masking, top=top, raw=raw)
-    # Of two sizes the second: at its own size a model may skip resizing its position embedding.
+    # The second size, if there are two: at its own size a model may skip resizing its position
+    # embedding, and the trace would not hold it.
     inputs, dynamic = _example_inputs(sizes[-1], patch if dynamic_size else None, targets)
     chunk = []
     if split.direct_because:  # see `trace`: one chunk of masks, and what all chunks give

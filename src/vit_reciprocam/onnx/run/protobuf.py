@@ -82,7 +82,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file followed by the files of its weights in the order of names.
 
     Raises:
-        ModelError: As `read_header`.
+        ModelError: If the file cannot be read, as in `read_header`.
     """
     summary = hashlib.sha256()
     for file in (Path(path), *read_header(path).external):
@@ -92,7 +92,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     return summary.hexdigest()
 
 
-Span = tuple[int, int]  # where the bytes of a value begin and end
+Span = tuple[int, int]  # begin and end of the bytes of a value
 Data = bytes | mmap.mmap
 
 
