@@ -16,6 +16,7 @@ import onnxruntime
 import onnx
 from onnx import helper, numpy_helper
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.onnx.run.sessions import open_onnxruntime
 
 __all__ = [
     "Graph",
@@ -25,8 +26,6 @@ __all__ = [
     "run_session",
     "subgraphs",
 ]
-
-_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -58,14 +57,8 @@ def open_unoptimized(model: onnx.ModelProto, folder: Path) -> onnxruntime.Infere
     Raises:
         ModelError: If ONNX Runtime cannot run the model.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(_FOLDER, str(folder.resolve()))
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return open_onnxruntime(model.SerializeToString(), optimize=False, weights_folder=folder)
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         raise ModelError(f"ONNX Runtime cannot run this graph: {error}") from error
 
