@@ -152,7 +152,7 @@ def export(
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
     module = ModelWithMaps(work, masking, top=top, raw=raw)
     # The second size, if there are two: at its own size a model may skip resizing its position
-    # embedding, and the trace would not hold it.
+    # embedding, so that the trace would lack it.
     inputs, dynamic = _example_inputs(sizes[-1], patch if dynamic_size else None, targets)
     chunk = []
     if split.direct_because:  # see `trace`: one chunk of masks, and what all chunks give
