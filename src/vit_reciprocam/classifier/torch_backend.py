@@ -13,7 +13,7 @@ from vit_reciprocam.classifier.classifier import Explainer
 from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.core.targets import resolve_targets
-from vit_reciprocam.errors import InputError
+from vit_reciprocam.errors import InputError, first_line
 from vit_reciprocam.methods import METHODS, check_settings
 from vit_reciprocam.reciprocam import ReciproCAM
 from vit_reciprocam.results.explanation import Explanation, softmax
@@ -40,8 +40,9 @@ class TorchBackend:
         try:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"the model cannot go to device {device!r}: {reason}") from error
+            raise InputError(
+                f"the model cannot go to device {device!r}: {first_line(error)}"
+            ) from error
         self.name = name
         classes = "num_labels" if hasattr(model, "num_labels") else "num_classes"
         self.num_classes: int = getattr(self.model, classes)
