@@ -92,7 +92,7 @@ _WEIGHTS = {"bilinear": _linear_weights, "bicubic": cubic_weights}
 @functools.lru_cache(maxsize=32)
 def _interpolation(there: int, here: int, mode: str) -> np.ndarray:
     """Return the weights (there, here) that bring `here` cells to `there` pixels."""
-    place = (np.arange(there) + 0.5) * here / there - 0.5  # of each pixel's centre, in cells
+    place = (np.arange(there) + 0.5) * here / there - 0.5  # each pixel's centre, in cells
     if mode == "bilinear":
         place = place.clip(0)
     first = np.floor(place).astype(int)

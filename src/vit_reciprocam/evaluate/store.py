@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _KEY = ("index", "model", "method")
 _BEFORE = (
-    ("index", pyarrow.int64()),  # of the picture in the data set
+    ("index", pyarrow.int64()),  # position of the picture in the data set
     ("source", pyarrow.string()),
     ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
     ("model", pyarrow.string()),
@@ -46,7 +46,7 @@ _BEFORE = (
 _PROBABILITIES = ("p", "o")  # of c on the picture, and on the picture under its map
 _AFTER = (
     ("map", pyarrow.list_(pyarrow.float32())),  # row by row
-    ("rows", pyarrow.int64()),  # of the map
+    ("rows", pyarrow.int64()),  # height of the map, in patches
     ("note", pyarrow.string()),  # why the objects' place was given and not used
     ("error", pyarrow.string()),  # why there are no values; null where there are
 )

@@ -193,7 +193,7 @@ def _check_head(model: nn.Module, head: nn.Module) -> None:
     Raises:
         ModelError: If the head is the identity, or an empty Sequential.
     """
-    last = list(head.modules())[-1]  # of an empty Sequential it is the Sequential itself
+    last = list(head.modules())[-1]  # an empty Sequential is its own last module
     if isinstance(last, (nn.Identity, nn.Sequential)):
         raise ModelError(
             f"this {type(model).__name__} has no classification head but the identity in its "

@@ -18,7 +18,7 @@ from vit_reciprocam.onnx.insert.graph import Graph
 __all__ = ["Layout", "check_layout", "find_layout"]
 
 _MOST_PREFIX_TOKENS = 32
-_ENOUGH = 0.7  # of the patches changed; in a wrong order about one of eight is right by chance
+_ENOUGH = 0.7  # share of the patches changed; in a wrong order one of eight is right by chance
 
 
 @dataclass(frozen=True)
