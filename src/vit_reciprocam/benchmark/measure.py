@@ -24,7 +24,7 @@ from vit_reciprocam.benchmark.memory import measure_peak, store_model
 from vit_reciprocam.benchmark.models import OnnxFiles, device_name, prepare_model, set_threads
 from vit_reciprocam.benchmark.rows import Row, Spread, ratio, spread
 from vit_reciprocam.classifier.classifier import Classifier
-from vit_reciprocam.errors import InputError, ReciproCAMError
+from vit_reciprocam.errors import InputError, ReciproCAMError, first_line
 from vit_reciprocam.methods import MethodSpec, check_settings
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.results.files import library_versions
@@ -228,7 +228,7 @@ def _warm_up(
             if label not in optional:
                 cases[label] = _Case(replace(row, note=str(error)))
         except (RuntimeError, MemoryError) as error:  # for instance because memory runs out
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             cases[label] = _Case(replace(row, note=f"{type(error).__name__}: {reason}"))
         tick()
     return list(cases.values())

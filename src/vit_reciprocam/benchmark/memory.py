@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from vit_reciprocam.benchmark.calls import make_call
 from vit_reciprocam.benchmark.models import OnnxFiles
-from vit_reciprocam.errors import ModelError
+from vit_reciprocam.errors import ModelError, first_line
 
 __all__ = ["Peak", "measure_peak", "store_model"]
 
@@ -48,7 +48,7 @@ def store_model(model: Any) -> Iterator[dict[str, Any]]:
         try:
             torch.save(model, file)
         except Exception as error:  # pickling raises errors of many unrelated kinds
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise ModelError(f"the model cannot be handed to a fresh process: {reason}") from error
         yield {"file": str(file)}
 
