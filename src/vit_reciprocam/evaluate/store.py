@@ -43,7 +43,7 @@ _BEFORE = (
     ("target", pyarrow.int64()),  # the explained class c
     ("predicted", pyarrow.int64()),
 )
-_PROBABILITIES = ("p", "o")  # of c on the picture, and on the picture under its map
+_PROBABILITIES = ("p", "o")  # what c has on the picture, and on the picture under its map
 _AFTER = (
     ("map", pyarrow.list_(pyarrow.float32())),  # row by row
     ("rows", pyarrow.int64()),  # height of the map, in patches
