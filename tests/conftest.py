@@ -1,3 +1,5 @@
+"""What tests share: tiny seeded models, the data beside the repository, and `--core-only`."""
+
 import functools
 import os
 import shutil
@@ -5,14 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 
-from train_demo import ARCHITECTURE
+from dependencies import ROOT, TOOLS, beyond_core
 
-TOOLS = Path(__file__).parents[1] / "tools"
+# Modules in whose signatures shapes are checked while tests run. `reciprocam` is left out, since
+# tests give it bad input.
+SHAPES_CHECKED = [
+    f"vit_reciprocam.{name}"
+    for name in (
+        "core.closed_form",
+        "core.direct",
+        "core.split",
+        "core.stencil",
+        "libraries.common.blocks",
+        "libraries.common.multihead",
+        "libraries.timm.attention",
+        "libraries.timm.blocks",
+        "libraries.timm.last_block",
+        "libraries.transformers.blocks",
+        "methods.lrp",
+        "onnx.export.attention",
+    )
+]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # The model families of the method: names are test ids, values are what differs from a plain ViT.
@@ -31,8 +47,50 @@ MODELS = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--core-only",
+        action="store_true",
+        help="Tests that need nothing but the package without extras, and pytest.",
+    )
+
+
+def pytest_configure(config):
+    if not config.getoption("--core-only"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook(SHAPES_CHECKED, "beartype.beartype")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `--core-only`, leave out files that import more than the core."""
+    if config.getoption("--core-only") and collection_path.suffix == ".py":
+        return bool(beyond_core(collection_path)) or None
+    return None  # pytest decides
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--core-only"):
+        for item in items:
+            if item.get_closest_marker("needs_extras"):
+                item.add_marker(pytest.mark.skip(reason="needs libraries beyond the core"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say which files `--core-only` left out, and why."""
+    if config.getoption("--core-only"):
+        for path in sorted((ROOT / "tests").rglob("test_*.py")):
+            if more := beyond_core(path):
+                name = path.relative_to(ROOT).as_posix()
+                terminalreporter.write_line(f"left out: {name}, which needs {', '.join(more)}")
+
+
 def tiny_model(*, grid=(2, 3), seed=0, distilled=False, spread=0.3, **options):
     """A seeded ViT with patches of 4 pixels whose weights are large enough for masks to matter."""
+    import torch
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
     torch.manual_seed(seed)
     cls = VisionTransformerDistilled if distilled else VisionTransformer
     settings = {
@@ -51,6 +109,8 @@ def tiny_model(*, grid=(2, 3), seed=0, distilled=False, spread=0.3, **options):
 
 
 def tiny_images(grid=(2, 3), count=2, seed=1):
+    import torch
+
     return torch.randn(
         count, 3, 4 * grid[0], 4 * grid[1], generator=torch.Generator().manual_seed(seed)
     )
@@ -59,6 +119,11 @@ def tiny_images(grid=(2, 3), count=2, seed=1):
 @pytest.fixture(scope="session")
 def demo_torch_model():
     """The PyTorch model that the bundled demo file was exported from."""
+    from safetensors.torch import load_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    from train_demo import ARCHITECTURE
+
     model = VisionTransformer(**ARCHITECTURE).eval()
     model.load_state_dict(load_file(TOOLS / "demo.safetensors"))
     return model
@@ -93,6 +158,8 @@ def deit_tiny_weights(shared_data):
 @pytest.fixture(scope="session")
 def reference_images(shared_data):
     """The eight reference crops, preprocessed, and their labels."""
+    import torch
+
     with np.load(shared_data / "reference" / "chefer2021.npz") as data:
         pixels, labels = data["pixels"], data["label"]
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255

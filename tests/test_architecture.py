@@ -133,6 +133,7 @@ def test_no_module_imports_itself_by_a_detour():
         assert module not in seen, f"{module} is in a loop of imports"
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize("module", MODULES)
 def test_what_another_module_imports_is_in_all(module):
     for name, item in imports(module):
@@ -141,6 +142,7 @@ def test_what_another_module_imports_is_in_all(module):
             assert item in public, f"{module} imports {item}, which {there}.__all__ lacks"
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"__main__"}))
 def test_all_names_what_is_there(module):
     here = importlib.import_module(f"vit_reciprocam.{module}")
@@ -185,6 +187,7 @@ def test_the_demo_model_loads_no_torch():
     assert set(ast.literal_eval(run(code))).isdisjoint(HEAVY)
 
 
+@pytest.mark.needs_extras
 def test_public_names_exist_and_are_all_there_is():
     for name in vit_reciprocam.__all__:
         assert getattr(vit_reciprocam, name) is not None

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from vit_reciprocam.cli import app
 
+pytestmark = pytest.mark.needs_extras
+
 SMALL = "timm:test_vit"
 FIXED = [
     "forward",

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vit_reciprocam
@@ -80,9 +79,11 @@ def test_the_table_names_the_prediction_if_it_is_not_explained(scenes, tmp_path)
     assert "(predicted: " not in result.stdout
 
 
+@pytest.mark.needs_extras
 def test_a_table_of_all_classes_is_cut_and_json_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     import timm
+    from safetensors.torch import save_file
 
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
     arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]
@@ -102,6 +103,7 @@ def test_pictures_of_one_name_get_folders_of_their_own(scenes, tmp_path):
     assert folders == [str(tmp_path / "out" / name) for name in ("0", "0-2")]
 
 
+@pytest.mark.needs_extras
 def test_explain_builds_models_with_options(scenes, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("n01\tpear, fruit\nn02\tapple\n")
@@ -155,7 +157,11 @@ def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):
         (["{scene}", "--preprocess", "imagenet:size=224"], "takes pictures of 112x112 pixels"),
         (["{scene}", "--model", "timm:test_vit", "--threads", "1"], "threads: for ONNX files"),
         (["{scene}", "--target", "top0"], "top must be between 1 and"),
-        (["{scene}", "--model", "timm:test_vit.nope", "--weights", "w"], "no such weights file"),
+        pytest.param(
+            ["{scene}", "--model", "timm:test_vit.nope", "--weights", "w"],
+            "no such weights file",
+            marks=pytest.mark.needs_extras,
+        ),
         ([], "Missing argument"),
     ],
 )
@@ -228,8 +234,10 @@ def test_unexpected_errors_are_one_line_too(scenes, tmp_path, monkeypatch):
     assert result.stderr == "error: division by zero (unexpected: --debug shows where)\n"
 
 
+@pytest.mark.needs_extras
 def test_a_timm_model_with_local_weights(tmp_path):
     import timm
+    from safetensors.torch import save_file
 
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
     arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]

@@ -18,6 +18,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -66,6 +67,8 @@ def stopped(arguments, begun):
     return process.returncode, said
 
 
+@pytest.mark.needs_extras
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path):
     folder = tmp_path / "a run"
     given = ["evaluate", "scenes:300", "--model", "demo", "--batch-size", "1", "--out", folder]
@@ -82,6 +85,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path):
     assert ended.value.exit_code == 130
 
 
+@pytest.mark.needs_extras
 def test_ctrl_c_before_anything_is_measured(monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -2,10 +2,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from PIL import Image
-from timm.data import create_transform
 
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -17,12 +14,16 @@ def photo(width=60, height=40, seed=0):
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize("image_size", [(60, 40), (41, 67), (500, 333), (224, 224), (31, 900)])
 @pytest.mark.parametrize("size", [(32, 32), (224, 224), (32, 48), (64, 40)])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize(("resize", "mode"), [("shortest", "center"), ("squash", "squash")])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_equals_timms_transform_to_the_bit(image_size, size, crop_pct, resize, mode, interpolation):
+    import torch
+    from timm.data import create_transform
+
     image = photo(*image_size)
     ours = Preprocess(size, resize, crop_pct, interpolation)(image)
     theirs = create_transform(
@@ -31,8 +32,11 @@ def test_equals_timms_transform_to_the_bit(image_size, size, crop_pct, resize, m
     assert torch.equal(torch.from_numpy(ours), theirs)
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize("image_size", [(303, 240), (225, 229), (640, 427), (301, 224)])
 def test_half_a_pixel_is_rounded_as_transformers_does(image_size):
+    import transformers
+
     image = photo(*image_size)
     theirs = transformers.CLIPImageProcessorPil()
     ours = Preprocess(

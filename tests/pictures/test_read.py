@@ -5,7 +5,6 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from vit_reciprocam.errors import ImageError
@@ -121,10 +120,18 @@ def test_damaged_pil_images_are_refused_like_files(tmp_path):
         read_image(Image.new("RGB", (0, 10)))
 
 
-@pytest.mark.parametrize("thing", [None, 3, b"bytes", torch.zeros(3, 4, 4)])
+@pytest.mark.parametrize("thing", [None, 3, b"bytes"])
 def test_things_that_are_no_pictures(thing):
     with pytest.raises(ImageError, match="must be a file name, a PIL image or a uint8 array"):
         read_image(thing)
+
+
+@pytest.mark.needs_extras
+def test_a_tensor_is_no_picture():
+    import torch
+
+    with pytest.raises(ImageError, match="must be a file name, a PIL image or a uint8 array"):
+        read_image(torch.zeros(3, 4, 4))
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "GIF", "BMP", "WEBP", "JPEG"])

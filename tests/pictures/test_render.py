@@ -1,4 +1,3 @@
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,8 +6,11 @@ from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures.render import COLORMAPS, colorize, overlay, panels, upsample
 
 
+@pytest.mark.needs_extras
 @pytest.mark.parametrize("name", COLORMAPS)
 def test_colours_are_matplotlibs(name):
+    import matplotlib
+
     values = np.linspace(0, 1, 256)[None]
     expected = matplotlib.colormaps[name](values)[..., :3] * 255
     assert np.abs(colorize(values, name) - expected).max() < 15
