@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -299,7 +298,7 @@ def test_a_killed_process_loses_nothing(demo, tmp_path):
     while not (out / "part-000003.parquet").exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = read_run(out)[1].num_rows
     assert kept >= 8
