@@ -108,12 +108,6 @@ def test_public_names_say_what_they_are(name):
             assert inspect.getdoc(function), f"{name}.{method}"
 
 
-def test_versions_agree():
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{vr.__version__}"' in pyproject
-    assert f"version: {vr.__version__}" in (ROOT / "CITATION.cff").read_text()
-
-
 def test_the_picture_in_the_readme_is_what_the_demo_writes():
     e = vr.explain(ASSETS / "demo.png", vr.load("demo"), top=3)
     with Image.open(ROOT / "docs" / "demo.png") as shown:
