@@ -5,6 +5,7 @@ Each command is a module. Results go to stdout, all else to stderr.
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from typing import Annotated
 
@@ -49,7 +50,22 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the environment as one JSON document, with --version."),
+    ] = False,
 ) -> None:
+    if as_json and not show_version:
+        raise typer.BadParameter(
+            "before a command it goes with --version only, as in vit-reciprocam --version --json; "
+            "to get a command's result as JSON put it after the command's name",
+            param_hint="--json",
+        )
+    if show_version and as_json:
+        from vit_reciprocam.cli.environment import report_environment
+
+        typer.echo(json.dumps(report_environment(), indent=2))
+        raise typer.Exit
     if show_version:
         typer.echo(f"vit-reciprocam {version('vit-reciprocam')}")
         raise typer.Exit
