@@ -27,7 +27,7 @@ from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import direct_rows
 from vit_reciprocam.core.masks import Masking
-from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Splitter
+from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Splitter, widen
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.libraries.cut_at import cut_at, cut_at_block, refuse_training
@@ -47,7 +47,7 @@ class ReciproCAM:
 
     The model runs part by part, and hooks on the modules inside it run as usual. If the last block
     has hooks, the direct path runs, since the closed form would bypass them. A model with hooks on
-    the whole of it is refused.
+    its outermost module is refused.
 
     Example:
         >>> import timm, torch
@@ -85,11 +85,11 @@ class ReciproCAM:
                 "dirac".
             class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
             layer: Place where tokens are masked: "norm1" (the paper's default) or "block" (its
-                Table 4); for heads that pool all tokens also "pool", just before they do. That last
-                one is not the paper's method, since only the pool is left between mask and head,
+                Table 4); for heads that pool all tokens also "pool", just before the pooling. That
+                is not the paper's method, since only the pooling is left between mask and head,
                 but it has a closed form.
             score: "probability", the paper's, or "logit", without the softmax.
-            path: "auto" takes the closed form if it holds, and the result's `path` says what ran;
+            path: "auto" takes the closed form if it holds, and the result's `path` says which ran;
                 "closed-form" raises if it does not hold; "direct" always runs H once per mask.
             block: Encoder block, counted from the end; in a hierarchical model a block of its last
                 stage. Blocks other than the last take the direct path.
@@ -105,7 +105,8 @@ class ReciproCAM:
                 is 32 MiB for the closed form and 128 MiB for the direct path, since larger chunks
                 fall out of its caches and are slower; elsewhere it is a quarter of the free memory
                 if that is known, else 1 GiB.
-            progress: Called with the number of masks done and of all masks, after each chunk.
+            progress: Function of the number of masks that are done and of all masks, called after
+                each chunk.
             check: False leaves it to the first call to refuse a model that cannot be explained.
 
         Raises:
@@ -172,10 +173,8 @@ class ReciproCAM:
     ) -> Float[Tensor, "B K h w"]:
         """Return the scores alone, as a tensor on the model's device.
 
-        Arguments and errors are those of `__call__`.
-
-        Returns:
-            Scores in float32, or in float64 for a float64 model.
+        They are in float32, or in float64 for a float64 model. Arguments and errors are those of
+        `__call__`.
         """
         return self._run(images, targets)[0]
 
@@ -201,7 +200,7 @@ class ReciproCAM:
                 if not np.isfinite(logits).all():
                     raise ModelError(_NOT_FINITE.format("logits"))
                 chosen = resolve_targets(targets, logits)
-            values = _widen(values)
+            values = widen(values)
             if self.score == "probability":
                 values = values.softmax(dim=-1)
             if not isinstance(targets, str):  # "all" wants every class, in order
@@ -230,7 +229,7 @@ class ReciproCAM:
                 f"the closed form does not hold for this model: {split.direct_because}. "
                 "Use path='auto' or path='direct'"
             )
-        if self._is_known:  # random layers would make maps of something else than the prediction
+        if self._is_known:  # with random layers, maps would not explain the prediction
             check_mode(self.model)
         else:
             refuse_training(self.model)
@@ -261,7 +260,7 @@ def _choose_splitter(
     grid: tuple[int, int] | None,
     prefix_tokens: int,
 ) -> Splitter:
-    """Return the function that cuts the model; only one of the options may say where."""
+    """Return the function that cuts the model, and refuse options that contradict each other."""
     if target is not None:
         if split is not None:
             raise InputError("target and split both say where the cut is: leave out one")
@@ -280,7 +279,7 @@ def _choose_splitter(
 
 
 def _default_limit(device: torch.device, path: str) -> int:
-    """Return the number of bytes that a chunk of masks may take, unless the user says it."""
+    """Return the number of bytes that a chunk of masks may take by default."""
     if device.type == "cpu":  # the caches decide: measured on both paths
         return 2**25 if path == "closed-form" else 2**27
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
@@ -294,11 +293,6 @@ def _row_bytes(cut: Cut, path: str) -> int:
     elif path == "closed-form" and isinstance(cut.readout, Readout):
         numbers = numbers // cut.x.shape[1] * cut.readout.tokens
     return 20 * numbers * cut.x.element_size()
-
-
-def _widen(values: Tensor) -> Tensor:
-    """Return values in at least float32, so that half precision costs no more than it must."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _numpy(values: Tensor) -> np.ndarray:

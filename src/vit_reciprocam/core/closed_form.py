@@ -1,7 +1,7 @@
-"""The closed form: H for all masks at once, exact if only a few tokens ask in the last attention.
+"""The closed form: H for all masks at once, exact if the head reads only a few tokens.
 
 If the head reads prefix tokens only, no other token's query matters in the last block. Each mask is
-then one ordinary attention row over other keys and values, and a patch's key and value depend only
+then one ordinary attention row over masked keys and values, and a patch's key and value depend only
 on its level in the mask: one of the kernel's few weights inside the window, 0 outside.
 
 A token at level 0 has the same value v_0 wherever it stands. Since attention weights sum to 1, with
@@ -10,8 +10,8 @@ u_l = v_l - v_0,
     o_n = v_0 + Σ over the prefix and the window of mask n:  a_n[t] u_l[t].
 
 The patches outside are counted in the softmax's denominator and appear nowhere else, so the cost is
-that of a small stencil over the grid. Nothing is subtracted that was added before, so nothing
-cancels.
+that of a small stencil over the grid. Nothing that was added is subtracted again, so no digits
+cancel.
 
 Letters of the shapes: b image, t any token, p prefix token, n patch, y x grid, r readout token,
 k head, d its width.
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vit_reciprocam.core.masks import Masking, kernel_window, window_sizes
-from vit_reciprocam.core.split import Attention, Cut, MeanPool, Readout
+from vit_reciprocam.core.split import Attention, Cut, MeanPool, Readout, widen
 from vit_reciprocam.core.stencil import frame, log_sum_outside, shift
 
 __all__ = ["Parts", "closed_form_rows"]
@@ -41,17 +41,11 @@ def closed_form_rows(
     *,
     attend: Callable[[Parts, tuple[int, int], str], Tensor] | None = None,
 ) -> Callable[[int, int], Tensor]:
-    """Prepare all masks, and return a function from (start, stop) to the logits of those rows.
+    """Return a function from (start, stop) to the logits (stop - start, B, C) of those rows.
 
-    Row 0 is the unmasked image, row 1 + n the image under mask n. The function returns logits
-    (stop - start, B, C).
-
-    Args:
-        cut: Cut of a batch; its `readout` is not None.
-        prefix_tokens: Number of tokens before the patches.
-        masking: What to keep, and where to cut.
-        attend: Function of parts, grid and kernel that returns the readout tokens' heads for row 0
-            and every mask, (rows, b, r, k, d). The default is what is fast in PyTorch.
+    Row 0 is the unmasked image, row 1 + n the image under mask n. The cut's `readout` must not be
+    None. `attend`, a function of parts, grid and kernel, returns the readout tokens' heads
+    (rows, b, r, k, d) for row 0 and every mask; the default is what is fast in PyTorch.
     """
     readout = cut.readout
     assert readout is not None
@@ -88,7 +82,7 @@ class _Tokens:
     """The tokens that the attention sees, at every level of a mask.
 
     Attributes:
-        full: Tokens as they are, at level 1: (b, t, D).
+        full: Unmasked tokens, which have level 1: (b, t, D).
         nothing: Any token at level 0: (1, 1, D).
         patches: Function of a level that returns the patches at that level, (b, n, D).
         linear: Whether patches(level) equals level * patches(1).
@@ -121,14 +115,14 @@ class Parts:
     Attributes:
         v_0: Value of any token at level 0: (1, 1, k, d).
         u: Relative values u_l = v_l - v_0 of the tokens as they are: (b, t, k, d).
-        u_levels: For each level, the relative values of the patches at it: (b, n, k, d). It has
-            level 1.0 alone if `linear`.
+        u_levels: For each level, the relative values of the patches at that level: (b, n, k, d).
+            If `linear`, only level 1.0 is there.
         linear: Whether relative values at a level are that level times those at level 1.
         s: Scores of the tokens as they are, for row 0: (b, t, r, k).
         s_prefix: Scores of the prefix under the masks: (b, p, r, k).
-        s_levels: For each level, the scores of the patches at it: (b, n, r, k).
-        s_outside: Scores of the patches at level 0, (b or 1, 1 or n, r, k): one for all, unless
-            their position matters.
+        s_levels: For each level, the scores of the patches at that level: (b, n, r, k).
+        s_outside: Scores of the patches at level 0, (b or 1, 1 or n, r, k): one for all patches,
+            unless their position matters.
         prefix: Whether the masks keep the prefix, at level 1.
     """
 
@@ -158,10 +152,10 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
         and not (rotated and attention.key.bias is not None)
     )
 
-    def relative_value(some: Tensor) -> Tensor:
+    def relative_value(at_level: Tensor) -> Tensor:
         # the bias is in both v_l and v_0, so it drops out of their difference
-        some = some if tokens.linear else some - tokens.nothing
-        return _widen(_heads(attention, linear(some, attention.value.weight)))
+        change = at_level if tokens.linear else at_level - tokens.nothing
+        return widen(_heads(attention, linear(change, attention.value.weight)))
 
     def nothing(count: int) -> Tensor:
         return tokens.nothing.expand(tokens.full.shape[0], count, -1)
@@ -172,15 +166,15 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
     else:
         u_levels = {level: relative_value(tokens.patches(level)) for level in levels}
 
-    asking = tokens.full[:, : readout.tokens]
-    query = _query(attention, asking)
-    s_1 = _scores(attention, query, tokens.full, prefix)
+    readers = tokens.full[:, : readout.tokens]
+    query = _query(attention, readers)
+    s_1 = _scores(attention, query, tokens.full, prefix)  # at level 1, before the bias
     s = _biased(s_1, attention.bias)
     if masking.class_token:
         s_prefix = s_1[:, :prefix]
     else:
-        # the readout tokens are masked as well, so they ask at level 0
-        query = _query(attention, tokens.nothing.expand_as(asking))
+        # the readout tokens are masked as well, so their queries are those of level 0
+        query = _query(attention, tokens.nothing.expand_as(readers))
         s_1 = _scores(attention, query, tokens.full, prefix)
         s_prefix = _scores(attention, query, nothing(prefix), prefix)
     s_levels = {
@@ -194,13 +188,13 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
     else:
         s_outside = _scores(attention, query, nothing(grid[0] * grid[1] if rotated else 1), 0)
     return Parts(
-        v_0=_widen(_heads(attention, attention.value(tokens.nothing))),
+        v_0=widen(_heads(attention, attention.value(tokens.nothing))),
         u=u,
         u_levels=u_levels,
         linear=tokens.linear,
         s=s,
         s_prefix=_biased(s_prefix, prefix_bias),
-        s_levels={level: _biased(some, patch_bias) for level, some in s_levels.items()},
+        s_levels={level: _biased(s_level, patch_bias) for level, s_level in s_levels.items()},
         s_outside=_biased(s_outside, patch_bias),
         prefix=masking.class_token,
     )
@@ -211,13 +205,13 @@ def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "
     window = kernel_window(kernel)
     row_0 = parts.v_0 + torch.einsum("btrk,btkd->brkd", parts.s.softmax(dim=1), parts.u)
     prefix = parts.s_prefix.shape[1]
-    a_every = _masked_weights(parts, grid, kernel).unsqueeze(-1).unbind(0)
+    weights = _masked_weights(parts, grid, kernel).unsqueeze(-1).unbind(0)
     rows = parts.v_0[:, :, None, None]  # (b, y, x, r, k, d)
     if parts.prefix:
-        for a, u in zip(a_every[:prefix], parts.u[:, :prefix].unbind(1), strict=True):
+        for a, u in zip(weights[:prefix], parts.u[:, :prefix].unbind(1), strict=True):
             rows = torch.addcmul(rows, a, u[:, None, None, None])
     framed = {level: frame(u, grid, window, 0.0) for level, u in parts.u_levels.items()}
-    for a, place in zip(a_every[prefix:-1], window, strict=True):
+    for a, place in zip(weights[prefix:-1], window, strict=True):
         level, factor = (1.0, place.level) if parts.linear else (place.level, 1.0)
         u = shift(framed[level], place, grid, window)
         rows = torch.addcmul(rows, a, u.unsqueeze(3), value=factor)
@@ -230,7 +224,7 @@ def _masked_weights(
     """Return the attention weights under each mask: prefix tokens, places of the window, the rest.
 
     The softmax is over these few entries. A place beyond the border has the score -inf. The patches
-    outside the window share one value, so they enter as one: the log of the sum of their exp(s).
+    outside the window share one value, so they are one entry, the log of the sum of their exp(s).
     """
     window = kernel_window(kernel)
     s_levels = {level: frame(s, grid, window, float("-inf")) for level, s in parts.s_levels.items()}
@@ -239,23 +233,17 @@ def _masked_weights(
         s_outside = parts.s_outside[:, None] + count.to(parts.s_outside).log()[:, :, None, None]
     else:
         s_outside = log_sum_outside(parts.s_outside.unflatten(1, grid), window)
-
-    every = [
+    entries = [
         *parts.s_prefix[:, None, None].unbind(3),
         *(shift(s_levels[place.level], place, grid, window) for place in window),
         s_outside,
     ]
-    return torch.stack(torch.broadcast_tensors(*every)).softmax(dim=0)
+    return torch.stack(torch.broadcast_tensors(*entries)).softmax(dim=0)
 
 
 def _biased(s: Tensor, bias: Tensor | None) -> Tensor:
     """Return scores (b, t or 1, r, k) with what the tokens' positions add to them."""
     return s if bias is None else s + bias
-
-
-def _widen(values: Tensor) -> Tensor:
-    """Return values in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
@@ -277,21 +265,16 @@ def _scores(
     """Return attention scores without the bias, up to a constant for each query.
 
     Without a key norm or rotation, q · (W f + bias) = (Wᵀ q) · f + constant. There are few queries,
-    so the right side is far cheaper than the keys of all tokens.
-
-    Args:
-        attention: The attention.
-        query: Queries of the readout tokens.
-        tokens: Prefix tokens, then patches; all of the patches if their keys are rotated.
-        prefix: Number of prefix tokens among them.
+    so the right side is far cheaper than the keys of all tokens. The first `prefix` tokens are not
+    rotated; the others must be all patches if rotation is used.
     """
     if attention.key_norm is None and attention.rotate is None:
         weight = attention.key.weight.unflatten(0, (attention.heads, -1))
         folded = torch.einsum("brkd,kdD->brkD", query, weight) * attention.scale
-        return _widen(torch.einsum("brkD,btD->btrk", folded, tokens))
+        return widen(torch.einsum("brkD,btD->btrk", folded, tokens))
     key = _heads(attention, attention.key(tokens))
     if attention.key_norm is not None:
         key = attention.key_norm(key)
     if attention.rotate is not None and key.shape[1] > prefix:
         key = torch.cat([key[:, :prefix], attention.rotate(key[:, prefix:])], dim=1)
-    return _widen(torch.einsum("brkd,btkd->btrk", query.to(key.dtype), key) * attention.scale)
+    return widen(torch.einsum("brkd,btkd->btrk", query.to(key.dtype), key) * attention.scale)

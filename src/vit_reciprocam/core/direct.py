@@ -16,10 +16,7 @@ __all__ = ["direct_rows", "under_masks"]
 
 
 def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
-    """Prepare to run H once per mask, as the definition says.
-
-    Arguments and result are those of `closed_form_rows`.
-    """
+    """Return what `closed_form_rows` does, by running H once per mask as the definition says."""
     run = under_masks(cut, masking)
 
     def rows(start: int, stop: int) -> Tensor:

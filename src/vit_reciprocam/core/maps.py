@@ -23,13 +23,8 @@ def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return maps, each (h, w) of the scores scaled to [0, 1], and which of them are degenerate.
 
     Constant scores do not say where to look, so their map is zeros and is marked as degenerate.
-    Scores count as constant where they differ by no more than the rounding of float32.
-
-    Args:
-        scores: Scores (..., h, w).
-
-    Returns:
-        Maps (..., h, w) float32, and bool (...), True for each degenerate map.
+    Scores count as constant if they differ by no more than the rounding of float32. Scores
+    (..., h, w) give maps (..., h, w) float32, and bool (...), True for each degenerate map.
     """
     low = scores.min(axis=(-2, -1), keepdims=True)
     high = scores.max(axis=(-2, -1), keepdims=True)
@@ -40,19 +35,12 @@ def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def upsample(maps: np.ndarray, size: Size, mode: str = "bilinear") -> np.ndarray:
-    """Return maps (..., h, w) at (..., H, W), as torch.nn.functional.interpolate computes them.
+    """Return maps (..., h, w) at size (H, W), as torch.nn.functional.interpolate computes them.
 
     It is that function with align_corners=False and without antialiasing. Values are not clamped:
     bicubic (a = -0.75) overshoots. The interpolation is separable, so two small matrices do it, one
-    for the rows and one for the columns. A floating dtype is kept.
-
-    Args:
-        maps: Maps (..., h, w).
-        size: Height and width (H, W) of the result.
-        mode: One of `MODES`.
-
-    Raises:
-        InputError: If the mode does not exist, or a side is empty.
+    for the rows and one for the columns. A floating dtype is kept. A mode that is not one of
+    `MODES`, or an empty side, raises `InputError`.
     """
     check_choice("mode", mode, MODES)
     maps = np.asarray(maps)
@@ -62,19 +50,17 @@ def upsample(maps: np.ndarray, size: Size, mode: str = "bilinear") -> np.ndarray
         )
     dtype = maps.dtype if maps.dtype.kind == "f" else np.dtype(np.float64)
     rows, columns = (
-        _interpolation(there, here, mode) for there, here in zip(size, maps.shape[-2:], strict=True)
+        _interpolation(pixels, cells, mode)
+        for pixels, cells in zip(size, maps.shape[-2:], strict=True)
     )
     return np.asarray(rows @ maps @ columns.T, dtype)
 
 
 def cubic_weights(distance: np.ndarray) -> np.ndarray:
-    """Return the weights that bicubic interpolation gives to cells at these distances.
+    """Return the weights that bicubic interpolation gives to cells at distances of 0 or more cells.
 
     Keys 1981, "Cubic convolution interpolation for digital image processing", with a = -0.75 as
     PyTorch has it.
-
-    Args:
-        distance: Distances in cells, not negative, of any shape.
     """
     a = -0.75
     near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
@@ -90,15 +76,15 @@ _WEIGHTS = {"bilinear": _linear_weights, "bicubic": cubic_weights}
 
 
 @functools.lru_cache(maxsize=32)
-def _interpolation(there: int, here: int, mode: str) -> np.ndarray:
-    """Return the weights (there, here) that bring `here` cells to `there` pixels."""
-    place = (np.arange(there) + 0.5) * here / there - 0.5  # each pixel's centre, in cells
+def _interpolation(pixels: int, cells: int, mode: str) -> np.ndarray:
+    """Return the weights (pixels, cells) that bring a row of cells to a number of pixels."""
+    place = (np.arange(pixels) + 0.5) * cells / pixels - 0.5  # each pixel's centre, in cells
     if mode == "bilinear":
         place = place.clip(0)
     first = np.floor(place).astype(int)
-    matrix = np.zeros((there, here))
+    matrix = np.zeros((pixels, cells))
     for tap in (-1, 0, 1, 2):
-        cells = (first + tap).clip(0, here - 1)  # beyond the border the border's cell counts again
-        np.add.at(matrix, (np.arange(there), cells), _WEIGHTS[mode](np.abs(place - first - tap)))
+        cell = (first + tap).clip(0, cells - 1)  # beyond the border the border's cell counts again
+        np.add.at(matrix, (np.arange(pixels), cell), _WEIGHTS[mode](np.abs(place - first - tap)))
     matrix.flags.writeable = False  # the cache hands out this very array
     return matrix

@@ -39,7 +39,7 @@ class Masking:
     """What is kept for each patch, and where the network is cut.
 
     Attributes:
-        kernel: "gaussian", 3x3 (the paper's default), or "dirac", the patch alone.
+        kernel: Name in `KERNELS`.
         class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
         layer: "norm1" masks the LayerNorm's output and leaves the skip path untouched; "block"
             masks the output of the previous block, so that both the skip path and the LayerNorm see
@@ -52,11 +52,7 @@ class Masking:
     layer: str = "norm1"
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            InputError: If one does not exist.
-        """
+        """Refuse a kernel or layer that does not exist."""
         check_choice("kernel", self.kernel, KERNELS)
         check_choice("layer", self.layer, LAYERS)
 
@@ -95,13 +91,8 @@ def mask_matrix(
     """Return the masks M of the paper, (N, T) float64 with N = h·w and T = prefix + N.
 
     Row n holds the kernel centred on patch n, cropped at the border and not renormalised; the
-    prefix columns are 1, or 0 with the class token off (the paper's ablation, Table 3).
-
-    Args:
-        grid: Patch grid (h, w).
-        masking: Kernel and class token; the layer makes no difference here.
-        prefix_tokens: Number of tokens before the patches: class, distillation, registers.
-        patches: Patches whose masks are wanted; by default all N.
+    prefix columns are 1, or 0 with the class token off. If `patches` is given, only the rows of
+    these patches are returned. The layer makes no difference here.
     """
     height, width = grid
     rows = range(height * width) if patches is None else patches

@@ -16,14 +16,8 @@ def parse_settings(
 ) -> tuple[str, dict[str, str]]:
     """Return the name and the settings of "NAME" or "NAME:KEY=VALUE,KEY=VALUE", values as text.
 
-    Args:
-        what: What the text stands for, the first words of every error.
-        text: The text, such as "reciprocam:kernel=dirac,class_token=false".
-        names: The names that there are.
-        expected: The form and an example of it, for the error.
-
-    Raises:
-        InputError: If there is no such name, or a pair lacks its key, its "=" or its value.
+    Errors begin with `what` the text stands for, and show the `expected` form. `InputError` is
+    raised if there is no such name, or a pair lacks its key, its "=" or its value.
     """
     name, _, rest = text.partition(":")
     check_choice(what, name, names)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -29,6 +30,7 @@ __all__ = [
     "Tap",
     "logits_of",
     "projections",
+    "widen",
 ]
 
 
@@ -47,14 +49,10 @@ class Tap:
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """Change the tensors at this place, as long as the context lasts.
+        """Change the tensors at this place while the context lasts.
 
-        Args:
-            change: Function of the tensor that the model has there and the number of its module. It
-                returns the tensor to go on with.
-
-        Raises:
-            ModelError: If the model does not call the modules while the context lasts.
+        The function `change` takes a module's tensor and the index of that module, and returns the
+        tensor that takes its place. A model that does not call the modules is refused at the end.
         """
         called = set()
 
@@ -85,7 +83,7 @@ class Tap:
                 )
 
     def replaced(self, normed: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Put a tensor (B, T, D) in the place of F, as long as the context lasts."""
+        """Put a tensor (B, T, D) in the place of F while the context lasts."""
         shares = normed.chunk(len(self.modules), dim=-1)
         return self.changed(lambda _, number: shares[number])
 
@@ -108,11 +106,9 @@ class Projection:
 
 
 def projections(weights: Sequence[Tensor], bias: Tensor | None) -> list[Projection]:
-    """Return the linear layers that are joined in one, such as query, key and value.
+    """Return the layers that a joint linear layer holds, such as query, key and value.
 
-    Args:
-        weights: Shares of the joint layer's weight, (out, in) each.
-        bias: Bias of the joint layer, which is split like its weight, or None.
+    The weights (out, in) are already apart; the joint bias is split as they are.
     """
     biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     return [Projection(*share) for share in zip(weights, biases, strict=True)]
@@ -135,7 +131,7 @@ class Attention:
         key_norm: Norm of keys (..., heads, head dimension), or None.
         rotate: Rotary position embedding of the patches' keys (B, N, heads, head dimension), or
             None.
-        bias: Scores (T, R, heads) that position alone adds to the readout tokens', or None.
+        bias: What positions add to the readout tokens' scores, (T, R, heads), or None.
     """
 
     heads: int
@@ -189,7 +185,7 @@ class Cut:
             if `channels_first`.
         norm: X -> F, the block's first LayerNorm, which acts on each token alone.
         rest: H: (F, X) -> logits (n * B, C), for n sets of masked tokens. F and X are (n * B, T, D)
-            each, the B images n times over.
+            each, with the B images repeated n times.
         readout: What the closed form needs; None if it does not hold.
         channels_first: Whether X is (B, D, h, w).
     """
@@ -226,11 +222,15 @@ Splitter = Callable[[nn.Module], Split]
 """A function that splits a model; explainers call it anew for each batch."""
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the logits (B, C) that a model gave, as a tensor or in an object's `logits`.
+def widen(values: Tensor) -> Tensor:
+    """Return values in at least float32, so that half precision costs no more than it must."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    Raises:
-        ModelError: If it gave none.
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits (B, C) of a model's output, a tensor or an object with `logits`.
+
+    Any other output raises `ModelError`.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:

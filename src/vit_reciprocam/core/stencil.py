@@ -44,11 +44,11 @@ def log_sum_outside(
     grid = s.shape[1], s.shape[2]
 
     def beyond(s: Tensor, dim: int) -> Tensor:
-        """Sum over the patches further away along one dimension than the margin, on both sides."""
+        """Return log Σ exp(s) over the patches beyond the margin along one dimension."""
         size, skipped = s.shape[dim], margin + 1
         if size <= skipped:
             return torch.full_like(s, float("-inf"))
-        ends = s.narrow(dim, 0, skipped) * 0 + float("-inf")  # nothing lies beyond there
+        ends = s.narrow(dim, 0, skipped) * 0 + float("-inf")  # nothing lies beyond the border
         before = s.narrow(dim, 0, size - skipped).logcumsumexp(dim)
         after = s.narrow(dim, skipped, size - skipped).flip(dim).logcumsumexp(dim).flip(dim)
         return torch.logaddexp(torch.cat([ends, before], dim), torch.cat([after, ends], dim))

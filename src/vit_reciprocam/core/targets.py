@@ -24,14 +24,10 @@ def top_classes(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 def resolve_targets(targets: Any, logits: np.ndarray) -> np.ndarray:
-    """Return class indices as (B, K) int64.
+    """Return class indices (B, K) int64 for targets in any form that `ReciproCAM` takes.
 
-    Args:
-        targets: None for each image's top-1 class, an int for all images, "all", (B,) with one
-            class per image, (B, K), or (1, K) for all images; as lists, arrays or tensors of
-            integers. Or a function that is given the logits as a NumPy array (B, C) and returns one
-            of these.
-        logits: Logits (B, C) of the unmasked images.
+    Lists, arrays and tensors of integers will do. The logits (B, C) are those of the unmasked
+    images.
 
     Raises:
         InputError: If the shape or type does not fit.
@@ -79,11 +75,8 @@ def find_class(wanted: str | SupportsIndex, names: Sequence[str] | int) -> int:
 
     A name fits a class if it equals the class's whole name or one of its comma-separated synonyms,
     whatever the case. If it fits none, the error offers classes whose names have it as a whole
-    word before those that are spelt like it.
-
-    Args:
-        wanted: Name, or index as a number or as text.
-        names: Names of the classes, or the number of classes if names are not known.
+    word before those that are spelt like it. An index may be a number or text. `names` is the
+    number of classes if their names are not known.
 
     Raises:
         UnknownClassError: If nothing or more than one class fits; the message offers the closest.

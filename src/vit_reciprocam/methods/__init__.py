@@ -5,7 +5,7 @@
 Maps are floats in [0, 1], each scaled on its own, on the model's device and patch grid, not
 upsampled. The values before scaling come from `ReciproCAM.scores`, `methods.baselines` and
 `methods.peers`. Nothing heavy is imported before a method is called. The methods take a PyTorch
-model. Null baselines can do without, see `methods.null`: ONNX files have them too.
+model; null baselines also do without one for ONNX files, see `methods.null`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _make_method(name: str) -> Method:
             values = null_baseline(name, model, images, targets, **settings)
         else:
             values = _import(name, _MODULES[name])(model, images, targets, **settings)
-        return values.float() if name == "uniform" else _min_max(values)  # ones by definition
+        return values.float() if name == "uniform" else _min_max(values)  # uniform stays at 1
 
     method.__name__ = method.__qualname__ = name
     method.__doc__ = f"Return the maps of `vit_reciprocam.{_MODULES[name]}.{name}`, in [0, 1]."
@@ -65,7 +65,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Refuse a method or setting that does not exist, before anything is computed.
 
     Raises:
-        InputError: If there is none of that name; the message lists the choices.
+        InputError: If there is no such method or setting; the message lists the choices.
         MissingDependencyError: If the method's library is not installed.
     """
     check_choice("method", name, METHODS)
@@ -111,11 +111,7 @@ class MethodSpec:
 
 
 def _import(name: str, module: str) -> Callable[..., Any]:
-    """Return a function of a module, which is imported only now.
-
-    Raises:
-        MissingDependencyError: If the module needs a library that is not installed.
-    """
+    """Return a function of a module, which is imported only now and may lack its libraries."""
     try:
         function: Callable[..., Any] = getattr(
             importlib.import_module(f"vit_reciprocam.{module}"), name

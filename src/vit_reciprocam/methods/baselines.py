@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_reciprocam.core.split import Split
+from vit_reciprocam.core.split import Split, widen
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, step_without_rule
 from vit_reciprocam.libraries.common.running import find_call
@@ -78,7 +78,7 @@ def rollout(
     def rows_and_logits(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
         fused = []
         for trace in trace_layers(encoder, tokens):
-            weights = _widen(_FUSIONS[head_fusion](trace.attention))
+            weights = widen(_FUSIONS[head_fusion](trace.attention))
             fused.append(_drop_smallest(weights, discard_ratio))
         rows = _product_rows(fused[start_layer:], _readouts(encoder), normalise=True)
         return rows[:, None], encoder.logits(trace.out)
@@ -108,7 +108,7 @@ def raw_attention(
 
     def rows_and_logits(encoder: Encoder, tokens: Tensor, _chosen: Tensor) -> tuple[Tensor, Tensor]:
         trace = deque(trace_layers(encoder, tokens), maxlen=1).pop()
-        rows = _widen(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
+        rows = widen(trace.attention).mean(dim=1)[:, : _readouts(encoder)]
         return rows.mean(dim=1, keepdim=True), encoder.logits(trace.out)
 
     return _maps_by_layer(model, images, targets, rows_and_logits, 0, memory_limit, "raw_attention")
@@ -170,7 +170,7 @@ def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> 
     row = torch.zeros_like(matrices[0][:, :1])
     row[..., :readouts] = 1 / readouts
     for a in reversed(matrices):
-        if normalise:  # rows of A + I to sum to 1
+        if normalise:  # the rows of A + I then sum to 1
             row = row / (a.sum(dim=-1) + 1)[:, None]
         row = row @ a + row
     return row[:, 0]
@@ -184,7 +184,7 @@ def _drop_smallest(weights: Tensor, ratio: float) -> Tensor:
 
 
 def _readouts(encoder: Encoder) -> int:
-    """Return how many tokens the head reads, class and distillation token."""
+    """Return how many tokens the head reads: the class token, perhaps a distillation token too."""
     return max(1, len(encoder.heads))
 
 
@@ -216,13 +216,13 @@ def _maps_by_layer(
     with torch.inference_mode(False), torch.no_grad():
         grid, resolved, logits = grid_and_targets(split, images, targets)
         tokens = find_call(model, encoder.entry, images)[0][0]
-        chosen = torch.from_numpy(resolved)
+        chosen = torch.from_numpy(resolved).to(tokens.device)
         found = []
         at_once = max(1, memory_limit // _bytes(encoder, tokens))
         for part in torch.arange(len(images)).split(at_once):
-            rows, own = rows_and_logits(encoder, tokens[part], chosen[part].to(tokens.device))
+            rows, own_logits = rows_and_logits(encoder, tokens[part], chosen[part])
             if part[0] < len(logits):
-                _check_same(model, method, own[: len(logits)], logits[part[: len(logits)]])
+                _check_same(model, method, own_logits[: len(logits)], logits[part[: len(logits)]])
             found.append(rows)
         maps: Tensor = torch.cat(found)[..., split.prefix_tokens :].unflatten(-1, grid)
         return maps.repeat(1, chosen.shape[1] // maps.shape[1], 1, 1)
@@ -240,11 +240,11 @@ def _check_rules(model: nn.Module, encoder: Encoder) -> None:
         )
 
 
-def _check_same(model: nn.Module, method: str, ours: Tensor, logits: Tensor) -> None:
+def _check_same(model: nn.Module, method: str, own_logits: Tensor, logits: Tensor) -> None:
     """Refuse a model that is not the sum of its parts, such as one with hooks inside."""
     # in half precision some models take the softmax in float32, and the parts here do not
     tolerance = max(1e-4, torch.finfo(logits.dtype).eps ** 0.5)
-    if not (ours - logits).abs().max() <= tolerance * logits.abs().max():
+    if not (own_logits - logits).abs().max() <= tolerance * logits.abs().max():
         raise ModelError(
             f"this {type(model).__name__} is not supported by {method}: its forward differs from "
             "that of its parts, perhaps by hooks or changed modules. Use ReciproCAM"
@@ -252,12 +252,10 @@ def _check_same(model: nn.Module, method: str, ours: Tensor, logits: Tensor) -> 
 
 
 def _bytes(encoder: Encoder, tokens: Tensor) -> int:
-    """Return roughly the bytes that relevance keeps per image.
-
-    They are four matrices (T, T) per head, and 30 vectors of width D per token and layer.
-    """
+    """Return roughly the bytes that relevance keeps per image."""
     count, width = tokens.shape[1:]
     heads = sum(layer.attention.heads for layer in encoder.layers)
+    # four matrices (T, T) per head, and 30 vectors of width D per token and layer
     numbers = 4 * heads * count**2 + 30 * len(encoder.layers) * count * width
     return numbers * tokens.element_size()
 
@@ -268,21 +266,11 @@ def null_baseline(
     """Return a null baseline's values on the model's grid, the same for every target.
 
     One image runs through the model, to find the grid and the number of classes; all of them do if
-    `targets` is a function of the logits.
-
-    Args:
-        name: Name of the null baseline, see `methods.null`.
-        model: Supported classifier, of which only the grid and the number of classes matter.
-        images: Preprocessed images.
-        targets: Classes, as in `ReciproCAM`; only their number matters.
-        settings: Settings of the null baseline.
-
-    Raises:
-        InputError: If the images, targets or settings do not fit.
+    `targets` is a function of the logits. Only the number of targets matters.
     """
     split = _split_and_check(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
-    pictures = _widen(images.detach()).cpu().numpy()
+    pictures = widen(images.detach()).cpu().numpy()
     drawn = torch.from_numpy(NULLS[name].draw(pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
@@ -293,8 +281,3 @@ def _split_and_check(model: nn.Module, images: Tensor) -> Split:
     check_mode(model)
     check_images(model, images)
     return split
-
-
-def _widen(values: Tensor) -> Tensor:
-    """Return values in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

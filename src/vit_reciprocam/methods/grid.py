@@ -17,12 +17,9 @@ __all__ = ["grid_and_targets"]
 def grid_and_targets(
     split: Split, images: Tensor, targets: Any
 ) -> tuple[tuple[int, int], np.ndarray, Tensor]:
-    """Find the patch grid, the targets and logits for methods that do not go through the cut.
+    """Return the patch grid, the targets (B, K), and the logits of the images that ran.
 
     Only the first image runs, unless the targets follow from the logits: then all do.
-
-    Returns:
-        The patch grid, targets (B, K), and the logits of the images that ran.
     """
     with torch.no_grad():
         cut = split.cut(images if targets is None or callable(targets) else images[:1])

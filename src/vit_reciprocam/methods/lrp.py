@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vit_reciprocam.core.split import Attention, Projection
+from vit_reciprocam.core.split import Attention, Projection, widen
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, Step
 
 __all__ = [
@@ -54,17 +54,9 @@ def linear_rule(
     weight: Float[Tensor, "out in"],
     r: Float[Tensor, "*batch out"],
 ) -> Float[Tensor, "*batch in"]:
-    """Propagate relevance through a linear layer, of which only what adds to the output counts.
+    """Propagate the relevance r of a linear layer's output to its input x.
 
-    Z = x⁺W⁺ + x⁻W⁻, which is the αβ rule with α = 1, β = 0.
-
-    Args:
-        x: Input of the layer.
-        weight: Weight of the layer.
-        r: Relevance of the output.
-
-    Returns:
-        Relevance of the input.
+    Only products that add to the output count: Z = x⁺W⁺ + x⁻W⁻, the αβ rule with α = 1, β = 0.
     """
     x, weight = x.to(r), weight.to(r)
     over, under = x.clamp(min=0), x.clamp(max=0)
@@ -78,17 +70,9 @@ def matmul_rule(
     b: Float[Tensor, "*batch k n"],
     r: Float[Tensor, "*batch m n"],
 ) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k n"]]:
-    """Propagate relevance through a product of matrices.
+    """Propagate the relevance r of a product of matrices, Z = A B, to A and B.
 
-    Z = A B. By the formula each factor gets all of the relevance, so each gets half of that.
-
-    Args:
-        a: First factor, A.
-        b: Second factor, B.
-        r: Relevance of the product.
-
-    Returns:
-        Relevance of A and of B.
+    By the formula each factor gets all of the relevance, so each gets half of that.
     """
     a, b = a.to(r), b.to(r)
     s = _ratio(r, a @ b)
@@ -98,19 +82,11 @@ def matmul_rule(
 def add_rule(
     a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"], r: Float[Tensor, "*shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Propagate relevance through a sum, such as that of a block and its skip connection.
+    """Propagate the relevance r of a sum, Z = a + b, to a and b, such as a block and its skip path.
 
-    Z = a + b. By the formula alone the two shares could grow without bound, with opposite signs. So
-    they are scaled (section 3.2) until they sum to the sum of R together, in the ratio of the
-    absolute values of their own sums. Sums are over each image: over all axes but the first.
-
-    Args:
-        a: First summand.
-        b: Second summand.
-        r: Relevance of the sum.
-
-    Returns:
-        Relevance of a and of b.
+    By the formula alone the two shares could grow without bound, with opposite signs. So they are
+    scaled (section 3.2): together they sum to the sum of r, in the ratio of the absolute values of
+    their own sums. Sums are over each image: over all axes but the first.
     """
     a, b = a.to(r), b.to(r)
     s = _ratio(r, a + b)
@@ -128,17 +104,9 @@ def _sum(r: Tensor) -> Tensor:
 
 
 def copy_rule(x: Float[Tensor, "*shape"], *r: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Add up the relevance of one x that is read in several places.
+    """Add up the relevance of one x that is read in several places, with an r for each.
 
-    By the formula, with Z = x for each of them, x gets the sum of their relevance, but none where
-    it is 0.
-
-    Args:
-        x: What is read.
-        r: Relevance of x in each place.
-
-    Returns:
-        Relevance of x.
+    By the formula, with Z = x in each place, x gets the sum of all r, but none where x is 0.
     """
     x = x.to(r[0])
     return x * torch.stack([_ratio(one, x) for one in r]).sum(dim=0)
@@ -219,12 +187,8 @@ def relevance_matrices(
 
         Ā_l = mean over heads of (∇A_l ⊙ R_l)⁺.
 
-    Args:
-        encoder: Encoder with one head per readout token.
-        tokens: Tokens of the images.
-
-    Returns:
-        Logits, and the function from targets (b,), one per image, to Ā_1 to Ā_L, (b, T, T) each.
+    The function takes targets (b,), one per image, and returns Ā_1 to Ā_L, (b, T, T) each. The
+    encoder must have one head per readout token.
     """
     with torch.enable_grad():
         traces = list(trace_layers(encoder, tokens.detach().requires_grad_()))
@@ -234,7 +198,7 @@ def relevance_matrices(
 
     @torch.no_grad()
     def matrices(targets: Tensor) -> list[Tensor]:
-        wanted = one_hot(targets, logits.shape[1]).to(_widen(logits))
+        wanted = one_hot(targets, logits.shape[1]).to(widen(logits))
         gradients = torch.autograd.grad(
             logits, [t.attention for t in traces], wanted.to(logits), retain_graph=True
         )
@@ -282,8 +246,8 @@ def _projections_relevance(
     """
     assert isinstance(attention.query, Projection)
     total = torch.zeros_like(x, dtype=r_value.dtype)
-    read = (attention.query, r_query), (attention.key, r_key), (attention.value, r_value)
-    for projection, r in read:
+    shares = (attention.query, r_query), (attention.key, r_key), (attention.value, r_value)
+    for projection, r in shares:
         total += linear_rule(x, projection.weight, r.transpose(1, 2).flatten(2))
     return total
 
@@ -294,8 +258,3 @@ def _steps_relevance(steps: Sequence[Step], values: Sequence[Tensor], r: Tensor)
         if isinstance(step, Projection):
             r = linear_rule(x, step.weight, r)
     return r
-
-
-def _widen(values: Tensor) -> Tensor:
-    """Return values in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

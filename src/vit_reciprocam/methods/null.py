@@ -85,12 +85,12 @@ def uniform(images: np.ndarray, grid: Size) -> np.ndarray:
 
 
 def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
-    """Return how much edge each patch holds, whatever the model.
+    """Return how strong the edges in each patch are, whatever the model.
 
-    A patch has the mean length of the Sobel gradient over its pixels. The gradient is that of the
-    preprocessed picture's luminance (ITU-R BT.601), or of the mean of its channels if they are not
-    three. If the grid does not divide the picture, patches share the pixels on their borders, as in
-    adaptive average pooling.
+    A patch's value is the mean length of the Sobel gradient over its pixels. The gradient is that
+    of the preprocessed picture's luminance (ITU-R BT.601), or of the mean of its channels if they
+    are not three. If the grid does not divide the picture, patches share the pixels on their
+    borders, as in adaptive average pooling.
 
     Args:
         images: Images (B, ch, H, W).
@@ -132,23 +132,15 @@ NULLS: Mapping[str, NullBaseline] = MappingProxyType(
 
 
 def null_maps(name: str, images: np.ndarray, grid: Size, **settings: Any) -> np.ndarray:
-    """Return the maps (B, h, w) of a null baseline in [0, 1], as `METHODS` scales them.
-
-    Raises:
-        InputError: If a setting does not fit.
-    """
+    """Return the maps (B, h, w) of a null baseline in [0, 1], as `METHODS` scales them."""
     values = NULLS[name].draw(images, grid, **settings).astype(np.float32, copy=False)
-    return values if name == "uniform" else min_max(values)[0]  # uniform is ones by definition
+    return values if name == "uniform" else min_max(values)[0]  # uniform stays at 1
 
 
 def check_keywords(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Refuse settings that a method's function has no keyword for.
-
-    Raises:
-        InputError: If there is one; the message lists the choices.
-    """
+    """Refuse settings for which a method's function has no keyword, and list those it has."""
     parameters = inspect.signature(function).parameters.values()
-    known = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for setting in settings:
         if not known:
             raise InputError(f"method {name} has no settings; got {setting!r}")
@@ -162,7 +154,7 @@ def _noise(image: np.ndarray, seed: int, cells: int) -> np.ndarray:
 
 
 def _bicubic_weights(side: int, cells: int) -> np.ndarray:
-    """Return bicubic weights (side, cells), the first and last cell on the first and last place.
+    """Return bicubic weights (side, cells), with the outer cells centred on the outer places.
 
     Beyond the border, the cells at the border are repeated.
     """

@@ -41,7 +41,7 @@ Grid = tuple[int, int]
 
 
 class _Logits(nn.Module):
-    """A model that returns its logits as a tensor, also if they come inside an object."""
+    """A model that returns its logits as a tensor, even if they come inside an object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def integrated_gradients(
 def occlusion(
     model: nn.Module, images: Images, targets: Any = None, *, batch_size: int = 32
 ) -> Maps:
-    """Occlusion (Zeiler & Fergus 2014): the fall of the target's probability without each patch.
+    """Occlusion (Zeiler & Fergus 2014): the fall in the target's probability without each patch.
 
     One patch of the grid at a time becomes the mean colour (zeros after normalisation).
 
@@ -199,7 +199,8 @@ def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: 
         with method(logits, [split.tap.modules[0]], as_channels) as cam:
             cam.get_target_width_height = lambda _images: (grid[1], grid[0])  # not upsampled
             with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM's progress bars
-                maps: np.ndarray = cam(images, [ClassifierOutputTarget(int(one)) for one in chosen])
+                wanted = [ClassifierOutputTarget(int(index)) for index in chosen]
+                maps: np.ndarray = cam(images, wanted)
         return torch.from_numpy(maps).to(images.device)
 
     return _for_each_target(model, images, targets, attribute, split)
@@ -212,7 +213,11 @@ def _for_each_target(
     attribute: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor],
     split: Split | None = None,
 ) -> Tensor:
-    """Return the maps (B, h, w) of `attribute` for each target, and leave the model as it was."""
+    """Return the maps (B, K, h, w) that `attribute` gives; the model is left as it was.
+
+    `attribute` takes a module that gives logits, the images, one target per image and the grid, and
+    returns maps (B, h, w).
+    """
     split = split_model(model) if split is None else split
     check_mode(model)
     check_images(model, images)
@@ -230,7 +235,7 @@ def _for_each_target(
 
 @contextlib.contextmanager
 def _keep_state(model: nn.Module) -> Iterator[None]:
-    """Restore modes, gradients and which parameters need them, once the context ends."""
+    """Restore modes, gradients and `requires_grad` once the context ends."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
