@@ -19,14 +19,11 @@ class Explainer(Protocol):
     """Explains preprocessed images by one method with fixed settings."""
 
     def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
-        """Explain images (B, 3, H, W) float32, or a `Batch` that the backend made.
-
-        Targets are those of `ReciproCAM`.
-        """
+        """Explain images (B, 3, H, W) float32, or a `Batch`, for targets as `ReciproCAM` has."""
 
 
 class Backend(Protocol):
-    """What runs a model, PyTorch or a runtime of ONNX files: NumPy in, NumPy out."""
+    """Runs a model in PyTorch or in a runtime of ONNX files: NumPy in, NumPy out."""
 
     @property
     def model(self) -> Any:
@@ -60,7 +57,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with all that it takes to explain a picture.
+    """A model with everything that is needed to explain a picture.
 
     Attributes:
         name: Spec by which the model was loaded.

@@ -41,7 +41,8 @@ def explain(
         targets: Classes to explain, instead of `top`: one by name or index, "top3" for the three
             most probable, a list of these, or "all". Classes that are named come first, and "top3"
             then means three others.
-        settings: Name of the method in `METHODS`, as method="reciprocam", and its settings.
+        settings: Settings of the method, and as `method` its name in `METHODS`; by default
+            "reciprocam".
 
     Raises:
         ImageError: If a picture cannot be read.
@@ -89,12 +90,7 @@ def explain_with(
 
 
 def parse_targets(classifier: Classifier, *, top: int | None = None, targets: Any = None) -> Any:
-    """Return the targets as an explainer takes them, from what a user of `explain` writes.
-
-    Raises:
-        UnknownClassError: If there is no such class.
-        InputError: If `top` is out of range or given together with `targets`.
-    """
+    """Return the targets as an explainer takes them, from `top` or `targets` of `explain`."""
     if targets is None:
         return _named_and_top(classifier, [], 1 if top is None else top)
     if top is not None:
@@ -111,14 +107,14 @@ def parse_targets(classifier: Classifier, *, top: int | None = None, targets: An
     tops = [_TOP.fullmatch(target) if isinstance(target, str) else None for target in wanted]
     names = classifier.class_names or classifier.num_classes
     pairs = zip(wanted, tops, strict=True)
-    found = (find_class(target, names) for target, is_top in pairs if not is_top)
-    named = list(dict.fromkeys(found))
-    counts = [int(is_top[1]) for is_top in tops if is_top]
+    found = (find_class(target, names) for target, top_n in pairs if not top_n)
+    named = list(dict.fromkeys(found))  # each once, in their order
+    counts = [int(top_n[1]) for top_n in tops if top_n]
     return _named_and_top(classifier, named, max(counts)) if counts else [named]
 
 
 def _named_and_top(classifier: Classifier, named: list[int], top: int) -> Any:
-    """Return a function of the logits that picks the named classes, and the `top` other ones."""
+    """Return a function of the logits that picks the named classes, then the `top` best others."""
     if not 1 <= top <= classifier.num_classes:
         raise InputError(
             f"top must be between 1 and the number of classes, {classifier.num_classes}; got {top}"

@@ -39,20 +39,21 @@ def load(
             "open_clip:NAME/TAG"; or an ONNX file with an explanation, which needs no torch either.
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub. "random" leaves them untrained, to measure
-            time and memory: nothing is fetched but the configuration of a model of the hub.
-        class_names: One per class; by default those of the ImageNet variant the model was trained
-            on.
+            time and memory; then nothing but the configuration of a model of the hub is fetched.
+        class_names: Names of the classes, one per class; by default those of the ImageNet variant
+            that the model was trained on.
         prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that
             compare pictures with texts: open_clip's, and CLIP or SigLIP of the hub.
-        templates: With prompts: sentences such as "a photo of a {}", averaged for each prompt.
-        device: The device that a PyTorch model goes to; for an ONNX file the runtime's name of one,
-            such as "CUDAExecutionProvider" or "cuda" of ONNX Runtime and "GPU" of OpenVINO.
+        templates: Sentences such as "a photo of a {}" that each prompt is put into; the class is
+            then the mean of their embeddings.
+        device: Device for a PyTorch model; for an ONNX file a device by the runtime's own name,
+            such as "CUDAExecutionProvider" or "cuda" in ONNX Runtime and "GPU" in OpenVINO.
         backend: The runtime of an ONNX file: "onnxruntime", the default, or "openvino".
         threads: Number of CPU threads for an ONNX file; by default the runtime's choice.
         streams: Number of parts of a batch that OpenVINO computes at the same time, for an ONNX
             file.
         preprocess: A `Preprocess` for an ONNX file in place of its own, or text such as "imagenet".
-        options: For the library's own builder: `timm.create_model`, `from_pretrained`,
+        options: Arguments of the library's own builder: `timm.create_model`, `from_pretrained`,
             `torchvision.models.get_model` or `open_clip.create_model`. With timm's
             `img_size=(384, 512)` the position embedding is resampled.
 
@@ -64,16 +65,16 @@ def load(
     """
     spec = os.fspath(spec)
     given = {"backend": backend, "threads": threads, "streams": streams, "preprocess": preprocess}
-    own = {name: value for name, value in given.items() if value is not None}
+    onnx_options = {name: value for name, value in given.items() if value is not None}
     if is_onnx(spec):
         if weights is not None or prompts is not None or options:
             raise InputError(
                 f"{spec} has its own weights and classes: drop --weights and --prompt, in Python "
                 "all options but backend, device, threads, streams, preprocess and class_names"
             )
-        return _onnx_classifier(spec, device=device, class_names=class_names, **own)
-    if own:
-        raise InputError(f"{', '.join(own)}: for ONNX files only, not for {spec!r}")
+        return _onnx_classifier(spec, device=device, class_names=class_names, **onnx_options)
+    if onnx_options:
+        raise InputError(f"{', '.join(onnx_options)}: for ONNX files only, not for {spec!r}")
     kind, _, name = spec.partition(":")
     library = LIBRARIES.get(kind)
     if library is None or not name:
@@ -99,12 +100,12 @@ def load(
 
 
 def specs() -> tuple[str, ...]:
-    """Return the ways to write a model that `load` takes."""
+    """Return the forms of a model's spec that `load` takes."""
     return ("demo", *(library.spec for library in LIBRARIES.values()), "FILE.onnx")
 
 
 def is_onnx(spec: str) -> bool:
-    """Whether `load` takes it for an ONNX file; the demo model is one."""
+    """Return whether a spec of `load` means an ONNX file; the demo model is one."""
     return spec == "demo" or spec.lower().endswith(".onnx")
 
 

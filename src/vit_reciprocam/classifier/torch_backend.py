@@ -32,11 +32,7 @@ class TorchBackend:
     """
 
     def __init__(self, name: str, model: nn.Module, *, device: str) -> None:
-        """Move a classifier to a device.
-
-        Raises:
-            InputError: If the model cannot go there.
-        """
+        """Move a classifier to a device, and refuse a device that it cannot go to."""
         try:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:
@@ -75,14 +71,7 @@ class TorchBackend:
     ) -> Explainer:
         """Return a method of `METHODS` with its settings, to be called with images and targets.
 
-        Args:
-            method: Name of the method.
-            check: False leaves it to the first call to refuse a model that cannot be explained.
-            settings: Settings of the method.
-
-        Raises:
-            InputError: If there is no such method or setting.
-            ModelError: If ReciproCAM does not support the model and `check` is true.
+        If `check` is false, ReciproCAM refuses a model that it does not support only when called.
         """
         check_settings(method, settings)
         if method == "reciprocam":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import html
 import io
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,10 +29,10 @@ from vit_reciprocam.results.files import write_folder
 __all__ = ["MOST_DRAWN", "Explanation", "softmax"]
 
 MOST_DRAWN = 12
-"""Largest number of targets that are drawn and listed; of more, the most probable are chosen."""
+"""Largest number of targets that are drawn and listed; if there are more, the most probable are."""
 
 _SCHEMA = 1
-_SHAPE_TOLERANCE = 0.05  # by which share the shapes of a picture and of the grid may differ
+_SHAPE_TOLERANCE = 0.05  # largest relative difference between a picture's and the grid's shape
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -57,10 +57,9 @@ class Explanation:
             methods.
         settings: Method, model and the method's settings.
         class_names: Names of the C classes; None if not known.
-        pictures: For each image the region that the model saw, RGB; None if not known.
-        sources: For each image its file name; None if not known.
-        preprocess: Preprocessing that cut those regions out of the whole pictures; None if not
-            known.
+        pictures: Region that the model saw of each image, RGB; None if not known.
+        sources: File name of each image; None if not known.
+        preprocess: Preprocessing that cut these regions out of the pictures; None if not known.
         scores_are_maps: Whether `scores` are maps already, as for other methods.
     """
 
@@ -77,7 +76,7 @@ class Explanation:
     scores_are_maps: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Make the arrays and settings read-only, but not those of the caller."""
+        """Make the arrays and settings read-only; the caller's own stay writeable."""
         for name in ("scores", "logits", "probs", "targets"):
             array = getattr(self, name).view()
             array.flags.writeable = False
@@ -85,13 +84,13 @@ class Explanation:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return the fields to pickle; a read-only mapping cannot be pickled as it is."""
+        """Return what a pickle needs to build this again; it cannot hold a read-only mapping."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return _rebuild, (values | {"settings": dict(self.settings)},)
+        return functools.partial(Explanation, **values | {"settings": dict(self.settings)}), ()
 
-    @cached_property
+    @functools.cached_property
     def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
-        """Maps, and which of them are degenerate; read-only."""
+        """Maps, and whether each is degenerate; read-only."""
         maps, degenerate = min_max(self.scores)
         if self.scores_are_maps:
             maps = self.scores.view()
@@ -170,13 +169,13 @@ class Explanation:
             target: One of the K targets, by position or by class name.
             image: One of the B images, by position.
             picture: Picture to draw on: the region that the model saw, which is the default, or the
-                whole picture, of which the map then covers that region only.
+                whole picture, in which the map then covers that region only.
             colormap: Colours of the map: "viridis", "inferno", "cividis", "jet" or "gray".
             opacity: Opacity of the map, 0 to 1.
 
         Raises:
             InputError: If there is no such target or image, no picture to draw on, or `picture` is
-                neither of these two.
+                neither the region nor the whole picture.
         """
         position = self._position(target, image)
         canvas = read_image(self._picture(image) if picture is None else picture)
@@ -229,7 +228,7 @@ class Explanation:
                 grid.show()
 
     def _repr_html_(self) -> str:
-        """Return the grid of each image as HTML, by which notebooks show an explanation."""
+        """Return the grid of each image as HTML, which notebooks show."""
         if self.pictures is None:
             return f"<pre>{html.escape(repr(self))}</pre>"
         figures = []
@@ -382,8 +381,3 @@ def _short(name: str) -> str:
 def _slug(name: str) -> str:
     """Return a class name as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "unnamed"
-
-
-def _rebuild(values: dict[str, Any]) -> Explanation:
-    """Return the explanation of pickled fields."""
-    return Explanation(**values)

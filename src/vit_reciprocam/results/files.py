@@ -57,11 +57,7 @@ def holds_results(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, without making it.
-
-    Raises:
-        InputError: If a file stands in its place, or there is no permission to write to it.
-    """
+    """Refuse a folder that cannot be made or written to, without making it."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise InputError(
@@ -75,12 +71,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
     """Write files, and last `manifest.json`, which lists them and the versions that made them.
 
     What an earlier call wrote there is replaced; anything else is left alone. Until the manifest
-    is written, `manifest.partial.json` says that the files are this package's.
-
-    Args:
-        folder: Folder to write to; it is made if it does not exist.
-        files: Name -> content of each file.
-        manifest: Further entries of the manifest.
+    is written, `manifest.partial.json` says that the files are this package's. The folder is made
+    if it does not exist; `files` is name -> content, and `manifest` holds further entries.
 
     Raises:
         InputError: If a file that this package did not write has one of the names, or the folder
@@ -99,20 +91,15 @@ def write_folder(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str
             f"{folder / taken[0]} was not written by {GENERATOR}, so it is not replaced: save to "
             "another folder, or move it away"
         )
-    names = {"generator": GENERATOR, "files": sorted({*files, *earlier} - {MANIFEST, PARTIAL})}
-    write_atomically(partial, _json(names))
+    begun = {"generator": GENERATOR, "files": sorted({*files, *earlier} - {MANIFEST, PARTIAL})}
+    write_atomically(partial, _json(begun))
     complete.unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
     for name in earlier - {MANIFEST, PARTIAL, *files}:
         (folder / Path(name).name).unlink(missing_ok=True)
-    about = {
-        "generator": GENERATOR,
-        **manifest,
-        "versions": library_versions(),
-        "files": sorted(files),
-    }
-    write_atomically(complete, _json(about))
+    made = {"versions": library_versions(), "files": sorted(files)}
+    write_atomically(complete, _json({"generator": GENERATOR, **manifest, **made}))
     partial.unlink()
 
 

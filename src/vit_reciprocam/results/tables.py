@@ -13,12 +13,7 @@ __all__ = ["csv_text", "markdown_row"]
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Return a CSV file: a line with the columns' names, then one line per row.
 
-    Args:
-        rows: Values by column; a missing one, or None, is empty.
-        columns: Names in their order.
-
-    Raises:
-        ValueError: If a row has another column.
+    A value that is missing or None is left empty; a row with another column is a `ValueError`.
     """
     sink = io.StringIO()
     writer = csv.DictWriter(sink, columns, lineterminator="\n")
