@@ -67,11 +67,7 @@ class Preprocess:
     half: str = "even"
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            InputError: If a choice does not exist.
-        """
+        """Refuse choices that do not exist."""
         check_choice("resize", self.resize, ("shortest", "squash"))
         check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
         check_choice("half", self.half, ("even", "down"))
@@ -94,7 +90,7 @@ class Preprocess:
         return image.crop(self.box(image))
 
     def box(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """Return the place of that part: (left, top, right, bottom) in the picture's pixels."""
+        """Return where `region` lies: (left, top, right, bottom) in the picture's pixels."""
         width, height = self._resized(image)
         top, left = self._corner(width, height)
         across, down = image.width / width, image.height / height
@@ -108,7 +104,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Return the preprocessing that `to_dict` described, also after a journey through JSON."""
+        """Return the preprocessing that `to_dict` described, with lists of JSON as tuples again."""
         loaded: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -150,8 +146,7 @@ class Preprocess:
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """Return width and height after the resize, as timm and torchvision compute them.
 
-        Raises:
-            ImageError: If they would be too large, because the picture is long and thin.
+        A picture so long and thin that they would be too large is refused.
         """
         want_h, want_w = (math.floor(side / self.crop_pct) for side in self.size)
         if self.resize == "squash":
@@ -177,11 +172,7 @@ class Preprocess:
 
 
 def _read_field(key: str, text: str) -> Any:
-    """Return the value of a field of `Preprocess` that is written as text.
-
-    Raises:
-        ValueError: If it is out of range, or not of the form of that field.
-    """
+    """Return the value of a field of `Preprocess` from its text; a bad one raises `ValueError`."""
     if key == "size":
         height, _, width = text.partition("x")
         size = int(height), int(width or height)

@@ -26,15 +26,9 @@ def find_images(
     """Return the picture files that files, folders and globs name, each file once.
 
     Folders are searched with all their subfolders, in the order of names. A path that does not
-    exist is kept, so that `read_image` refuses it.
-
-    Args:
-        paths: Files, folders and globs.
-        skip: Function that says whether the pictures of a subfolder are left out, such as
-            `results.files.holds_results` for saved explanations.
-
-    Raises:
-        ImageError: If a folder or glob holds no picture.
+    exist is kept, so that `read_image` refuses it. Pictures of a folder for which `skip` is true
+    are left out: `results.files.holds_results` skips saved explanations. A folder or glob without
+    a picture raises `ImageError`.
     """
     found: dict[Path, None] = {}
     for given in paths:

@@ -69,13 +69,9 @@ def upsample(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def overlay(
     picture: Image.Image, saliency: np.ndarray, *, colormap: str = "viridis", opacity: float = 0.55
 ) -> Image.Image:
-    """Return a picture with its map laid over it, at the picture's size.
+    """Return an RGB picture with its map (h, w), in [0, 1], laid over it at the picture's size.
 
-    Args:
-        picture: The region that the model saw, RGB.
-        saliency: The map, (h, w) in [0, 1].
-        colormap: A name in `COLORMAPS`.
-        opacity: Opacity of the map: 0 shows the picture alone, 1 the map alone.
+    Opacity 0 shows the picture alone, 1 the map alone.
 
     Raises:
         InputError: If the opacity is not in [0, 1] or the colour map does not exist.
@@ -101,15 +97,10 @@ def panels(
     height: int = 320,
     columns: int = 6,
 ) -> Image.Image:
-    """Return a sheet of pictures of one shape, each above its caption, with a legend below.
+    """Return a sheet of pictures, each above its caption, with a legend of the colour map below.
 
-    Args:
-        pictures: At least one picture; all are scaled to `height`.
-        captions: One text per picture, which is cut if it is too long.
-        colormap: Name of the colour map that the legend shows.
-        height: Height of a picture in pixels; one that is more than four times as wide is drawn
-            lower.
-        columns: Number of pictures in a row at most.
+    There is at least one picture. All are scaled to `height` pixels, or to less if they are more
+    than four times as wide as high, and stand in rows of at most `columns`. Long captions are cut.
     """
     gap, text = height // 32, max(11, height // 18)
     font = ImageFont.load_default(text)

@@ -1,8 +1,7 @@
-"""Draw pictures whose objects and masks are known: what the demo model was trained on.
+"""Draw pictures whose objects and masks are known, on which the demo model was trained.
 
-A scene holds one to three objects of different classes over clutter, with masks that are beyond
-dispute. Everything is drawn from a seed, at any size, so a data set of scenes is a range of
-integers.
+A scene holds one to three objects of different classes over clutter, with masks that are exact.
+Everything is drawn from a seed, at any size, so a data set of scenes is a range of integers.
 """
 
 from __future__ import annotations
@@ -43,13 +42,8 @@ class Scene:
 def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Scene:
     """Draw the scene of a seed; the same seed, size and count give the same pixels.
 
-    Args:
-        seed: Any non-negative integer.
-        size: Side of the square picture in pixels, at least 16.
-        objects: Number of objects, 1 to 3; None draws that number too.
-
-    Raises:
-        InputError: If `objects` or `size` is out of range.
+    The picture is a square of at least 16 pixels per side, with 1 to 3 objects, a number that is
+    drawn too if `objects` is None. Others are an `InputError`.
     """
     if objects is not None and not 1 <= objects <= _MAX_OBJECTS:
         raise InputError(f"objects must be 1 to {_MAX_OBJECTS} or None, got {objects}")
