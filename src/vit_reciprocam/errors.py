@@ -78,11 +78,7 @@ class MissingDependencyError(ReciproCAMError, ImportError):
 
 
 def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse a setting that is not one of its choices, and list them.
-
-    Raises:
-        InputError: If `value` is not in `choices`.
-    """
+    """Raise an `InputError` that lists the choices if a setting is not one of them."""
     listed = list(choices)
     if value not in listed:
         raise InputError(f"{what} must be one of {', '.join(map(repr, listed))}; got {value!r}")
