@@ -226,7 +226,7 @@ def test_annotations_that_are_missing_or_of_no_use(tmp_path):
     with pytest.raises(InputError, match=r"are for ILSVRC2012's pictures: expected \.JPEG files"):
         read_dataset(str(tmp_path / "cats"), PETS, boxes=tmp_path / "xml")
     (tmp_path / "cats" / "labels.csv").write_text("image\n0/a.png\n")
-    with pytest.raises(InputError, match=r"those of .*labels.csv stand in it"):
+    with pytest.raises(InputError, match=r"listing .*labels.csv must hold its own"):
         read_dataset(str(tmp_path / "cats"), PETS, boxes=tmp_path / "xml")
 
 

@@ -31,13 +31,13 @@ FIXED = (FORWARD, RECIPROCAM, ALL_SCORES, ALL_MAPS, NAIVE)
 """The calls that are measured for every model, see `Row.method`."""
 
 Call = Callable[[], tuple[Any, str]]
-"""A function that returns the result, and the path by which ReciproCAM came to it, else ""."""
+"""A function that returns the result, and the path of ReciproCAM, or "" if it did not run."""
 
 
 def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:
     """Return a call on random images, the same in every run, that lie on the model's device.
 
-    Its logits, and what ReciproCAM gives, come back as NumPy arrays.
+    The call returns logits, and the results of ReciproCAM, as NumPy arrays.
 
     Args:
         model: A PyTorch classifier, or `OnnxFiles`.
@@ -56,7 +56,6 @@ def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> C
 
 
 def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
-    """Return a call of a PyTorch model, see `make_call`."""
     import torch
 
     from vit_reciprocam.core.split import logits_of
@@ -88,9 +87,8 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     method = MethodSpec.parse(label)
     if method.name == RECIPROCAM:
         return reciprocam("maps", **method.settings)
-    check_settings(
-        method.name, method.settings
-    )  # imports the method's library, so that it is not timed
+    # this imports the method's library, so that the import is not timed
+    check_settings(method.name, method.settings)
 
     def other() -> tuple[Any, str]:
         maps = METHODS[method.name](model, images, **method.settings)
@@ -102,7 +100,6 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
 
 
 def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
-    """Return a call of an ONNX file, see `make_call`."""
     if label == FORWARD:
         forward = files.forward(images)
         return lambda: (forward(), "")

@@ -32,8 +32,8 @@ from vit_reciprocam.results.files import library_versions
 __all__ = ["benchmark", "environment"]
 
 _DEFAULT_METHODS = ("relevance",)
-_SLOW = 10  # forward passes; a call that takes longer is made in fewer rounds
-_FEWEST = 5  # rounds in which a slow call is still made
+_SLOW = 10  # number of forward passes; a call that takes longer is made in fewer rounds
+_FEWEST = 5  # number of rounds in which a slow call is made at least
 
 Progress = Callable[[int, int], None]
 
@@ -46,7 +46,7 @@ class _Case:
         row: What is known about it so far.
         call: The call, or None if it cannot be made.
         every: Step between the rounds that time it: rounds 0, every, 2 every and so on.
-        trial: Seconds of its last warm-up.
+        trial: Seconds that it took in its last warm-up.
         seconds: Round -> the seconds that it took.
     """
 
@@ -73,9 +73,9 @@ def benchmark(
 ) -> list[Row]:
     """Measure the prediction alone, ReciproCAM, its naive computation, and other methods.
 
-    Images are random, the same in every run, and lie on the model's device; logits and what
-    ReciproCAM gives come back as NumPy arrays. A call slower than ten forward passes is timed in
-    every second round only, or every fourth, and so on, but at least in five.
+    Images are random, the same in every run, and lie on the model's device; logits and the results
+    of ReciproCAM come back as NumPy arrays. A call slower than ten forward passes is timed in every
+    second round only, or every fourth, and so on, but in at least five rounds.
 
     Args:
         classifiers: Classifiers from `load`. Weights do not change the cost, so weights="random"
@@ -84,22 +84,22 @@ def benchmark(
             beside the fixed calls; by default relevance, for the models that have it.
         batch_sizes: Numbers of images in one call; each of them is measured.
         rounds: Number of rounds that are timed.
-        warmup: Number of times that each call is made before.
+        warmup: Number of times that each call is made before the first round.
         threads: Number of CPU threads; by default as many as PyTorch is set to, or as an ONNX file
             was loaded with. PyTorch's number is set back at the end.
-        naive: Measure "naive H", which takes long with many patches.
-        memory: Measure peak memory too, in a fresh process for each row.
+        naive: Whether to measure "naive H", which takes long with many patches.
+        memory: Whether to measure peak memory too, in a fresh process for each row.
         untouched: For each classifier that is an ONNX file, the file of the untouched model, which
             "forward" then runs; None for the others. By default it is what `cut_out_prediction`
             makes of the file, which needs the package onnx; the demo model brings its own.
-        clock: Returns the time in seconds.
-        progress: Called with the number of calls done and the number of all calls, which may
-            change on the way.
+        clock: Function that returns the time in seconds.
+        progress: Function that is called with the number of calls done and the number of all calls,
+            which may change on the way.
 
     Returns:
-        Rows, for each model and batch size those of the fixed calls, see `Row.method`, and then
-        those of the methods. "naive H" is left out for ONNX files, and if ReciproCAM itself takes
-        the direct path.
+        For each model and batch size the rows of the fixed calls, see `Row.method`, and then those
+        of the methods. "naive H" is left out for ONNX files, and if ReciproCAM itself takes the
+        direct path.
 
     Raises:
         InputError: If there is no such method or setting, a number is out of range, or `untouched`
@@ -205,7 +205,7 @@ def _warm_up(
 ) -> list[_Case]:
     """Make each call of one model and batch size `warmup` times.
 
-    A call that cannot be made gets a row that says why, unless it is optional.
+    If a call cannot be made, its row says why; an optional one is left out.
     """
     size, device = classifier.preprocess.size, device_name(model)
     onnx = isinstance(model, OnnxFiles)
@@ -237,8 +237,8 @@ def _warm_up(
 def _space_out_slow_calls(groups: Iterable[Sequence[_Case]], rounds: int) -> None:
     """Time slow calls in fewer rounds.
 
-    A call then takes at most ten forward passes per round on average, but is timed in at least
-    five rounds. Steps are powers of two, so that two calls share all the rounds of the rarer one.
+    A call then takes at most `_SLOW` forward passes per round on average. Steps are powers of two,
+    so that two calls share all the rounds of the rarer one.
     """
     for group in groups:
         forward = group[0].trial
@@ -253,7 +253,7 @@ def _space_out_slow_calls(groups: Iterable[Sequence[_Case]], rounds: int) -> Non
 def _time_in_turn(
     groups: Iterable[Sequence[_Case]], rounds: int, clock: Callable[[], float], tick: _Ticks
 ) -> None:
-    """Make and time the calls, those of one group next to each other in an order drawn anew."""
+    """Make and time the calls; those of a group follow each other, in an order drawn each round."""
     shuffle = random.Random(0).shuffle
     for number in range(rounds):
         for group in groups:
@@ -284,7 +284,7 @@ def _make_row(case: _Case, group: Sequence[_Case]) -> Row:
 
 
 def _add_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
-    """Return the rows of one model with peak memory, or with a note why it is not known."""
+    """Return the rows of one model with their peak memory, or with a note that says why not."""
     found = []
     with contextlib.ExitStack() as stack:
         problem, stored = "", {}

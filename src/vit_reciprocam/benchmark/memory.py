@@ -31,9 +31,7 @@ class Peak(NamedTuple):
 
 @contextlib.contextmanager
 def store_model(model: Any) -> Iterator[dict[str, Any]]:
-    """Keep a model in files for as long as the context lasts.
-
-    Yields JSON values by which `measure_peak` finds it.
+    """Keep a model in files, and yield the JSON values by which `measure_peak` finds it there.
 
     Raises:
         ModelError: If it cannot be written, for instance because a hook is a local function.
@@ -56,16 +54,9 @@ def store_model(model: Any) -> Iterator[dict[str, Any]]:
 def measure_peak(
     stored: dict[str, Any], label: str, *, size: tuple[int, int], batch: int, threads: int
 ) -> Peak:
-    """Return the peak memory of a fresh process that makes one call.
+    """Return the peak memory of a fresh process that makes one call of `make_call`.
 
-    On a GPU that is what PyTorch held there.
-
-    Args:
-        stored: The model, from `store_model`.
-        label: The call, as `make_call` takes it.
-        size: (height, width) of the images in pixels.
-        batch: Number of images.
-        threads: Number of CPU threads.
+    On a GPU it is the most that PyTorch held there. The model comes from `store_model`.
 
     Raises:
         ModelError: If that process fails, for instance because memory runs out.

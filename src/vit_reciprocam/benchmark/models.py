@@ -25,11 +25,11 @@ __all__ = ["OnnxFiles", "device_name", "prepare_model", "set_threads"]
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFiles:
-    """A file with an explanation and one of the same model without, each opened on first use.
+    """Two ONNX files of one model, with and without maps, each opened on first use.
 
     Attributes:
-        options: Arguments of `OnnxExplainer`, as plain JSON values.
-        untouched: Path of the file without explanation.
+        options: Arguments of `OnnxExplainer` for the file with maps, as plain JSON values.
+        untouched: Path of the file without maps.
     """
 
     options: dict[str, Any]
@@ -37,12 +37,12 @@ class OnnxFiles:
 
     @functools.cached_property
     def explainer(self) -> OnnxExplainer:
-        """The file with the explanation, open."""
+        """The file with maps, open."""
         return OnnxExplainer(**self.options)
 
     @functools.cached_property
     def untouched_session(self) -> Session:
-        """The file without explanation, open in the same runtime."""
+        """The file without maps, open in the same runtime."""
         options = {name: value for name, value in self.options.items() if name != "path"}
         return open_session(self.untouched, **options)
 
@@ -84,19 +84,19 @@ def prepare_model(
     threads: int | None,
     cut_file: Path,
 ) -> Any:
-    """Return a classifier's PyTorch model, or `OnnxFiles`, as `make_call` takes them.
+    """Return a classifier's PyTorch model, or the `OnnxFiles` that `make_call` takes instead.
 
     Args:
         classifier: The classifier.
-        untouched: File of the untouched model of an ONNX file. None stands for the demo model's
-            own file, and else for what can be cut out of the explained file.
+        untouched: File of the model without maps. None stands for the demo model's own, or for what
+            `cut_out_prediction` makes of another file with maps and writes to `cut_file`.
         threads: Number of CPU threads of an ONNX file; None for as many as it was loaded with.
-        cut_file: File to write the untouched model to if it is cut out.
+        cut_file: File that may be written.
 
     Raises:
-        InputError: If the untouched model is not the one that the ONNX file explains.
-        ModelError: If the untouched model cannot be cut out, or is not one.
-        MissingDependencyError: If it is to be cut out, and onnx is not installed.
+        InputError: If the two files hold different models.
+        ModelError: If the untouched model cannot be cut out, or has other inputs or outputs.
+        MissingDependencyError: If it must be cut out, and onnx is not installed.
     """
     backend = classifier.backend
     if not isinstance(backend, OnnxExplainer):
@@ -114,9 +114,9 @@ def prepare_model(
 
 @contextlib.contextmanager
 def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
-    """Set PyTorch's number of threads, and set it back at the end; yields the number in use.
+    """Set PyTorch's number of threads until the context ends, and yield the number in use.
 
-    PyTorch is not imported if all classifiers are ONNX files.
+    If all classifiers are ONNX files, that is their number, and PyTorch is not imported.
     """
     onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
     if len(onnx) == len(classifiers):
@@ -137,16 +137,17 @@ def device_name(model: Any) -> str:
 
     None stands for the CPU.
     """
-    if isinstance(model, OnnxFiles) and "CPU" not in model.explainer.session.device:
-        return model.explainer.session.device
-    torch_model = None if isinstance(model, OnnxFiles) else model
-    device = None if torch_model is None else next(torch_model.parameters()).device
-    if device is not None and device.type == "cuda":
-        import torch
+    if isinstance(model, OnnxFiles):
+        if "CPU" not in model.explainer.session.device:
+            return model.explainer.session.device
+    elif model is not None:
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            import torch
 
-        return torch.cuda.get_device_name(device)
-    if device is not None and device.type != "cpu":
-        return str(device)
+            return torch.cuda.get_device_name(device)
+        if device.type != "cpu":
+            return str(device)
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

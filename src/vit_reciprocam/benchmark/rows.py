@@ -1,4 +1,4 @@
-"""What one call costs, and the statistics behind it."""
+"""The row of figures that says what one call costs, and the statistics behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Row", "Spread", "ratio", "spread"]
 
 
 class Spread(NamedTuple):
-    """A median, and the quartiles that the middle half of the values lies between."""
+    """A median, and the quartiles, between which the middle half of the values lies."""
 
     median: float
     low: float
@@ -21,7 +21,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What one call costs. Figures that were not measured are None, and `note` says why.
+    """The cost of one call. Figures that were not measured are None, and `note` says why.
 
     Attributes:
         model: Spec of the model, as `load` takes it.
@@ -39,9 +39,9 @@ class Row:
         fps: Images per second, from the median.
         to_forward: Time ÷ that of "forward" in the same round.
         to_reciprocam: Time ÷ that of "reciprocam" in the same round.
-        peak_bytes: The most memory that a fresh process held which made this one call; on a GPU,
-            what PyTorch held there.
-        added_bytes: How much of the peak the call added to the loaded model.
+        peak_bytes: Peak memory of a fresh process that made this one call; on a GPU, the most that
+            PyTorch held there.
+        added_bytes: Part of the peak that the call added to the loaded model.
         note: Reason why something was not measured, or "".
         backend: "torch", or the runtime of an ONNX file, "onnxruntime" or "openvino".
     """

@@ -1,4 +1,4 @@
-"""Measure methods on a data set: every picture once, every record kept, resumable at any moment."""
+"""Measure methods on a data set, in a run that can be resumed at any moment."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["Progress", "evaluate", "summaries"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """How far a run has got. A picture counts once per model.
 
     Attributes:
-        done: Number of pictures measured or failed, with all models and in earlier processes too.
-        total: Number of pictures times number of models.
+        done: Number of pictures measured or failed, with those measured by earlier processes.
+        total: Number of pictures in the run.
         records: Records that have just been written.
     """
 
@@ -71,12 +71,12 @@ def evaluate(
         data: Data set, see `read_dataset`.
         classifiers: Models, from `load`.
         methods: Names of `METHODS`, with settings such as "reciprocam:kernel=dirac".
-        out: Folder of the run: records in Parquet parts, and last manifest.json.
+        out: Folder of the run, see `RunFolder`.
         protocol: Name in `PROTOCOLS`, file with your own, or a `Protocol`.
         insertion: Whether to measure insertion and deletion too, which takes some thirty forward
             passes per picture.
         resume: Whether to go on with a run that was cut short; everything else must be as before.
-        limit: Number of pictures, the first ones; None for all.
+        limit: Number of pictures to measure, counted from the first; None for all.
         batch_size: Number of pictures in one call.
         workers: Number of threads that read and prepare pictures while the model computes.
         ground_truth: File of ILSVRC2012's labels, see `read_dataset`.
@@ -88,7 +88,7 @@ def evaluate(
 
     Raises:
         InputError: If the data set, a method or a setting cannot be used, the protocol needs labels
-            where there are none, or the folder holds something else.
+            that are missing, or the folder holds anything but a run to resume.
         OSError: If records cannot be written; earlier ones are kept, and `resume` goes on.
     """
     protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
@@ -118,7 +118,7 @@ def evaluate(
     dataset = next(iter(datasets.values()))
     _check_labels(dataset, protocol)
     for name, classifier in models.items():
-        _try(classifier, explainers[name])
+        _check_methods(classifier, explainers[name])
     settings = _describe(protocol, insertion, dataset, models, specs)
     total = len(models) * len(dataset.items)
     with RunFolder.open(out, settings, resume=resume) as run:
@@ -138,7 +138,9 @@ def evaluate(
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    """Return the figures of each model and method of a run: `summarize`, in percent, and "images".
+    """Return one row per model and method of a run.
+
+    Its keys are "model", "method", "images", which is their number, and the metrics, in percent.
 
     Raises:
         InputError: If it is not a run.
@@ -162,7 +164,7 @@ def _describe(
     models: Mapping[str, Classifier],
     methods: Mapping[str, MethodSpec],
 ) -> dict[str, Any]:
-    """Return what is run, as plain JSON values: a resumed run must agree with all of it."""
+    """Return the settings of a run, in all of which a resumed run must agree, as JSON values."""
     return {
         "protocol": protocol.to_dict(),
         "insertion": insertion,
@@ -193,12 +195,8 @@ def _read(
     return dataclasses.replace(dataset, items=dataset.items[:limit])
 
 
-def _try(classifier: Classifier, explainers: Mapping[str, Explainer]) -> None:
-    """Run each method once, so that one that cannot run says so before the data set is begun.
-
-    Raises:
-        InputError: If a method cannot explain this model with its settings.
-    """
+def _check_methods(classifier: Classifier, explainers: Mapping[str, Explainer]) -> None:
+    """Run each method once, so that one that cannot explain this model fails at once."""
     image = np.zeros((1, 3, *classifier.preprocess.size), np.float32)
     for method, explain in explainers.items():
         try:
@@ -224,7 +222,7 @@ def _check_labels(dataset: DataSet, protocol: Protocol) -> None:
 
 @dataclass(frozen=True)
 class _Measurer:
-    """One model with its methods: from pictures to records of the store's columns."""
+    """Measures the methods of one model on pictures, and returns records for the store."""
 
     classifier: Classifier
     explainers: Mapping[str, Explainer]
@@ -234,69 +232,65 @@ class _Measurer:
 
     def records(self, batch: Sequence[Picture]) -> list[dict[str, Any]]:
         """Return one record per picture and method, also for pictures that fail."""
-        good = [one for one in batch if not one.error]
-        failures = [
-            self._about(one, method) | {"error": one.error}
-            for one in batch
-            if one.error
+        good = [picture for picture in batch if not picture.error]
+        records = [
+            self._begin_record(picture, method) | {"error": picture.error}
+            for picture in batch
+            if picture.error
             for method in self.explainers
         ]
-        if not good:
-            return failures
-        images = np.stack([one.pixels for one in good if one.pixels is not None])
-        shared = self.classifier.backend.batch(images)  # what methods compute alike, once
-        measured = [
-            record
-            for method in self.explainers
-            for record in self._records(method, good, images, shared)
-        ]
-        return failures + measured
+        if good:
+            images = np.stack([picture.pixels for picture in good if picture.pixels is not None])
+            shared = self.classifier.backend.batch(images)  # what all methods need, computed once
+            for method in self.explainers:
+                records += self._measure(method, good, images, shared)
+        return records
 
-    def _about(self, one: Picture, method: str) -> dict[str, Any]:
+    def _begin_record(self, picture: Picture, method: str) -> dict[str, Any]:
+        """Return the part of a record that says what was measured."""
         return {
-            "index": one.item.index,
-            "source": one.item.source,
-            "digest": one.digest,
+            "index": picture.item.index,
+            "source": picture.item.source,
+            "digest": picture.digest,
             "model": self.classifier.name,
             "method": method,
-            "label": one.item.label,
+            "label": picture.item.label,
         }
 
-    def _records(
+    def _measure(
         self, method: str, batch: Sequence[Picture], images: np.ndarray, shared: Batch | None
     ) -> list[dict[str, Any]]:
-        """Measure one method on a batch; where it fails on that, picture by picture."""
+        """Measure one method on a batch, or picture by picture if it fails on the whole batch."""
         try:
             columns = self._columns(method, batch, images, shared)
         except ReciproCAMError as error:
             if len(batch) == 1:
-                return [self._about(batch[0], method) | {"error": str(error)}]
+                return [self._begin_record(batch[0], method) | {"error": str(error)}]
             return [
                 record
-                for row, one in enumerate(batch)
-                for record in self._records(method, [one], images[row : row + 1], None)
+                for row, picture in enumerate(batch)
+                for record in self._measure(method, [picture], images[row : row + 1], None)
             ]
+        maps = columns.pop("map")
         records = []
-        for row, one in enumerate(batch):
-            saliency = columns["map"][row]
-            values = {
-                name: column[row].tolist()
-                for name, column in columns.items()
-                if name != "map" and not np.isnan(column[row])
-            }
-            place = {"map": saliency.ravel().tolist(), "rows": len(saliency), "note": one.note}
-            records.append(self._about(one, method) | values | place)
+        for row, picture in enumerate(batch):
+            record = self._begin_record(picture, method)
+            for name, column in columns.items():
+                if not np.isnan(column[row]):
+                    record[name] = column[row].tolist()
+            record |= {"map": maps[row].ravel().tolist(), "rows": len(maps[row])}
+            records.append(record | {"note": picture.note})
         return records
 
     def _columns(
         self, method: str, batch: Sequence[Picture], images: np.ndarray, shared: Batch | None
     ) -> dict[str, np.ndarray]:
-        """Return the columns (B, ...) of one method on a batch."""
+        """Return the store's columns (B, ...) for one method on a batch."""
         explain = self.explainers[method]
         labels = np.array([-1 if one.item.label is None else one.item.label for one in batch])
         first = explain(
             images if shared is None else shared,
-            lambda found: self.protocol.targets(found, labels)[:, None],
+            lambda logits: self.protocol.targets(logits, labels)[:, None],
         )
         maps, targets = first.maps[:, 0], first.targets[:, 0]
         masked = explain(self.protocol.masked_images(images, maps), targets[:, None])

@@ -1,8 +1,8 @@
-"""A run's folder: what was run, its records in Parquet parts, and last the manifest.
+"""A run's folder.
 
-    RUN/run.json                 what was run; written first, and a resumed run must agree with it
+    RUN/run.json                 settings; written first, and a resumed run must agree with them
     RUN/part-000000.parquet      records of some pictures; each part is there whole or not at all
-    RUN/manifest.json            written last: the run is complete
+    RUN/manifest.json            summary; written last, when the run is complete
 
 A process that is killed leaves whole parts behind, and the next one goes on after them.
 """
@@ -33,46 +33,41 @@ RUN = "run.json"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _KEY = ("index", "model", "method")
-_BEFORE = (
+_FIRST_COLUMNS = (
     ("index", pyarrow.int64()),  # position of the picture in the data set
     ("source", pyarrow.string()),
     ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
     ("model", pyarrow.string()),
     ("method", pyarrow.string()),
-    ("label", pyarrow.int64()),  # null where not known
+    ("label", pyarrow.int64()),  # null if not known
     ("target", pyarrow.int64()),  # the explained class c
     ("predicted", pyarrow.int64()),
 )
-_PROBABILITIES = ("p", "o")  # what c has on the picture, and on the picture under its map
-_AFTER = (
+_PROBABILITIES = ("p", "o")  # probability of c on the picture, and on the picture under its map
+_LAST_COLUMNS = (
     ("map", pyarrow.list_(pyarrow.float32())),  # row by row
     ("rows", pyarrow.int64()),  # height of the map, in patches
-    ("note", pyarrow.string()),  # why the objects' place was given and not used
-    ("error", pyarrow.string()),  # why there are no values; null where there are
+    ("note", pyarrow.string()),  # why the objects' place is known but was not used
+    ("error", pyarrow.string()),  # why there are no values; null if there are
 )
 
 
 def schema() -> pyarrow.Schema:
-    """Return the columns of a record, which is one picture under one method of one model.
+    """Return the columns of a record, which is about one picture, one model and one method.
 
-    Probabilities and metrics are fractions, and null where they were not measured.
+    Probabilities and metrics are fractions, and null if they were not measured.
     """
-    figures = [(name, pyarrow.float64()) for name in _figures()]
-    return pyarrow.schema([*_BEFORE, *figures, *_AFTER])
+    figures = [(name, pyarrow.float64()) for name in _figure_names()]
+    return pyarrow.schema([*_FIRST_COLUMNS, *figures, *_LAST_COLUMNS])
 
 
-def _figures() -> list[str]:
+def _figure_names() -> list[str]:
     return [*_PROBABILITIES, *(name for name, metric in METRICS.items() if metric.is_stored)]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run, which no other process can write to.
-
-    Attributes:
-        path: The folder.
-        settings: What is run.
-    """
+    """The folder of a run, with the run's settings."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -82,16 +77,11 @@ class RunFolder:
     def open(
         cls, path: Path, settings: Mapping[str, Any], *, resume: bool = False
     ) -> Iterator[RunFolder]:
-        """Begin a run in a new or empty folder, or go on with one.
-
-        Args:
-            path: The folder.
-            settings: What is run.
-            resume: Whether to go on with the run that the folder holds.
+        """Begin a run in a new or empty folder, or resume one, and let no other process write.
 
         Raises:
-            InputError: If another process writes to it, it holds a run and `resume` is false, or it
-                holds something else, or a run with other settings: the message names what differs.
+            InputError: If another process writes to the folder, it holds a run and `resume` is
+                false, or it holds a run with other settings, or something else.
         """
         check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +94,7 @@ class RunFolder:
             ) from error
         try:
             _check_content(path, settings, resume)
-            (path / MANIFEST).unlink(missing_ok=True)  # until it is complete again
+            (path / MANIFEST).unlink(missing_ok=True)  # the run is not complete for now
             text = json.dumps({"generator": GENERATOR, "format": _FORMAT, **settings}, indent=2)
             if not (path / RUN).exists():
                 write_atomically(path / RUN, (text + "\n").encode())
@@ -113,7 +103,7 @@ class RunFolder:
             lock.release()
 
     def done(self) -> set[tuple[int, str]]:
-        """Return (index, model) of the pictures that are measured; failed ones are tried again."""
+        """Return (index, model) of the pictures measured, without those that failed."""
         found: dict[tuple[int, str], bool] = {}
         for row in _read_parts(self.path, ["error"]).to_pylist():
             key = row["index"], row["model"]
@@ -121,13 +111,10 @@ class RunFolder:
         return {key for key, measured in found.items() if measured}
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add records as one part.
-
-        Args:
-            records: Values by names of `schema`; a missing one becomes null.
+        """Add records as one part; a column of `schema` that a record lacks becomes null.
 
         Raises:
-            OSError: If they cannot be written; the parts before stay whole.
+            OSError: If they cannot be written; earlier parts stay whole.
         """
         table = pyarrow.Table.from_pylist(list(records), schema=schema())
         sink = pyarrow.BufferOutputStream()
@@ -137,11 +124,7 @@ class RunFolder:
         write_atomically(self.path / f"part-{number:06d}.parquet", sink.getvalue().to_pybytes())
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the manifest, which says that the run is complete, and return it.
-
-        Args:
-            more: What it says beside the settings, the counts and the failures.
-        """
+        """Write the manifest, to which `more` adds entries, and return it."""
         rows = _read_parts(self.path, ["source", "digest", "note", "error"]).to_pylist()
         pictures = {row["index"]: row["digest"] for row in rows}
         digests = json.dumps(sorted(pictures.items())).encode()
@@ -161,17 +144,17 @@ class RunFolder:
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
-    """Read what was run, and its records, also of a run that is not complete.
+    """Read the settings and the records of a run, whether or not it is complete.
 
-    A run of a version that had other metrics is read too: what it lacks is null, and what this
-    version does not know is left out.
+    If the run was made by a version with other metrics, columns that it lacks are null, and columns
+    that this version does not know are left out.
 
     Returns:
-        The manifest, or run.json where the run is not complete (then without the key "images"); and
-        a table of `schema`, ordered by model, method and index.
+        The manifest, or run.json if the run is not complete (then there is no key "images"); and a
+        table of `schema`, ordered by model, method and index.
 
     Raises:
-        InputError: If it is not a run, or it was written in another format.
+        InputError: If it is not a run, a part is damaged, or it was written in another format.
     """
     if not is_ours(path / RUN):
         raise InputError(
@@ -188,13 +171,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
 
 
 def records_of(table: pyarrow.Table, model: str, method: str | None = None) -> pyarrow.Table:
-    """Return the records of a model that did not fail, ordered as the table is.
-
-    Args:
-        table: Records, as `read_run` returns them.
-        model: Name of the model.
-        method: Name of a method with its settings; None for all.
-    """
+    """Return the records of a model, or of one of its methods, without those that failed."""
     chosen = pyarrow.compute.is_null(table["error"])
     for name, wanted in (("model", model), ("method", method)):
         if wanted is not None:
@@ -203,19 +180,13 @@ def records_of(table: pyarrow.Table, model: str, method: str | None = None) -> p
 
 
 def columns_of(table: pyarrow.Table, model: str, method: str) -> dict[str, np.ndarray]:
-    """Return the index, p, o and metrics of one model's and method's pictures, (pictures,) each.
+    """Return the columns (pictures,) index, p, o and metrics of one method of one model.
 
-    Args:
-        table: Records, as `read_run` returns them.
-        model: Name of the model.
-        method: Name of the method with its settings.
-
-    Returns:
-        Column -> values, fractions but for the index; NaN where not measured. Pictures that failed
-        are left out.
+    All but the index are fractions, or NaN if they were not measured. Pictures that failed are left
+    out.
     """
-    names = ["index", *_figures()]
-    narrow = table.select(["model", "method", "error", *names])  # maps would be copied for nothing
+    names = ["index", *_figure_names()]
+    narrow = table.select(["model", "method", "error", *names])  # so that no maps are copied
     records = records_of(narrow, model, method)
     return {name: records[name].to_numpy() for name in names}
 
@@ -244,8 +215,8 @@ def _check_content(path: Path, settings: Mapping[str, Any], resume: bool) -> Non
     ]
     if changed:
         raise InputError(
-            f"the run in {path} cannot be resumed, it was made otherwise: {'; '.join(changed)}. "
-            "Choose another folder, or the settings of before"
+            f"the run in {path} cannot be resumed, its settings differ: {'; '.join(changed)}. "
+            "Choose another folder, or the earlier settings"
         )
 
 
@@ -258,7 +229,7 @@ def _check_format(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _flatten(content: Any, name: str = "") -> dict[str, Any]:
-    """Return nested mappings as one: {"protocol.name": …}."""
+    """Return nested mappings as one, with keys such as "protocol.name"."""
     if not isinstance(content, dict):
         return {name: content}
     flat: dict[str, Any] = {}
@@ -272,7 +243,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _list_problems(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Return the pictures with something in a column, once per model, not once per method."""
+    """Return the pictures with text in a column, each once per model, not once per method."""
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in rows:
         if row[column] is not None:
@@ -282,13 +253,13 @@ def _list_problems(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[
 
 
 def _read_parts(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Read columns of all records, and their keys; where keys are equal the last record counts."""
+    """Read the keys and some columns of all records; of records with one key the last counts."""
     columns = list(dict.fromkeys([*_KEY, *columns]))
     tables = []
     for part in _parts(path):
         try:
-            there = parquet.read_schema(part).names
-            wanted = [name for name in columns if name in there or name not in METRICS]
+            stored = parquet.read_schema(part).names  # an earlier version had fewer metrics
+            wanted = [name for name in columns if name in stored or name not in METRICS]
             tables.append(parquet.read_table(part, columns=wanted))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{part} is damaged: {error}. Remove it and resume the run") from error

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ __all__ = ["DataSet", "Item", "check_dataset", "picture_digest", "read_dataset"]
 
 Box = tuple[float, float, float, float]
 
-_BEYOND = 1  # pixels that a box may reach out: published boxes count from 0 or from 1
+_BEYOND = 1  # pixels by which a box may leave the picture: published boxes count from 0 or 1
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Item:
     Attributes:
         index: Its place in the data set.
         source: Its file, or "scene SEED".
-        label: Class index, or None where not known.
-        boxes: Boxes of the label's objects: (xmin, ymin, xmax, ymax) in pixels, all four inside.
+        label: Class index; None if it is not known.
+        boxes: Boxes of the label's objects, (xmin, ymin, xmax, ymax) in pixels; the pixels at xmax
+            and ymax still belong to the object.
         mask: File with the label's objects, a picture of the same size that is 0 elsewhere; or "".
-        problem: Reason that it cannot be read, where one is known before trying; or "".
+        problem: Reason why it cannot be read, if one is known before it is tried; or "".
     """
 
     index: int
@@ -51,7 +52,7 @@ class Item:
     problem: str = ""
 
     def read(self) -> Image.Image:
-        """Read the picture, or draw it where it is a scene.
+        """Read the picture, or draw it if it is a scene.
 
         Raises:
             ImageError: If it cannot be read.
@@ -64,7 +65,7 @@ class Item:
     def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
         """Return the label's objects as a picture in mode "L", 255 inside and 0 elsewhere.
 
-        It is None where their place is not known.
+        Return None if their place is not known.
 
         Args:
             size: Width and height of the picture.
@@ -162,22 +163,14 @@ def read_dataset(
         item = _item(row, labels, f"{data}, row {number + 1}")
         duplicates += item in items
         items.setdefault(item)
-    numbered = tuple(
-        Item(index, item.source, item.label, item.boxes, item.mask, item.problem)
-        for index, item in enumerate(items)
-    )
-    return DataSet(data, numbered, duplicates)
+    numbered = (replace(item, index=index) for index, item in enumerate(items))
+    return DataSet(data, tuple(numbered), duplicates)
 
 
 def check_dataset(
     data: str, *, ground_truth: Path | None = None, boxes: Path | None = None
 ) -> None:
-    """Refuse what is not a data set by its first row, before a model is loaded for it.
-
-    Args:
-        data: Data set, see `read_dataset`.
-        ground_truth: File of ILSVRC2012's labels, see `read_dataset`.
-        boxes: Folder of ILSVRC2012's boxes, see `read_dataset`.
+    """Check a data set up to its first row, before a model is loaded for it.
 
     Raises:
         InputError: If `read_dataset` would refuse it, except for a label or a later row.
@@ -191,7 +184,7 @@ def picture_digest(picture: Image.Image) -> str:
 
 
 def _rows(data: str, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
-    """Return the rows of any layout; there is at least one."""
+    """Return the rows of a data set in any layout; there is at least one."""
     for name, place in (("ground truth", ground_truth), ("folder of boxes", boxes)):
         if place is not None and not place.exists():
             raise InputError(f"no such {name}: {place}")
@@ -241,5 +234,5 @@ def _read_mask(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return Image.fromarray((np.asarray(image.convert("L")) > 0).astype(np.uint8) * 255)
-    except Exception as error:  # damaged data makes Pillow's decoders raise all kinds
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged data
         raise ImageError(f"mask {path} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Find a model's class by the label that a data set has for it."""
+"""Find a model's class by its label in a data set."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a model, to be found by a data set's labels.
-
-    Attributes:
-        num_classes: Number of classes C.
-        class_names: Names of the classes in their order, or None where not known.
-    """
+    """The classes of a model, whose names may be unknown, to be found by a data set's labels."""
 
     num_classes: int
     class_names: Sequence[str] | None = None
@@ -32,12 +27,8 @@ class Labels:
     def find(self, label: Any, where: str) -> int:
         """Return the class index of a label, which is an index, a WordNet synset or a class name.
 
-        Args:
-            label: Label of the data set.
-            where: Place of the label, for the error.
-
         Raises:
-            UnknownClassError: If the model has no such class.
+            UnknownClassError: If the model has no such class; it names the label's place, `where`.
         """
         if isinstance(label, str) and _SYNSET.fullmatch(label.strip()):
             if label.strip() in self._synsets:

@@ -33,42 +33,31 @@ _LISTINGS = (".csv", ".parquet")
 
 
 def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
-    """Return a data set's rows, whatever its layout: see `datasets.read_dataset`.
-
-    Args:
-        path: Listing or folder.
-        ground_truth: File of ILSVRC2012's labels, or None.
-        boxes: Folder of ILSVRC2012's boxes, or None.
+    """Return the rows of a data set on disk, in any layout of `datasets.read_dataset`.
 
     Raises:
-        InputError: If there is no such layout, or a file of it is damaged.
+        InputError: If its layout is not known, or a file of it is damaged.
     """
     if path.is_file() and path.suffix.lower() not in _LISTINGS:
         raise InputError(f"{path} is not a listing: expected a .csv or .parquet file")
     listings = [path, path / "labels.csv", path / "labels.parquet"]
     listing = next((file for file in listings if file.is_file()), None)
-    given = ground_truth is not None or boxes is not None
-    if listing is not None and given:
-        raise InputError(
-            f"ground truth and boxes are for ILSVRC2012's pictures; those of {listing} stand in it"
-        )
+    has_annotations = ground_truth is not None or boxes is not None
     if listing is not None:
+        if has_annotations:
+            raise InputError(
+                "ground truth and boxes are for ILSVRC2012's pictures; the listing "
+                f"{listing} must hold its own"
+            )
         return _listing(listing)
     if ground_truth is None:
         places = (path, path.parent, path / "data", path.parent / "data")
-        ground_truth = next(
-            (
-                folder / name
-                for name in _GROUND_TRUTH
-                for folder in places
-                if (folder / name).is_file()
-            ),
-            None,
-        )
+        candidates = (folder / name for name in _GROUND_TRUTH for folder in places)
+        ground_truth = next((file for file in candidates if file.is_file()), None)
     flat = sorted(file for file in path.iterdir() if file.suffix.lower() in (".jpeg", ".jpg"))
     if flat and ground_truth is not None:
         return _ilsvrc(flat, ground_truth, boxes)
-    if given:
+    if has_annotations:
         raise InputError(
             f"ground truth and boxes are for ILSVRC2012's pictures: expected .JPEG files in {path} "
             "and their ground truth"
@@ -162,7 +151,7 @@ def _ilsvrc(
 
 
 def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[str, Any]]:
-    """Return the label, or the synset and boxes, of each file by its stem."""
+    """Return stem of a file -> its label, or its synset and maybe boxes."""
     lines = path.read_text(encoding="utf-8").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     found: dict[str, dict[str, Any]] = {}
@@ -198,17 +187,12 @@ def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[s
 
 
 def _xml_boxes(path: Path, synset: str) -> dict[str, Any]:
-    """Return the boxes in an annotation file of Pascal VOC's format.
-
-    If the picture's synset is known, only objects of it count.
-    """
+    """Return the boxes in an annotation file of Pascal VOC's format: of a synset, or all if ""."""
     try:
-        things = list(ElementTree.parse(path).getroot().iter("object"))
+        objects = list(ElementTree.parse(path).getroot().iter("object"))
     except ElementTree.ParseError as error:
         return {"problem": f"box file {path} is damaged: {error}"}
-    boxes = [
-        thing.find("bndbox") for thing in things if thing.findtext("name") == synset or not synset
-    ]
+    boxes = [one.find("bndbox") for one in objects if one.findtext("name") == synset or not synset]
     return {
         "boxes": [[box.findtext(corner) for corner in CORNERS] for box in boxes if box is not None]
     }

@@ -1,4 +1,4 @@
-"""Load pictures for the model, batch by batch, while it computes on the batch before."""
+"""Load batches of pictures for the model, while it computes on an earlier batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Picture:
     Attributes:
         item: Its entry in the data set.
         digest: SHA-256 of its pixels.
-        pixels: Preprocessed picture (3, H, W); None where it cannot be read.
-        objects: The label's objects, where they are known and in sight.
-        note: Why there are no objects although the data set has some; None where there is no more
-            to say.
-        error: Why there are no pixels; empty where there are.
+        pixels: Preprocessed picture (3, H, W); None if it cannot be read.
+        objects: The label's objects; None if they are not known, or lie outside what the model
+            sees.
+        note: Why there are no objects although the data set has some; else None.
+        error: Why there are no pixels; else "".
     """
 
     item: Item
@@ -46,14 +46,7 @@ class Picture:
 def load_batches(
     items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
 ) -> Iterator[list[Picture]]:
-    """Yield batches of pictures in their order; threads load the next ones in the meantime.
-
-    Args:
-        items: Entries of the data set.
-        preprocess: How a picture becomes the model's input.
-        batch_size: Pictures in one batch.
-        workers: Number of threads.
-    """
+    """Yield batches of pictures in their order, while `workers` threads load the next ones."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Any] = deque()
         for start in range(0, len(items), batch_size):
@@ -71,28 +64,20 @@ def _load(item: Item, preprocess: Preprocess) -> Picture:
         digest, pixels = picture_digest(picture), preprocess(picture)
     except (ImageError, OSError) as error:
         return Picture(item, error=str(error))
-    smooth = dataclasses.replace(preprocess, interpolation="bilinear")  # shades mean shares covered
+    # interpolated linearly, a pixel's grey level is the share of it that the objects cover
+    linear = dataclasses.replace(preprocess, interpolation="bilinear")
     try:
         drawn = item.read_objects(picture.size)
     except (ImageError, OSError) as error:
         return Picture(item, digest, pixels, note=str(error))
     if drawn is None:
         return Picture(item, digest, pixels)
-    mask = _find_covered(np.asarray(smooth.view(drawn)))
+    grey = np.asarray(linear.view(drawn))
+    mask = grey > 127
+    if not mask.any():  # objects too small for that have all pixels that they touch
+        mask = grey > 0
     if not mask.any():
         note = "the objects lie outside the part that the model sees"
         return Picture(item, digest, pixels, note=note)
     objects = Objects(mask, from_boxes=bool(item.boxes) and not item.mask)
     return Picture(item, digest, pixels, objects)
-
-
-def _find_covered(resized: np.ndarray) -> np.ndarray:
-    """Return the pixels (H, W) bool that the objects cover by half.
-
-    Objects too small for that have all pixels that they touch.
-
-    Args:
-        resized: Objects (H, W), 0 to 255, at the size that the model sees.
-    """
-    half: np.ndarray = resized > 127
-    return half if half.any() else resized > 0
