@@ -186,7 +186,7 @@ def test_runs_measured_alike_share_a_table(tmp_path):
     ("changes", "words"),
     [
         ({"protocol": "poppi2021"}, "its protocol is poppi2021"),
-        ({"data": "e"}, "its data set is another"),
+        ({"data": "e"}, "its data set differs"),
         ({"weights": "v" * 64}, "other weights"),
         ({"digests": ["other"] * 6}, "other pixels"),
     ],

@@ -1,6 +1,6 @@
-"""The command line, `vit-reciprocam`.
+"""The command line, `vit-reciprocam`: a module per command.
 
-Each command is a module. Results go to stdout, all else to stderr.
+Results go to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ app = typer.Typer(
     name="vit-reciprocam",
     help="See what a Vision Transformer looks at, for the price of one forward pass.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # Rich's tables would cut long defaults
+    rich_markup_mode=None,  # else long defaults are cut, in tables of Rich
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,7 +43,7 @@ app.command("models")(models_command)
 
 
 def main() -> None:
-    """Entry point of the `vit-reciprocam` command."""
+    """Run the command line."""
     app()
 
 

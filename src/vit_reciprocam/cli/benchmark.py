@@ -24,9 +24,7 @@ from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.results.files import GENERATOR, check_folder, write_atomically
 from vit_reciprocam.results.tables import csv_text, markdown_row
 
-__all__ = [
-    "benchmark_command",
-]
+__all__ = ["benchmark_command"]
 
 HEADINGS = ("method", "path", "ms", "FPS", "÷ forward", "÷ reciprocam", "peak MiB (added)")
 MIB = 2**20
@@ -73,8 +71,8 @@ def benchmark_command(
         typer.Option(
             "--plain",
             metavar="FILE",
-            help="File of the model without explanation; given once for each --model that is an "
-            "ONNX file, in the same order; default: what can be cut out of that file.",
+            help="File of the model without maps; given once for each --model that is an ONNX "
+            "file, in the same order; default: the model that can be cut out of that file.",
         ),
     ] = None,
     preprocess: options.Preprocess = None,
@@ -85,10 +83,10 @@ def benchmark_command(
 
     The rows are: forward, the prediction alone; reciprocam, the prediction and the map of each
     image's top class; all scores, the prediction and the scores of all classes; all maps, these
-    scaled to [0, 1] too; naive H, the top class's map from running the rest of the network once per
-    mask; and the methods of --method, by default relevance if the model has it. --method reciprocam
-    measures no other method. Calls take turns, so that ratios hold on a busy machine too. By
-    default the model is timm:deit_tiny_patch16_224.
+    scores scaled to [0, 1] too; naive H, the top class's map, for which the rest of the network
+    runs once per mask; and the methods of --method, by default relevance if the model has it. With
+    --method reciprocam no other method is measured. Calls take turns, so that ratios hold on a busy
+    machine too. By default the model is timm:deit_tiny_patch16_224.
 
     Exit code 0: all was done. 1: something could not be measured; it is listed, and the rest was
     done. 2: nothing could be done.
@@ -147,11 +145,7 @@ def benchmark_command(
 def _match_untouched(
     files: list[Path] | None, models: list[str], backends: int
 ) -> list[Path | None] | None:
-    """Return the untouched model's file, or None, for each classifier that `load_models` returns.
-
-    Raises:
-        InputError: If there is not one for each ONNX file.
-    """
+    """Return the untouched model's file, or None, for each classifier of `load_models`."""
     if not files:
         return None
     count = sum(map(is_onnx, models))
@@ -168,7 +162,7 @@ def _match_untouched(
 
 @contextlib.contextmanager
 def _show_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show a bar; yields what is to be called with the calls done and all calls."""
+    """Show a bar, and yield the function to call with the number of calls done and of all."""
     with progress_bar("Measuring") as shown:
         task = shown.add_task("", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
@@ -206,7 +200,7 @@ def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _cells(row: Row) -> list[str]:
-    """Return what a table shows of a row, in the order of `HEADINGS`."""
+    """Return the cells of a row, in the order of `HEADINGS`."""
     if row.ms is None:
         return [row.method, row.path, "not measured", "", "", "", ""]
     memory = ""
@@ -224,7 +218,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _show_spread(value: Spread | None) -> str:
-    """Return the median, and in brackets what the middle half of the values lies between."""
+    """Return the median, and in brackets the quartiles."""
     if value is None:
         return ""
     if value.low == value.high:
@@ -233,7 +227,7 @@ def _show_spread(value: Spread | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Return a number with two decimals below ten and one below a thousand."""
+    """Return a number with two decimals if it is below ten, with one below a thousand."""
     return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
@@ -254,7 +248,7 @@ def _conditions(rows: list[Row], report: dict[str, Any]) -> str:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """Return a row as JSON has it, spreads as objects."""
+    """Return a row as JSON values, in which spreads are objects."""
     record = dataclasses.asdict(row)
     for key, value in record.items():
         if isinstance(value, Spread):
@@ -263,27 +257,24 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _file_content(ending: str, rows: list[Row], report: dict[str, Any]) -> str:
-    """Return what a file of that ending holds."""
     if ending == ".json":
         return json.dumps(report, indent=2) + "\n"
     return _csv(report["rows"]) if ending == ".csv" else _markdown(rows, report)
 
 
 def _csv(records: list[dict[str, Any]]) -> str:
-    """Return CSV with a line per row, a spread in three columns."""
-    spreads = ("ms", "to_forward", "to_reciprocam")
-    flat = []
+    """Return CSV with a line per row and three columns per spread."""
+    lines = []
     for record in records:
         line: dict[str, Any] = {}
         for key, value in record.items():
-            if key in spreads:
-                line[key] = (value or {}).get("median")
-                line[f"{key}_low"] = (value or {}).get("low")
-                line[f"{key}_high"] = (value or {}).get("high")
-            else:
-                line[key] = "x".join(map(str, value)) if key == "size" else value
-        flat.append(line)
-    return csv_text(flat, list(flat[0]))
+            line[key] = "x".join(map(str, value)) if key == "size" else value
+            if key in ("ms", "to_forward", "to_reciprocam"):
+                spread = value or {}
+                line[key] = spread.get("median")
+                line |= {f"{key}_low": spread.get("low"), f"{key}_high": spread.get("high")}
+        lines.append(line)
+    return csv_text(lines, list(lines[0]))
 
 
 def _markdown(rows: list[Row], report: dict[str, Any]) -> str:

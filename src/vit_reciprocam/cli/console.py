@@ -1,4 +1,4 @@
-"""What the commands print with: two consoles, errors in one line, progress, small tables."""
+"""Printing for the commands: two consoles, errors in one line, progress, small tables."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
     "say",
 ]
 
-_PIPED = 160  # columns; a file or a pipe has no width of its own, and Rich would take 80
+_PIPED = 160  # columns; a file or a pipe has no width, for which Rich would take 80
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 err = Console(stderr=True)
 
@@ -48,11 +48,11 @@ T = TypeVar("T")
 def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) -> Iterator[None]:
     """Turn errors into one line and an exit code.
 
-    Bad input ends with 2, anything else, such as a full disk, with 3, and Ctrl-C with 130.
+    It is 2 for bad input, 130 for Ctrl-C, and 3 for anything else, such as a full disk.
 
     Args:
-        debug: Print the traceback too.
-        stopped: Called after Ctrl-C; returns what to say about the work done so far.
+        debug: Whether to print the traceback too.
+        stopped: Function called after Ctrl-C that returns what to print about the work so far.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def say(what: str, text: str) -> None:
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Print a table of two columns, names and what came of them."""
+    """Print a table with one line per fact: its name and its text."""
     table = Table(show_header=False)
     for name, fact in facts.items():
         table.add_row(name, escape(fact))
@@ -89,12 +89,12 @@ def describe_path(path: str, because: str) -> str:
     return f"{path}, since {because}" if because else path
 
 
-def command_line(*more: str) -> str:
-    """Return this process's command line, to be typed again, with options that it lacks."""
+def command_line(*options: str) -> str:
+    """Return this process's command line, to be typed again, with the options that it lacks."""
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vit_reciprocam"] if name == "__main__.py" else ["vit-reciprocam"]
     given = sys.argv[1:]
-    missing = [option for option in more if option not in given]
+    missing = [option for option in options if option not in given]
     return shlex.join([*program, *given[:1], *missing, *given[1:]])
 
 
@@ -105,6 +105,6 @@ def progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def progress_bar(what: str, *more: ProgressColumn, hidden: bool = False) -> Progress:
-    """Return a bar with the steps done, `more` columns and the time left, shown in terminals."""
+    """Return a bar with the steps done, `more` columns and the time left, for terminals only."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), *more, TimeRemainingColumn())
     return Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal)

@@ -19,9 +19,7 @@ from vit_reciprocam.cli.console import errors_in_one_line, out
 from vit_reciprocam.cli.explain import make_record, make_report, print_report, settings_of
 from vit_reciprocam.pictures.read import read_image
 
-__all__ = [
-    "demo_command",
-]
+__all__ = ["demo_command"]
 
 
 def demo_command(
@@ -32,8 +30,8 @@ def demo_command(
 ) -> None:
     """Explain the bundled picture, without torch.
 
-    The bundled model is small and knows 12 drawn classes; for photographs use explain with another
-    model. Nothing is fetched.
+    The bundled model is small and knows 12 drawn classes; for photographs use the command explain
+    with another model. Nothing is fetched.
     """
     with errors_in_one_line(debug):
         classifier = load("demo")
@@ -62,7 +60,7 @@ def demo_command(
 
 
 def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
-    """Return median milliseconds of the prediction alone and with maps, measured in turn."""
+    """Return the median milliseconds of the prediction alone and with maps, measured in turn."""
     from vit_reciprocam.onnx.run.sessions import open_session
 
     untouched = open_session(ASSETS / "demo-plain.onnx")
@@ -71,10 +69,11 @@ def _time_demo(classifier: Classifier, runs: int = 30) -> tuple[float, float]:
         lambda: untouched.run(["logits"], {"images": batch}),
         lambda: classifier.model.session.run(["logits", "saliency"], {"images": batch}),
     ]
-    times: list[list[float]] = [[], []]
-    for _ in range(runs):
-        for call, spent in zip(calls, times, strict=True):
+    times = np.empty((runs, 2))
+    for run in range(runs):
+        for column, call in enumerate(calls):
             began = time.perf_counter()
             call()
-            spent.append(1000 * (time.perf_counter() - began))
-    return float(np.median(times[0])), float(np.median(times[1]))
+            times[run, column] = 1000 * (time.perf_counter() - began)
+    predicted_ms, explained_ms = np.median(times, axis=0).tolist()
+    return predicted_ms, explained_ms

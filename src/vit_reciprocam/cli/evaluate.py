@@ -1,4 +1,4 @@
-"""`vit-reciprocam evaluate`: methods measured on a data set."""
+"""`vit-reciprocam evaluate`: measure methods on a data set."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vit_reciprocam.cli import options
-from vit_reciprocam.cli.console import (
-    command_line,
-    err,
-    errors_in_one_line,
-    out,
-    progress_bar,
-    say,
-)
+from vit_reciprocam.cli.console import command_line, err, errors_in_one_line, out, progress_bar, say
 from vit_reciprocam.errors import InputError, MissingDependencyError
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.results.files import check_folder
 
-__all__ = [
-    "evaluate_command",
-]
+__all__ = ["evaluate_command"]
 
 FAILURES_SHOWN = 10
 
@@ -56,7 +47,7 @@ def evaluate_command(
     protocol: Annotated[
         str,
         typer.Option(
-            help="Protocol of the measures: byun2023, poppi2021, or a .toml or .json file with "
+            help="Protocol of the metrics: byun2023, poppi2021, or a .toml or .json file with "
             "your own."
         ),
     ] = "byun2023",
@@ -69,7 +60,8 @@ def evaluate_command(
     insertion: Annotated[
         bool,
         typer.Option(
-            help="Measure insertion and deletion too, at some 30 more forward passes per picture."
+            help="Measure insertion and deletion too, which takes some 30 more forward passes per "
+            "picture."
         ),
     ] = False,
     resume: options.Resume = False,
@@ -101,10 +93,10 @@ def evaluate_command(
 ) -> None:
     """Measure methods on a data set.
 
-    The measures are drop, increase, coherency, complexity and ADCC, and for data sets that say
-    where their objects are, how well maps lie on them. Every picture's figures and maps are kept
-    in the run's folder. --resume continues a run that was cut short, and `vit-reciprocam report`
-    makes tables and a page from it. By default the method is reciprocam and the model
+    The metrics are drop, increase, coherency, complexity and ADCC, and how well maps find the
+    objects, if the data set says where these are. Every picture's figures and maps are kept in the
+    run's folder. --resume continues a run that was cut short, and `vit-reciprocam report` makes
+    tables and a page from it. By default the method is reciprocam and the model
     timm:deit_tiny_patch16_224.
 
     Exit code 0: all was done. 1: some pictures failed; they are listed, and the others were done.
@@ -177,7 +169,7 @@ def _import_evaluate() -> tuple[Any, Any, Any]:
 
 
 def _describe_kept(folder: Path) -> str:
-    """Return what is there of a run that was stopped, and the command that continues it."""
+    """Return how much of a stopped run is kept, and the command that continues it."""
     from vit_reciprocam.evaluate.store import RunFolder, read_run
 
     try:
@@ -197,7 +189,7 @@ def _describe_kept(folder: Path) -> str:
 def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[Any], None] | None]:
     """Show a bar with the speed and the time left, and below it the ADCC of the pictures so far.
 
-    Yields what is to be called after each batch, or None outside a terminal.
+    Yields the function to call after each batch, or None outside a terminal.
     """
     from vit_reciprocam.evaluate.metrics.measure import summarize
 
@@ -231,7 +223,7 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
 
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
-    """Print a table per model, or two if it is too wide: the paper's measures and the others."""
+    """Print a table per model; one that is too wide is split, first after the paper's metrics."""
     from vit_reciprocam.evaluate.metrics.registry import METRICS
 
     shown = [name for name in METRICS if any(name in row for row in summaries)]
@@ -257,7 +249,7 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
 
 
 def _tables(rows: list[dict[str, Any]], shown: list[str]) -> Iterator[Table]:
-    """Yield tables that together show all metrics, each with as many as the terminal has room."""
+    """Yield tables that together show all metrics, each with as many as fit into the terminal."""
     while shown:
         count = len(shown)
         while count > 1 and _least_width(_table(rows, shown[:count])) > out.width:
@@ -278,7 +270,7 @@ def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
 
     table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)
     for name in shown:
-        heading = f"{METRICS[name].heading} {'↑' if METRICS[name].higher else '↓'}"
+        heading = METRICS[name].heading_with_arrow
         width = max(len(heading), len("100.00"))
         table.add_column(heading, justify="right", min_width=width)
     for row in rows:

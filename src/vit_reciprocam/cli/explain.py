@@ -147,11 +147,7 @@ def explain_command(
 
 
 def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
-    """Return the method and its settings, to which ReciproCAM's own options add.
-
-    Raises:
-        InputError: If there is no such method, or those options are given for another one.
-    """
+    """Return the method and its settings, with ReciproCAM's own options among them."""
     spec = MethodSpec.parse(method)
     if spec.name == "reciprocam":
         Masking(**masking)
@@ -165,7 +161,7 @@ def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
-    """Pair each picture with a folder named after it; a second one of that name gets a number."""
+    """Pair each picture with a folder of its name, with a number if that name is taken."""
     taken: set[str] = set()
     folders = []
     for path in paths:
@@ -178,12 +174,12 @@ def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path
 
 
 def make_record(explanation: Explanation, folder: Path) -> dict[str, Any]:
-    """Return what is printed and written about one picture."""
+    """Return the record of one picture, to be printed and written."""
     return explanation.record() | {"path": explanation.path, "folder": str(folder)}
 
 
 def settings_of(explanation: Explanation) -> dict[str, Any]:
-    """Return the method that ran, and where and what it masked."""
+    """Return the method that ran, and its settings of the masks if it has them."""
     return {name: explanation.settings[name] for name in SETTINGS if name in explanation.settings}
 
 
@@ -193,7 +189,7 @@ def make_report(
     records: list[dict[str, Any]],
     failures: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """Return what is printed and written about all pictures."""
+    """Return the report on all pictures, to be printed and written."""
     return {
         "generator": GENERATOR,
         "model": model,
@@ -223,7 +219,7 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _list_classes(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the explained classes and their probabilities, the most probable if many, as text."""
+    """Return the explained classes, or the most probable of many, and their probabilities."""
     targets = record["targets"]
     if len(targets) > MOST_DRAWN:
         targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]

@@ -16,9 +16,7 @@ from vit_reciprocam.cli.console import describe_path, err, errors_in_one_line, p
 from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.libraries import LIBRARIES
 
-__all__ = [
-    "export_command",
-]
+__all__ = ["export_command"]
 
 
 def export_command(

@@ -1,4 +1,4 @@
-"""`vit-reciprocam insert`: maps put into an ONNX file from anywhere."""
+"""`vit-reciprocam insert`: put maps into an ONNX file from any exporter."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import describe_path, errors_in_one_line, print_facts
 from vit_reciprocam.errors import MissingDependencyError
 
-__all__ = [
-    "insert_command",
-]
+__all__ = ["insert_command"]
 
 
 def insert_command(

@@ -1,4 +1,4 @@
-"""`vit-reciprocam models`: what is supported, and by which path."""
+"""`vit-reciprocam models`: list what is supported, and by which path."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress
 from vit_reciprocam.errors import MissingDependencyError
 
-__all__ = [
-    "models_command",
-]
+__all__ = ["models_command"]
 
 NAMES_SHOWN = 3
 
@@ -32,11 +30,11 @@ def models_command(
 ) -> None:
     """List the models that can be explained.
 
-    The list says by which path each is explained, and why others cannot be: transformers of timm,
-    torchvision, open_clip (its image towers, for prompts) and transformers (its classes). They are
-    built without weights or memory to find out; all of them take about a minute. The table has
-    those that can be explained; --json has every name with its reason. Patterns find timm's other
-    models too.
+    The list says by which path each is explained, and why others cannot be. It has the Vision
+    Transformers of timm, torchvision, open_clip (its image towers, for prompts) and transformers
+    (its model classes), and with a pattern timm's other models too. Each is built, without weights
+    or memory, to find out; all of them take about a minute. The table has the models that can be
+    explained; --json has all, with reasons.
     """
     with errors_in_one_line(debug):
         rows = _rows(pattern)
@@ -61,7 +59,7 @@ def models_command(
 
 
 def _rows(pattern: str) -> list[dict[str, str]]:
-    """Look at each model that fits; for "*" only at what goes by the name of a transformer."""
+    """Look at each model that fits the pattern; for "*" only at those listed as transformers."""
     rows = []
     if fnmatch.fnmatch("demo", pattern):
         rows = [{"model": "demo", "path": "closed-form", "why": ""}]

@@ -1,4 +1,4 @@
-"""The options that several commands have, each written once, and what reads their values."""
+"""The options that several commands share, and the functions that read their values."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ LayerIfGiven = Annotated[str | None, _layer]
 Limit = Annotated[
     int | None,
     typer.Option(
-        "--limit", min=1, help="Number of pictures to take, from the first on; default: all."
+        "--limit", min=1, help="Number of pictures to use, counted from the first; default: all."
     ),
 ]
 BatchSize = Annotated[
@@ -236,15 +236,11 @@ def load_models(
     Args:
         models: Specs as `load` takes them.
         weights: One file per model, or none at all.
-        random: Leave PyTorch models untrained.
+        random: Whether to leave PyTorch models untrained.
         device: Device of all models.
         backends: Runtimes of ONNX files.
         onnx: Options of `load` that only ONNX files have; None stands for not given.
         options: Options of `load` for all models.
-
-    Raises:
-        InputError: If there are weights for some of the models only, or beside random ones, or
-            options of ONNX files without one.
     """
     names = models or [DEFAULT_MODEL]
     if weights and random:
@@ -273,11 +269,7 @@ def load_models(
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Return the settings that KEY=VALUE pairs give, values as `read_value` reads them.
-
-    Raises:
-        InputError: If one is not such a pair.
-    """
+    """Return the settings that KEY=VALUE pairs give, values as `read_value` reads them."""
     options = {}
     for pair in pairs or []:
         key, value = split_pair(pair)
@@ -288,11 +280,7 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
-    """Return the (height, width) that "HEIGHTxWIDTH" gives, or one number for both.
-
-    Raises:
-        InputError: If it is neither.
-    """
+    """Return the (height, width) that "HEIGHTxWIDTH" gives, or one number for both."""
     if text is None:
         return None
     sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
@@ -302,11 +290,7 @@ def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | No
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read the class names of a text file, one per line; a synset and a tab may stand before each.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
+    """Read the class names of a text file, one per line, each maybe after a synset and a tab."""
     try:
         return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:

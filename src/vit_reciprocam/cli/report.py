@@ -13,9 +13,7 @@ from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out
 from vit_reciprocam.errors import MissingDependencyError
 
-__all__ = [
-    "report_command",
-]
+__all__ = ["report_command"]
 
 
 def report_command(
@@ -34,8 +32,8 @@ def report_command(
 
     The tables are written as Markdown, LaTeX and CSV, and the page is one self-contained HTML file.
     Runs of one protocol on the same pictures share a table; others get a table of their own. A run
-    that is not finished is reported as far as it got. Call this in the folder where the runs were
-    made, so that the page can show the pictures.
+    that is not finished is reported as far as it got. Run this in the folder where evaluate ran, so
+    that the page can show the pictures.
 
     Exit code 0: the report is written. 2: nothing could be done.
     """

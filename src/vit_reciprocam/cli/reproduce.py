@@ -23,9 +23,7 @@ from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.render import panels, png
 from vit_reciprocam.results.files import check_folder, holds_results, write_folder
 
-__all__ = [
-    "reproduce_command",
-]
+__all__ = ["reproduce_command"]
 
 MODELS = [
     "timm:deit_tiny_patch16_224",
@@ -68,7 +66,8 @@ def reproduce_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data set as evaluate takes it; for figures a folder of pictures; none for table2."
+            help="Data set as evaluate takes it, or for figures a folder of pictures; not given "
+            "for table2."
         ),
     ] = None,
     model: options.Models = None,
@@ -91,9 +90,9 @@ def reproduce_command(
 
     Methods and protocol are the paper's, and so are the models, DeiT-Tiny, -Small and -Base, unless
     --model names others. table1 compares methods and null baselines, table2 measures time, table3
-    drops the class token, table4 masks another layer, and figures draws the maps of each picture's
-    two most probable classes side by side. With ILSVRC2012's validation pictures as --data the
-    tables are the paper's.
+    masks the class token too, table4 masks another layer, and figures draws the maps of each
+    picture's two most probable classes side by side. With ILSVRC2012's validation pictures as
+    --data the tables are those of the paper.
     """
     unused: dict[Preset, dict[str, object]] = {
         Preset.TABLE2: {"--data": data, "--limit": limit, "--resume": resume},
@@ -158,12 +157,9 @@ def _draw(
     limit: int | None,
     device: str,
 ) -> bool:
-    """Draw each picture's maps, a row per class and a column per method, and write the drawings.
+    """Draw each picture's maps, with a row per class and a column per method, and write them.
 
-    Returns whether pictures failed.
-
-    Raises:
-        InputError: If there is no such folder, or nothing could be drawn.
+    Return whether pictures failed.
     """
     check_folder(folder)
     files: dict[str, bytes] = {}

@@ -1,9 +1,9 @@
 """ADCC, its terms and increase, as pure functions of arrays.
 
-The letters are METHOD's: A is the map of class c on the picture x, E = x ⊙ up(A) the masked
-picture, A' the method's map of c on E, p the probability of c on x and o that on E. Everything is
-batched over leading dimensions and computed in float64; results are fractions, not percentages.
-Papers differ in two points: where maps are compared (`size`), and how ADCC is averaged over a data
+The letters are these: A is the map of class c on the picture x, E = x ⊙ up(A) the masked picture,
+A' the method's map of c on E, p the probability of c on x and o that on E. Everything is batched
+over leading dimensions and computed in float64; results are fractions, not percentages. Papers
+differ in two points: at which size maps are compared (`size`), and how ADCC is averaged over a data
 set. A `Protocol` names the choice.
 """
 
@@ -31,7 +31,7 @@ _FLAT = 1e-12  # a map in [0, 1] with a smaller range is constant
 def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
     """Return max(0, p - o) / p of each picture, in the shape of p. Lower is better.
 
-    Chattopadhyay et al. 2018 (Grad-CAM++). It is 0 where p is 0, as nothing can drop there. A data
+    Chattopadhyay et al. 2018 (Grad-CAM++). It is 0 if p is 0, since nothing can drop then. A data
     set's average drop is the mean.
 
     Args:
@@ -46,7 +46,7 @@ def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
 
 
 def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
-    """Return 1.0 for each picture where o > p and 0.0 elsewhere. Higher is better.
+    """Return 1.0 for each picture with o > p and 0.0 for others. Higher is better.
 
     Chattopadhyay et al. 2018 (Grad-CAM++). Arguments are those of `average_drop`.
 
@@ -101,8 +101,8 @@ def coherency(
 ) -> np.ndarray:
     """Return (1 + Pearson(A, A')) / 2, shape (...), in [0, 1]. Higher is better.
 
-    Poppi et al. 2021. It is 0.5 where one of the two maps is constant. Arguments and errors are
-    those of `pearson`.
+    Poppi et al. 2021. It is 0.5 if one of the two maps is constant. Arguments and errors are those
+    of `pearson`.
     """
     return (1 + pearson(maps, masked_maps, size=size, mode=mode)) / 2
 
@@ -114,7 +114,7 @@ def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilin
 
     Args:
         maps: A, (..., h, w) in [0, 1].
-        size: Height and width (H, W) to which maps are upsampled before; None takes the cells as
+        size: Height and width (H, W) to which maps are upsampled first; None takes the cells as
             they are.
         mode: One of `MODES`, for `size`.
 
@@ -129,7 +129,7 @@ def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilin
 def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.ndarray:
     """Return 3 / (1/coherency + 1/(1 - complexity) + 1/(1 - drop)). Higher is better.
 
-    Poppi et al. 2021: the harmonic mean of three terms. It is 0 where a term is 0 (coherency 0,
+    Poppi et al. 2021: the harmonic mean of three terms. It is 0 if a term is 0 (coherency 0,
     complexity 1 or drop 1), which is the limit. The arguments have one shape; they are values of
     pictures, or means of data sets.
 
@@ -147,7 +147,7 @@ def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.
 def masked_images(images: np.ndarray, maps: np.ndarray, mode: str = "bilinear") -> np.ndarray:
     """Return E = x ⊙ up(A), shape (..., 3, H, W).
 
-    Images are normalised, so 0 is the mean colour, and masked areas become that.
+    Images are normalised, so that 0 is the mean colour, which masked areas take on.
 
     Args:
         images: Normalised images x, (..., 3, H, W).

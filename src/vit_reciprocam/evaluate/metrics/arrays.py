@@ -1,4 +1,4 @@
-"""What several metrics do to arrays: refuse bad ones, divide where possible, blur pictures."""
+"""Checks of arrays, and division and blur, that several metrics use."""
 
 from __future__ import annotations
 
@@ -32,12 +32,8 @@ _ROUNDING = 1e-5  # how far outside [0, 1] a probability or map may lie
 def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
     """Return maps (..., h, w) as float64.
 
-    Args:
-        maps: Maps (..., h, w).
-        name: Name of the argument, for the error.
-
     Raises:
-        InputError: If they are empty, NaN or outside [0, 1].
+        InputError: If they are empty, NaN or outside [0, 1]; it calls them `name`.
     """
     maps = np.asarray(maps, np.float64)
     if maps.ndim < 2 or maps.size == 0:
@@ -95,10 +91,10 @@ def check_columns(**columns: np.ndarray) -> list[np.ndarray]:
 
 
 def check_range(name: str, values: np.ndarray) -> None:
-    """Refuse what is NaN or outside [0, 1] by more than rounding.
+    """Refuse values that are NaN, or outside [0, 1] by more than rounding.
 
     Raises:
-        InputError: If a value is.
+        InputError: If there is such a value; it calls them `name`.
     """
     if np.isnan(values).any():
         raise InputError(f"{name} must be numbers in [0, 1]; {np.isnan(values).sum()} are NaN")
@@ -111,15 +107,16 @@ def check_range(name: str, values: np.ndarray) -> None:
 
 
 def divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return the quotient of two arrays, and 0 where the one below is not positive."""
+    """Return above / below, and 0 where below is not positive."""
     quotient: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
     return quotient
 
 
 def blur(images: np.ndarray) -> np.ndarray:
-    """Return pictures (..., H, W) under a Gaussian of 51x51 pixels and σ 20, borders reflected.
+    """Return pictures (..., H, W) blurred by a Gaussian of 51x51 pixels and σ 20.
 
-    It is torchvision's GaussianBlur; its width is the same whatever the picture's size.
+    Borders are reflected, as torchvision's GaussianBlur does it, and the Gaussian's width is the
+    same whatever the picture's size.
     """
     rows, columns = (_gaussian(side).astype(images.dtype) for side in images.shape[-2:])
     return np.asarray(rows @ images @ columns.T)
@@ -134,5 +131,5 @@ def _gaussian(side: int) -> np.ndarray:
     matrix = np.zeros((side, side))
     for shift, weight in enumerate(weights / weights.sum()):
         np.add.at(matrix, (np.arange(side), sources[shift : shift + side]), weight)
-    matrix.flags.writeable = False  # the cache hands out this very array
+    matrix.flags.writeable = False  # since the cache returns this array to every caller
     return matrix

@@ -1,4 +1,4 @@
-"""How well a saliency map lies on the object: pure functions of maps and boxes or masks.
+"""How well a saliency map finds the object: pure functions of maps and boxes or masks.
 
 Everything is batched over leading dimensions and computed in float64 at the picture's size; results
 are fractions, not percentages.
@@ -65,8 +65,8 @@ def energy_in_box(
 def mass_accuracy(maps: np.ndarray, masks: np.ndarray, *, mode: str = "bilinear") -> np.ndarray:
     """Return the share (...) of the map's sum that lies in the object's mask. Higher is better.
 
-    Arras et al. 2022. Where bicubic upsampling leaves a map below 0, it counts as 0. A map of zeros
-    has nothing in the object, so its share is 0. Errors are those of `pointing_game`.
+    Arras et al. 2022. Values that bicubic upsampling makes negative count as 0. A map of zeros has
+    nothing in the object, so its share is 0. Errors are those of `pointing_game`.
 
     Args:
         maps: Maps (..., h, w) in [0, 1].

@@ -14,11 +14,11 @@ from vit_reciprocam.evaluate.metrics.registry import KINDS, METRICS, Observation
 
 __all__ = ["measure", "summarize"]
 
-_NEEDED = ("p", "o", "coherency", "complexity")  # what ADCC is made of
+_NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed from
 
 
 def measure(seen: Observation, kinds: Collection[str] = tuple(KINDS)) -> dict[str, np.ndarray]:
-    """Return the columns (B,) of some pictures: p, o and their metrics, in fractions.
+    """Return the columns (B,) of a batch's pictures: p, o and the metrics of `kinds`, in fractions.
 
     Args:
         seen: Pictures, maps and probabilities.
@@ -39,9 +39,9 @@ def measure(seen: Observation, kinds: Collection[str] = tuple(KINDS)) -> dict[st
 def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str, float]:
     """Return a data set's figures from its pictures' columns (pictures,), in percent.
 
-    Metrics with `terms` are computed from these anew; others are left out where their column is
-    absent or NaN throughout. A metric of kind "location" may be NaN for pictures whose objects are
-    not known: its figure is the mean over the others.
+    Metrics with `terms` are computed from these anew; others are left out if their column is absent
+    or NaN throughout. A metric of kind "location" may be NaN for pictures whose objects are not
+    known: its figure is the mean over the others.
 
     Args:
         columns: Columns p, o, coherency and complexity, in fractions, and any others of `METRICS`;
@@ -57,7 +57,7 @@ def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str
     pictures = _picture_values(columns)
     figures: dict[str, Any] = {}
     for name, metric in METRICS.items():
-        if metric.is_of_means(protocol):
+        if metric.combines_means(protocol):
             if figures.keys() >= set(metric.terms):
                 figures[name] = metric.compute(*(figures[term] for term in metric.terms))
         elif name in pictures:

@@ -1,4 +1,4 @@
-"""Insertion and deletion: how soon the target's probability comes, and goes, in the map's order."""
+"""Insertion and deletion: how soon the target's probability rises or falls in the map's order."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 ]
 
 UNITS = ("patch", "pixel")
-"""Names of what appears or vanishes at a time: the map's own cells, or the picture's pixels."""
+"""Names of the units that appear or vanish in turn: the map's cells, or the picture's pixels."""
 
 BASELINES = ("blur", "mean", "black")
-"""Names of what stands where insertion has not come yet and where deletion has been."""
+"""Names of the pictures that insertion starts from and deletion ends at."""
 
 
 def baseline_images(
@@ -50,7 +50,7 @@ def baseline_images(
         std: Standard deviation of the preprocessing, needed for black.
 
     Raises:
-        InputError: If the kind does not exist, or it is black and mean or std are missing.
+        InputError: If the kind does not exist, or it is "black" and mean or std is missing.
     """
     check_choice("baseline", kind, BASELINES)
     images = check_pictures(images)
@@ -73,18 +73,18 @@ def transition_images(
     unit: str = "patch",
     mode: str = "bilinear",
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Return the way from start to end as pictures; the map's highest cells change first.
+    """Return the pictures on the way from start to end; the map's highest cells change first.
 
     Insertion goes from the baseline to the images, deletion back. After i steps
     ⌊i · cells / steps⌋ cells have changed; a step that would change none is left out. Equal cells
-    go row by row from the top left.
+    change row by row from the top left.
 
     Args:
         start: Normalised images or their baseline (..., 3, H, W).
         end: The other of the two.
         maps: Maps (..., h, w) in [0, 1].
         steps: Number of steps.
-        unit: "patch" goes by the map's own cells, "pixel" by those of the upsampled map.
+        unit: "patch" changes the map's own cells, "pixel" those of the upsampled map.
         mode: One of `MODES`, for pixels.
 
     Returns:
@@ -112,7 +112,7 @@ def transition_images(
         np.arange(pixels) * sides // pixels
         for pixels, sides in zip((height, width), cells.shape[-2:], strict=True)
     )
-    turns = ranks[..., rows[:, None], columns][..., None, :, :]  # each pixel's, (..., 1, H, W)
+    turns = ranks[..., rows[:, None], columns][..., None, :, :]  # turn of each pixel
     counts = dict.fromkeys(step * count // steps for step in range(steps + 1))  # each once
     return ((done / count, np.where(turns < done, end, start)) for done in counts)
 

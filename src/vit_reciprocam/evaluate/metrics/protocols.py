@@ -1,7 +1,7 @@
-"""Named evaluation protocols: what the metrics leave open, written down, so that figures compare.
+"""Named evaluation protocols: settings that the metrics leave open.
 
-Published implementations disagree on each of these settings; METHOD, "Metrics", has the table.
-Figures are reported with their protocol's name.
+Published implementations disagree on them (docs/evaluation.md, "Protocols"), so figures are
+reported with their protocol's name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 __all__ = ["AGGREGATES", "PROTOCOLS", "Protocol", "get_protocol"]
 
 AGGREGATES = ("means", "mean")
-"""Names of the ways to ADCC of a data set.
+"""Names of the ways to compute a data set's ADCC.
 
 "means" computes it from the set's mean coherency, complexity and drop; "mean" is the mean of the
 pictures' own.
@@ -42,13 +42,13 @@ class Protocol:
         upsampling: Way to bring a map to the picture's size, "bicubic" or "bilinear".
         compared_at: Size at which coherency and complexity are measured: "grid", on the map's
             cells, or "image", on the upsampled map.
-        adcc: Way to ADCC of a data set, a name in `AGGREGATES`.
+        adcc: Way to compute a data set's ADCC, a name in `AGGREGATES`.
         resize: Resizing of the preprocessing, "squash" or "shortest"; see `Preprocess`.
         crop_pct: Share of the resized picture that the crop keeps along each side; 0.875 is 256
             pixels for a crop of 224.
         interpolation: Interpolation of the preprocessing, see `Preprocess`.
         steps: Number of steps of insertion and deletion.
-        unit: Unit that appears or vanishes at a time, "patch" or "pixel".
+        unit: Unit that appears or vanishes in turn, "patch" or "pixel".
         baseline: Picture that insertion starts from and deletion ends at, "blur", "mean" or
             "black".
     """
@@ -66,11 +66,7 @@ class Protocol:
     baseline: str = "blur"
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            InputError: If one does not exist.
-        """
+        """Refuse a choice that does not exist."""
         if not isinstance(self.name, str) or not self.name.strip():
             raise InputError(f"a protocol needs a name; got {self.name!r}")
         check_choice("target", self.target, ("label", "top1"))
@@ -86,11 +82,7 @@ class Protocol:
         self.preprocess(Preprocess((1, 1)))  # checks resize and interpolation
 
     def preprocess(self, base: Preprocess) -> Preprocess:
-        """Return the model's preprocessing with this protocol's resize, crop and interpolation.
-
-        Args:
-            base: Preprocessing of the model, whose size, mean and std stay.
-        """
+        """Return a model's preprocessing with this protocol's resize, crop and interpolation."""
         return dataclasses.replace(
             base, resize=self.resize, crop_pct=self.crop_pct, interpolation=self.interpolation
         )
@@ -100,7 +92,7 @@ class Protocol:
 
         Args:
             probs: Probabilities (B, C).
-            labels: True classes (B,), needed where they are explained.
+            labels: True classes (B,), needed if c is the label.
 
         Raises:
             InputError: If c is the label and there is not one per picture.
@@ -116,12 +108,7 @@ class Protocol:
         return np.asarray(labels)
 
     def masked_images(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
-        """Return E of `adcc.masked_images`, (B, 3, H, W), with this protocol's upsampling.
-
-        Args:
-            images: Normalised images (B, 3, H, W).
-            maps: Maps (B, h, w) in [0, 1].
-        """
+        """Return E of `adcc.masked_images`, (B, 3, H, W), with this protocol's upsampling."""
         return masked_images(images, maps, self.upsampling)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,10 +117,7 @@ class Protocol:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """Return the protocol with these settings.
-
-        Args:
-            values: Settings as `to_dict` returns them; all but the name may be missing.
+        """Return the protocol with settings of `to_dict`, of which all but the name may be missing.
 
         Raises:
             InputError: If a field does not exist, the name is missing, or a value is not one of its
@@ -150,12 +134,11 @@ class Protocol:
     def from_file(cls, path: str | Path) -> Protocol:
         """Read your own protocol from a .toml or .json file of fields, such as `steps = 28`.
 
-        Args:
-            path: File. If it lacks the field name, its own name without the ending is taken.
+        If the field `name` is missing, the file's name without its ending is taken.
 
         Raises:
             InputError: If the file cannot be read, is not TOML or JSON, has a field that does not
-                exist, or takes a name of `PROTOCOLS` for something else.
+                exist, or changes a protocol of `PROTOCOLS` without another name.
         """
         path = Path(path)
         read = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())

@@ -1,4 +1,4 @@
-"""Regions of objects: boxes and masks of data sets as masks of the picture's pixels."""
+"""Boxes and masks of objects as masks of the picture's pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["box_masks", "region_masks"]
 
 
 def box_masks(boxes: np.ndarray, size: Size) -> np.ndarray:
-    """Return boxes (..., 4) as masks (..., H, W) bool of the pixels whose centre they hold.
+    """Return boxes (..., 4) as masks (..., H, W) bool of the pixels whose centre lies in them.
 
     Args:
         boxes: Left, top, right and bottom in pixels of the picture that the model sees; right and
@@ -42,12 +42,9 @@ def box_masks(boxes: np.ndarray, size: Size) -> np.ndarray:
 
 
 def region_masks(maps: np.ndarray, regions: np.ndarray, *, size: Size | None = None) -> np.ndarray:
-    """Return the objects' masks (..., H, W) bool, one per map.
+    """Return the objects' masks (..., H, W) bool, one per map (..., h, w).
 
-    Args:
-        maps: Maps (..., h, w).
-        regions: Masks (..., H, W), or boxes (..., 4) as `box_masks` takes them.
-        size: Height and width (H, W) of the picture, needed with boxes.
+    Regions are masks (..., H, W), or boxes as `box_masks` takes them, with the picture's size.
 
     Raises:
         InputError: If there is not one region per map, or one holds no pixel of the picture.

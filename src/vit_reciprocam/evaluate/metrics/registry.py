@@ -1,7 +1,7 @@
-"""METRICS: every metric as one record, which whatever measures, keeps or shows metrics reads.
+"""METRICS: one record per metric.
 
-The store's columns, a run's measuring, summaries, bootstrap intervals, tables, plots and the table
-in docs/evaluation.md all come from these records, so a new metric is one more of them.
+The measuring of a run, the store's columns, summaries, bootstrap intervals, tables, plots and the
+table in docs/evaluation.md all read these records, so that a new metric is one more of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ KINDS = {
 }
 """Kind -> when its metrics are measured.
 
-adcc: ADCC, its terms and what else compares the picture with the picture under its map; map: what
-looks at the map alone; order: what perturbs the picture in the map's order; location: what compares
-the map with the object's place, and may therefore be missing for some pictures.
+adcc: ADCC, its terms and other metrics that compare the picture with the picture under its map;
+map: metrics of the map alone; order: those that perturb the picture in the map's order; location:
+those that compare the map with the object's place, and may therefore be NaN for some pictures.
 """
 
 _AGGREGATES = ("mean", "means", "protocol")
@@ -59,10 +59,10 @@ class Objects:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a metric is computed from: pictures, one method's maps of them, and the model's answers.
+    """All that a metric is computed from: pictures, one method's maps and the model's answers.
 
-    METHOD's letters: c is the explained class, A the map of c, E the picture times the upsampled A,
-    A' the method's map of c on E.
+    The letters are those of docs/evaluation.md: c is the explained class, A the map of c, E the
+    picture times the upsampled A, A' the method's map of c on E.
 
     Attributes:
         protocol: Settings that the metrics' papers leave open.
@@ -74,8 +74,8 @@ class Observation:
         p: Probability of c on the pictures, (B,).
         o: Probability of c on E, (B,).
         predict: Function from images (B, 3, H, W) to probabilities (B, C).
-        objects: Place of the label's objects, one entry per picture: None where it is not known or
-            c is not the label.
+        objects: Place of the label's objects, one entry per picture: None if it is not known or c
+            is not the label.
     """
 
     protocol: Protocol
@@ -104,7 +104,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: all that the store, a run, the tables and the docs know of it.
+    """One metric: all that a run, the store, the tables and the docs know about it.
 
     Attributes:
         column: Its name in records, summaries and CSV files.
@@ -112,15 +112,15 @@ class Metric:
         higher: Whether a higher value is better.
         kind: Name in `KINDS`, which says when it is measured.
         compute: Function that returns the values (B,) of pictures as fractions. Its argument is an
-            `Observation`; where there are `terms`, its arguments are their arrays. A metric of kind
+            `Observation`; if there are `terms`, its arguments are their arrays. A metric of kind
             "location" may return NaN for a picture that it does not apply to.
         description: Value of one picture, as the docs have it.
         source: Paper that defines it.
-        terms: Columns that it is computed from, each "p", "o" or of a metric further up; empty
-            where it is computed from an `Observation`.
-        aggregate: How pictures become a figure of the data set. "mean": the mean over the pictures.
-            "means": `compute` of the figures of its terms; such a metric has no value per picture
-            and no column in the store. "protocol": whichever of these `Protocol.adcc` names.
+        terms: Columns that it is computed from: "p", "o", or those of metrics that stand before it
+            in `METRICS`. Empty if it is computed from an `Observation`.
+        aggregate: Way to the figure of the data set. "mean": the mean over the pictures. "means":
+            `compute` of the figures of its terms; such a metric has no value per picture and no
+            column in the store. "protocol": whichever of these `Protocol.adcc` names.
     """
 
     column: str
@@ -134,11 +134,7 @@ class Metric:
     aggregate: str = "mean"
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            InputError: If one does not exist.
-        """
+        """Refuse a choice that does not exist."""
         check_choice("kind of metric", self.kind, KINDS)
         check_choice("aggregate of metric", self.aggregate, _AGGREGATES)
 
@@ -147,10 +143,14 @@ class Metric:
         """Whether it has a value per picture, which the store keeps."""
         return self.aggregate != "means"
 
-    def is_of_means(self, protocol: Protocol) -> bool:
-        """Return whether its data set's figure is computed from its terms' figures."""
-        chosen = protocol.adcc if self.aggregate == "protocol" else self.aggregate
-        return chosen == "means"
+    @property
+    def heading_with_arrow(self) -> str:
+        """Its heading, with an arrow to the better side."""
+        return f"{self.heading} {'↑' if self.higher else '↓'}"
+
+    def combines_means(self, protocol: Protocol) -> bool:
+        """Return whether a data set's figure is computed from the figures of its terms."""
+        return (protocol.adcc if self.aggregate == "protocol" else self.aggregate) == "means"
 
 
 def _coherency(seen: Observation) -> np.ndarray:
@@ -175,12 +175,10 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 def _locate(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
 ) -> Callable[[Observation], np.ndarray]:
-    """Return a measure of a map and its object's mask, NaN where the object is not known.
+    """Return `compute` of a measure of a map (h, w) and its object's mask (H, W).
 
-    Args:
-        measure: Function of a map (h, w) and a mask (H, W).
-        from_boxes: Whether it holds for masks made of boxes only, or for other masks only; None
-            where it holds for both.
+    It gives NaN if the object is not known. With `from_boxes` only masks that were made from boxes
+    count, with False only others.
     """
 
     def compute(seen: Observation) -> np.ndarray:

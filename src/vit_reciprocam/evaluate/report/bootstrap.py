@@ -1,4 +1,4 @@
-"""Bootstrap over pictures, paired between methods: how sure a figure is."""
+"""Bootstrap over pictures, paired between methods, for the intervals of figures."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Resampled:
     Attributes:
         methods: Their names.
         pictures: Number of pictures.
-        values: Metric -> (1 + resamples, methods) in percent. The first row is of the pictures as
-            they are, each other one of a resample, which has the same pictures for all methods; NaN
-            where not measured.
+        values: Metric -> (1 + resamples, methods) in percent. The first row is computed from the
+            pictures as they are, every other row from a resample, whose pictures are the same for
+            all methods. NaN stands for what was not measured.
     """
 
     methods: tuple[str, ...]
@@ -47,12 +47,12 @@ class Resampled:
     values: Mapping[str, np.ndarray]
 
     def figures(self, method: str) -> dict[str, Estimate]:
-        """Return a method's figures by metric, those that were measured."""
+        """Return metric -> figure of a method, for the metrics that were measured."""
         column = self.methods.index(method)
         return self._estimates({name: v[:, column] for name, v in self.values.items()})
 
     def differences(self, method: str, other: str) -> dict[str, Estimate]:
-        """Return a method's figures minus another's, from the same resampled pictures."""
+        """Return metric -> a method's figure minus another's, on the same resampled pictures."""
         a, b = self.methods.index(method), self.methods.index(other)
         return self._estimates({name: v[:, a] - v[:, b] for name, v in self.values.items()})
 
@@ -75,15 +75,16 @@ def resample(
 ) -> Resampled:
     """Return the figures of `summarize` for the pictures and for resamples of them.
 
-    Bootstrap over pictures (Efron 1979). Every figure is a mean over pictures or is computed from
-    such means. So a resample is a row of weights, the number of times that each picture was drawn,
-    and all resamples are one product of matrices.
+    Bootstrap over pictures (Efron 1979): a resample draws as many pictures as there are, with
+    replacement. Every figure is a mean over pictures or is computed from such means. So a resample
+    is a row of weights, the number of times that each picture was drawn, and all resamples are one
+    product of matrices.
 
     Args:
-        columns: Columns (pictures,) of each method in fractions, pictures in one order; NaN or
-            absent where not measured.
+        columns: Method -> columns (pictures,) in fractions, the same pictures in one order for all
+            methods. What was not measured is NaN or absent.
         protocol: Protocol that says how ADCC is averaged.
-        resamples: Number of resamples; each draws as many pictures as there are, with replacement.
+        resamples: Number of resamples.
         seed: Seed of the draws.
     """
     names = [name for name, metric in METRICS.items() if metric.is_stored]
@@ -101,7 +102,7 @@ def resample(
     means = np.concatenate(blocks).reshape(-1, len(columns), len(names))
     values = {name: means[..., number] for number, name in enumerate(names)}
     for name, metric in METRICS.items():
-        if metric.is_of_means(protocol):
+        if metric.combines_means(protocol):
             values[name] = metric.compute(*(values[term] for term in metric.terms))
     return Resampled(
         tuple(columns), pictures, {name: 100 * value for name, value in values.items()}
@@ -109,7 +110,7 @@ def resample(
 
 
 def _weights(pictures: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each picture counts, in blocks (rows, pictures): once, then as drawn."""
+    """Yield blocks (rows, pictures) of how often pictures count: a row of ones, then the draws."""
     yield np.ones((1, pictures))
     random = np.random.default_rng(seed)
     for start in range(0, resamples, _BLOCK):

@@ -19,7 +19,7 @@ from vit_reciprocam.evaluate.report.sheets import (
 from vit_reciprocam.evaluate.report.tables import Table
 from vit_reciprocam.results.tables import csv_text, markdown_row
 
-__all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number", "table_heading"]
+__all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number"]
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -38,26 +38,21 @@ _WITH_INTERVAL = (
 
 
 def number(value: float, signed: bool) -> str:
-    """Return a number with two digits, and a sign if `signed`; never −0.00."""
+    """Return a number with two decimals, and a sign if `signed`; never −0.00."""
     shown = f"{value:+.2f}" if signed else f"{value:.2f}"
     if float(shown) == 0:
         shown = "0.00"
     return shown.replace("-", "−")
 
 
-def table_heading(metric: str) -> str:
-    """Return a metric's heading with an arrow to the better side."""
-    return f"{METRICS[metric].heading} {'↑' if METRICS[metric].higher else '↓'}"
-
-
 # --- Markdown --------------------------------------------------------------------------------
 
 
 def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
-    """Return sheets as Markdown, under each the origin of its figures, and last the notes."""
+    """Return sheets as Markdown, each followed by the origin of its figures, and then the notes."""
     text = [f"## {_escape(heading(table))}", ""]
     for sheet in sheets:
-        columns = ["Method", *map(table_heading, sheet.metrics)]
+        columns = ["Method", *(METRICS[metric].heading_with_arrow for metric in sheet.metrics)]
         text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", markdown_row(columns)]
         text.append(markdown_row([":--", *("--:" for _ in sheet.metrics)]))
         for block in sheet.blocks:
@@ -79,9 +74,9 @@ def _markdown_cell(cell: Cell | None) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text that Markdown shows as the given one."""
+    """Return text with Markdown's marks escaped."""
     text = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word it is itself
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word _ is not a mark
 
 
 def _format(cell: Cell) -> tuple[str, str]:
@@ -160,11 +155,8 @@ def figures_csv(tables: Sequence[Table]) -> str:
                     "reference": model.reference,
                     "paired_images": model.paired.pictures if model.paired else 0,
                 }
-                for name, one in row.figures.items():
-                    about |= _columns(name, one)
-                for name, one in row.differences.items():
-                    about |= _columns(f"{name}_difference", one)
-                rows.append(about)
+                figures = _columns(row.figures) | _columns(row.differences, "_difference")
+                rows.append(about | figures)
     return _csv(rows, ("", "_difference"))
 
 
@@ -184,19 +176,19 @@ def ablation_csv(tables: Sequence[Table]) -> str:
                     "reference": pair.base.method,
                     "paired_images": model.paired.pictures if model.paired else 0,
                 }
-                for name, one in pair.variant.figures.items():
-                    about |= _columns(name, one)
-                for name, one in pair.base.figures.items():
-                    about |= _columns(f"{name}_reference", one)
-                for name, one in pair.differences.items():
-                    about |= _columns(f"{name}_difference", one)
-                rows.append(about)
+                figures = _columns(pair.variant.figures)
+                figures |= _columns(pair.base.figures, "_reference")
+                figures |= _columns(pair.differences, "_difference")
+                rows.append(about | figures)
     return _csv(rows, ("", "_reference", "_difference"))
 
 
 def _origin(table: Table) -> dict[str, Any]:
     data = table.runs[0].settings["data"]
-    versions = {run.path: run.settings["versions"] for run in table.runs}
+    versions = [
+        " ".join(f"{name}={version}" for name, version in run.settings["versions"].items())
+        for run in table.runs
+    ]
     return {
         "unit": "percent",
         "protocol": table.runs[0].protocol.name,
@@ -205,17 +197,17 @@ def _origin(table: Table) -> dict[str, Any]:
         "data_pictures": data["pictures"],
         "resamples": table.resamples,
         "seed": table.seed,
-        "versions": "; ".join(
-            dict.fromkeys(
-                " ".join(f"{name}={version}" for name, version in each.items())
-                for each in versions.values()
-            )
-        ),
+        "versions": "; ".join(dict.fromkeys(versions)),
     }
 
 
-def _columns(name: str, one: Estimate) -> dict[str, float]:
-    return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+def _columns(figures: Mapping[str, Estimate], kind: str = "") -> dict[str, float]:
+    """Return three columns per metric, its value and the ends of its interval."""
+    columns: dict[str, float] = {}
+    for metric, one in figures.items():
+        name = f"{metric}{kind}"
+        columns |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+    return columns
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:

@@ -22,15 +22,15 @@ from vit_reciprocam.pictures.render import overlay
 
 __all__ = ["Example", "Overlay", "Section", "agreement", "choose", "sections"]
 
-_SIDE = 224  # pixels that a picture on the page has at most
-_QUALITY = 82  # JPEG's
+_LONGER_SIDE = 224  # most pixels along a side of a picture on the page
+_JPEG_QUALITY = 82
 _GREY = "#8c8f96"
-_FLAT = 1e-6  # a map of a smaller norm around its mean is constant
+_FLAT = 1e-6  # a centred map with a smaller norm is constant
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """A picture under one method's map: a data URI, and the picture's own ADCC in percent."""
+    """A picture under one method's map, as a data URI, with the picture's own ADCC in percent."""
 
     method: str
     is_null: bool
@@ -44,8 +44,8 @@ class Example:
 
     Attributes:
         name: Name of its file or scene.
-        words: Class that is explained, and what the model said.
-        problem: Reason that it cannot be shown, or "".
+        words: Class that is explained, and the class that the model predicts.
+        problem: Reason why it cannot be shown, or "".
         uri: Data URI of the picture.
         overlays: Overlays, one per method.
         size: Width and height of all of them in pixels.
@@ -69,24 +69,16 @@ class Section:
 
 
 def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]:
-    """Return the best, the worst and the most disputed pictures of a model, drawn.
-
-    They are chosen among the pictures that every method was measured on.
-
-    Args:
-        table: Table that the model is in.
-        model: One model of it.
-        count: Number of pictures in each section, at most.
-    """
+    """Return the sections of a model in a table, each with at most `count` pictures, drawn."""
     chosen = choose(table, model, count)
-    show = _Painter(table, model, {index for indices in chosen.values() for index in indices})
+    painter = _Painter(table, model, {index for indices in chosen.values() for index in indices})
     words = {
         "Best": f"Highest ADCC of {model.reference}.",
         "Worst": f"Lowest ADCC of {model.reference}.",
         "Most disputed": "Lowest mean correlation between the maps of the methods that explain.",
     }
     return [
-        Section(title, words[title], tuple(show(index) for index in indices))
+        Section(title, words[title], tuple(map(painter.draw, indices)))
         for title, indices in chosen.items()
         if indices
     ]
@@ -95,21 +87,21 @@ def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]
 def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int]]:
     """Return the indices of the best, the worst and the most disputed pictures of a model.
 
-    The first two are chosen by the reference method's ADCC, and no picture is in both.
+    They are chosen among the pictures that every method was measured on, the best and the worst by
+    the reference method's ADCC, and no picture is both.
     """
-    indices = _common(table, model)
+    indices = _find_common(table, model)
     if not len(indices):
         return {}
     run = table.run_of(model.model, model.reference)
     columns = columns_of(run.records, model.model, model.reference)
     adcc = columns["adcc"][np.isin(columns["index"], indices)]
     ranked = indices[np.argsort(-adcc, kind="stable")].tolist()
-    worst = ranked[count:][::-1][:count]
-    found = {"Best": ranked[:count], "Worst": worst}
-    maps = [_maps(table, model, row.method, indices) for row in model.rows if not row.is_null]
-    alike = [each for each in maps if each.shape == maps[0].shape]
-    if len(alike) > 1:
-        disputed = np.argsort(agreement(alike), kind="stable")[:count]
+    found = {"Best": ranked[:count], "Worst": ranked[count:][::-1][:count]}
+    maps = [_read_maps(table, model, row.method, indices) for row in model.rows if not row.is_null]
+    same_grid = [each for each in maps if each.shape == maps[0].shape]
+    if len(same_grid) > 1:
+        disputed = np.argsort(agreement(same_grid), kind="stable")[:count]
         found["Most disputed"] = indices[disputed].tolist()
     return found
 
@@ -133,7 +125,7 @@ def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(((total**2).sum(axis=1) - own) / (len(maps) * (len(maps) - 1)))
 
 
-def _common(table: Table, model: ModelRows) -> np.ndarray:
+def _find_common(table: Table, model: ModelRows) -> np.ndarray:
     """Return the indices of the pictures that every method was measured on, sorted."""
     each = [
         records_of(table.run_of(model.model, row.method).records, model.model, row.method)
@@ -143,7 +135,7 @@ def _common(table: Table, model: ModelRows) -> np.ndarray:
     return np.array(sorted(common), np.int64)
 
 
-def _maps(table: Table, model: ModelRows, method: str, indices: np.ndarray) -> np.ndarray:
+def _read_maps(table: Table, model: ModelRows, method: str, indices: np.ndarray) -> np.ndarray:
     """Return one method's maps of some pictures, (pictures, cells)."""
     records = records_of(table.run_of(model.model, method).records, model.model, method)
     records = _choose_pictures(records, indices)
@@ -168,7 +160,7 @@ def _records(
 
 
 class _Painter:
-    """Painter of a model's pictures, which reads each of them once."""
+    """Draws a model's pictures, each of them once."""
 
     def __init__(self, table: Table, model: ModelRows, indices: set[int]) -> None:
         run = table.run_of(model.model, model.reference)
@@ -179,7 +171,8 @@ class _Painter:
         self.class_names: Sequence[str] | None = about.get("class_names")
         self.done: dict[int, Example] = {}
 
-    def __call__(self, index: int) -> Example:
+    def draw(self, index: int) -> Example:
+        """Return a picture, drawn now or earlier."""
         if index not in self.done:
             self.done[index] = self._draw(index)
         return self.done[index]
@@ -194,7 +187,7 @@ class _Painter:
             problem = str(error)
         view = None if picture is None else self.preprocess.view(picture)
         height, width = self.preprocess.size
-        scale = min(1, _SIDE / max(height, width))
+        scale = min(1, _LONGER_SIDE / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         grey = _uri(Image.new("RGB", size, _GREY))
 
@@ -208,27 +201,28 @@ class _Painter:
 
         overlays = [
             Overlay(row.method, row.is_null, 100 * record["adcc"], draw(record))
-            for row, record in ((row, records[row.method]) for row in self.model.rows)
+            for row, record in zip(self.model.rows, records.values(), strict=True)
         ]
-        source = PurePath(about["source"])
-        name = "/".join(source.parts[-2:])
+        name = "/".join(PurePath(about["source"]).parts[-2:])
         return Example(name, self._words(about), problem, draw(None), tuple(overlays), size)
 
     def _words(self, about: Mapping[str, Any]) -> str:
         target, label, predicted = about["target"], about["label"], about["predicted"]
-        words = f"Explained: {self._name(target)}, probability {100 * about['p']:.1f} %"
+        words = f"Explained: {self._class_name(target)}, probability {100 * about['p']:.1f} %"
         if label is not None and label != target:
-            words += f"; true class: {self._name(label)}"
-        return words + ("." if predicted == target else f"; predicted: {self._name(predicted)}.")
+            words += f"; true class: {self._class_name(label)}"
+        if predicted != target:
+            words += f"; predicted: {self._class_name(predicted)}"
+        return f"{words}."
 
-    def _name(self, index: int) -> str:
+    def _class_name(self, index: int) -> str:
         if self.class_names is None:
             return f"class {index}"
         return self.class_names[index].split(",")[0]
 
 
 def _read(about: Mapping[str, Any]) -> Image.Image:
-    """Read the picture of a record, if it is still there and the same."""
+    """Read the picture of a record, and refuse it if it has changed."""
     picture = Item(about["index"], about["source"]).read()
     if picture_digest(picture) != about["digest"]:
         raise ImageError(f"{about['source']} is not the picture that was measured: it has changed")
@@ -237,5 +231,5 @@ def _read(about: Mapping[str, Any]) -> Image.Image:
 
 def _uri(picture: Image.Image) -> str:
     sink = io.BytesIO()
-    picture.save(sink, format="JPEG", quality=_QUALITY)
+    picture.save(sink, format="JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"

@@ -17,7 +17,7 @@ from vit_reciprocam.evaluate.store import columns_of
 
 __all__ = ["difference_plot", "distribution_plot"]
 
-_WIDTH = 4.6  # inches, at 72 points: as wide as a phone
+_WIDTH = 4.6  # inches of 72 points: as wide as a phone's screen
 _ROW = 0.46
 _MARGIN = 0.55
 _BINS = 40
@@ -37,15 +37,9 @@ _STYLE: Any = {
 
 
 def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
-    """Draw each method's difference to the reference on one metric, with its interval.
+    """Return an SVG of each method's difference to the reference on one metric, with its interval.
 
-    Args:
-        model: One model of a table.
-        metric: Name in `METRICS`.
-        key: Prefix that keeps the names inside this SVG apart from those of others on the page.
-
-    Returns:
-        SVG, or "" if there is no difference to draw.
+    If there is no difference, return "". The key sets names in this SVG apart from those in others.
     """
     rows = [row for row in model.rows if metric in row.differences]
     if not rows:
@@ -62,16 +56,9 @@ def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
 
 
 def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) -> str:
-    """Draw how one metric is spread over pictures: a histogram and the median of each method.
+    """Return an SVG with the histogram and the median of one metric over pictures per method.
 
-    Args:
-        table: Table that the model is in.
-        model: One model of it.
-        metric: Name in `METRICS` of a metric that every picture has.
-        key: Prefix that keeps the names inside this SVG apart from those of others on the page.
-
-    Returns:
-        SVG.
+    Every picture must have the metric. The key sets names in this SVG apart from those in others.
     """
     figure, axes = _axes(model.rows)
     edges = np.linspace(0, 100, _BINS + 1)
@@ -91,7 +78,7 @@ def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) 
 
 
 def _axes(rows: Sequence[Row]) -> tuple[Figure, Any]:
-    """Return a figure with a line for each method, its name above it."""
+    """Return a figure with space for a line per method, each under the method's name."""
     with matplotlib.rc_context(_STYLE):
         height = _ROW * len(rows) + _MARGIN
         figure = Figure(figsize=(_WIDTH, height))

@@ -35,7 +35,7 @@ _TITLES = {
     "kernel": "Kernel",
     "score": "Score",
 }
-_DIGITS = 12  # letters that are left of a digest
+_SHOWN_DIGITS = 12  # a whole digest has 64
 _NULL_HEADING = "null baselines, which explain nothing"
 
 
@@ -56,7 +56,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A method's cells, None where it was not measured."""
+    """A method's cells, one per metric; None if it was not measured."""
 
     name: str
     cells: tuple[Cell | None, ...]
@@ -89,19 +89,17 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What one setting of ReciproCAM changes, all others alike.
+    """Two rows of ReciproCAM that differ in one setting.
 
     Attributes:
         setting: Name of the setting.
-        model: Name of the model.
-        others: The kernel, and further settings in which both agree and differ from the paper.
+        others: The kernel, and those further settings of both rows that are not the paper's.
         base: Row with the setting as the paper has it.
         variant: Row with another value.
         differences: Metric -> variant minus base, paired.
     """
 
     setting: str
-    model: str
     others: Mapping[str, Any]
     base: Row
     variant: Row
@@ -115,7 +113,7 @@ def figure_sheet(table: Table) -> Sheet:
     for model in table.models:
         same = len({row.images for row in model.rows}) == 1
         count = f" ({model.rows[0].images} pictures)" if same else ""
-        lines = {False: [], True: []}  # type: dict[bool, list[Line]]
+        lines: dict[bool, list[Line]] = {False: [], True: []}  # by whether it is a null baseline
         for row in model.rows:
             cells = tuple(
                 Cell(row.figures[name], best=name in row.best) if name in row.figures else None
@@ -132,7 +130,7 @@ def difference_sheet(table: Table) -> Sheet | None:
     names = tuple(table.metrics)
     blocks = []
     for model in table.models:
-        lines = {False: [], True: []}  # type: dict[bool, list[Line]]
+        lines: dict[bool, list[Line]] = {False: [], True: []}  # by whether it is a null baseline
         for row in model.rows:
             if row.differences:
                 lines[row.is_null].append(Line(row.method, _differences(row.differences, names)))
@@ -168,33 +166,34 @@ def ablations(model: ModelRows) -> list[Ablation]:
         for base in rows:
             if base.settings.get(setting, default) != default:
                 continue
+            others = _others(base, setting)
             for variant in rows:
                 changed = variant.settings.get(setting, default) != default
-                if changed and model.paired and _others(variant, setting) == _others(base, setting):
+                if changed and model.paired and _others(variant, setting) == others:
                     differences = model.paired.differences(variant.method, base.method)
-                    others = _others(base, setting)
-                    found.append(Ablation(setting, model.model, others, base, variant, differences))
+                    found.append(Ablation(setting, others, base, variant, differences))
     return found
 
 
 def ablation_sheets(table: Table) -> list[Sheet]:
     """Return sheets like the paper's Tables 3 and 4, one for each setting that was varied."""
     names = tuple(table.metrics)
-    pairs = [pair for model in table.models for pair in ablations(model)]
+    pairs = [(model.model, pair) for model in table.models for pair in ablations(model)]
     sheets = []
     for setting in _TITLES:
         blocks = []
-        for pair in (pair for pair in pairs if pair.setting == setting):
-            alike = ", ".join(_spell(pair.others))
+        for model, pair in pairs:
+            if pair.setting != setting:
+                continue
             base, variant = (
                 Line(
-                    _setting(setting, row) + note,
+                    _spell({setting: row.settings.get(setting, DEFAULTS[setting])}) + note,
                     tuple(Cell(row.figures[n]) if n in row.figures else None for n in names),
                 )
                 for row, note in ((pair.base, " (default)"), (pair.variant, ""))
             )
             change = Line("difference", _differences(pair.differences, names))
-            title = f"{pair.model}, {alike}" if alike else pair.model
+            title = ", ".join(filter(None, [model, _spell(pair.others)]))
             blocks.append(Block(title, (base, variant, change)))
         if blocks:
             caption = f"ReciproCAM with another {setting.replace('_', ' ')}, in percent"
@@ -203,7 +202,7 @@ def ablation_sheets(table: Table) -> list[Sheet]:
 
 
 def _others(row: Row, setting: str) -> dict[str, Any]:
-    """Return a row's further settings that are not the paper's, and the kernel in any case."""
+    """Return the kernel of a row, and those further settings that are not the paper's."""
     return {
         key: value
         for key, value in {**DEFAULTS, **row.settings}.items()
@@ -211,39 +210,36 @@ def _others(row: Row, setting: str) -> dict[str, Any]:
     }
 
 
-def _spell(settings: Mapping[str, Any]) -> list[str]:
-    return [
+def _spell(settings: Mapping[str, Any]) -> str:
+    """Return settings as they are given on the command line, such as "class_token=false"."""
+    return ", ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in sorted(settings.items())
-    ]
-
-
-def _setting(setting: str, row: Row) -> str:
-    return _spell({setting: row.settings.get(setting, DEFAULTS[setting])})[0]
+    )
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
 def heading(table: Table) -> str:
-    """Return protocol and data set in a few words."""
+    """Return the heading of a table: its protocol and data set."""
     data = table.runs[0].settings["data"]
     return f"Protocol {table.runs[0].protocol.name} on {PurePath(data['name']).name}"
 
 
 def how_to_read(table: Table) -> str:
-    """Return what intervals and bold mean."""
+    """Return what intervals and bold figures mean."""
     return (
         "In brackets: 95 % bootstrap percentile intervals over pictures "
-        f"({table.resamples} resamples, seed {table.seed}), each for itself. Differences are "
-        "paired: every resample has the same pictures for all methods. Bold: the best method and "
-        "those it is not clearly better than (0 is in the interval of their difference); nothing "
-        "is bold where that is all of them. Null baselines are never marked."
+        f"({table.resamples} resamples, seed {table.seed}), each figure on its own. Differences "
+        "are paired: every resample has the same pictures for all methods. Bold: the best method "
+        "and those it is not clearly better than (0 is in the interval of their difference); "
+        "nothing is bold if that is all of them. Null baselines are never marked."
     )
 
 
 def findings(table: Table) -> list[str]:
-    """Return sentences on metrics where a null baseline beats methods that explain."""
+    """Return sentences on the metrics on which a null baseline beats methods that explain."""
     found = []
     for model in table.models:
         where = f"{model.model}: " if len(table.models) > 1 else ""
@@ -257,9 +253,10 @@ def findings(table: Table) -> list[str]:
 
 
 def _beaten(model: ModelRows) -> list[str]:
-    """Return one sentence per metric on which a null baseline beats methods that explain."""
     sentences = []
-    for metric in sorted(METRICS, key=lambda name: name != "adcc"):  # ADCC sums it up, so first
+    for metric in sorted(
+        METRICS, key=lambda name: name != "adcc"
+    ):  # ADCC combines others, so it is first
         about = METRICS[metric]
         sign = 1 if about.higher else -1
         having = [row for row in model.rows if metric in row.figures]
@@ -291,18 +288,21 @@ def provenance(table: Table) -> str:
     """Return the origin of the figures in one line."""
     settings = table.runs[0].settings
     data = settings["data"]
-    weights = ", ".join(f"{one.model} (weights {one.weights[:_DIGITS]})" for one in table.models)
+    weights = ", ".join(
+        f"{one.model} (weights {one.weights[:_SHOWN_DIGITS]})" for one in table.models
+    )
     versions = "; ".join(dict.fromkeys(_versions(run.settings) for run in table.runs))
     measured = max((row.images for one in table.models for row in one.rows), default=0)
-    of = f"{measured} of " if measured < data["pictures"] else ""
+    share = f"{measured} of " if measured < data["pictures"] else ""
     return (
-        f"Protocol {settings['protocol']['name']}; {of}{data['pictures']} pictures of "
-        f"{PurePath(data['name']).name} (digest {data['digest'][:_DIGITS]}); {weights}; {versions}"
+        f"Protocol {settings['protocol']['name']}; {share}{data['pictures']} pictures of "
+        f"{PurePath(data['name']).name} (digest {data['digest'][:_SHOWN_DIGITS]}); "
+        f"{weights}; {versions}"
     )
 
 
 def full_provenance(table: Table) -> list[tuple[str, str]]:
-    """Return the origin of the figures in full: names and values, for each run."""
+    """Return the origin of the figures in full, as names and values for each run."""
     protocol = table.runs[0].settings["protocol"]
     found = [("protocol", ", ".join(f"{key}={value}" for key, value in protocol.items()))]
     for run in table.runs:

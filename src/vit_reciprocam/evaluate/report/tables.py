@@ -1,7 +1,7 @@
 """Tables of runs: every method's figures, their bootstrap intervals and paired differences.
 
-Runs share a table if they were measured under one protocol on the same pictures, and each table
-keeps the runs it was made of: a figure does not travel without them.
+Runs share a table if they were measured under one protocol on the same pictures. A table keeps its
+runs, so that each figure can be shown with its origin.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["DEFAULTS", "ModelRows", "Row", "Run", "Table", "read_tables"]
 DEFAULTS = {"kernel": "gaussian", "class_token": True, "layer": "norm1", "score": "probability"}
 """ReciproCAM's settings that change its maps, as the paper has them."""
 
-_WAYS = ("path", "memory_limit")  # settings that change how it is computed, not the map
-_FEW = 30  # pictures, below which bootstrap intervals are too narrow
+_WITHOUT_EFFECT = ("path", "memory_limit")  # settings that do not change ReciproCAM's maps
+_FEW = 30  # number of pictures below which bootstrap intervals are too narrow
 
 Columns = Mapping[str, np.ndarray]
 Draw = Callable[[Mapping[str, Columns]], Resampled]
@@ -45,8 +45,8 @@ class Row:
         settings: Its settings.
         images: Number of pictures that it was measured on.
         figures: Metric -> figure.
-        differences: Metric -> difference to the model's reference method, paired; empty for that
-            one.
+        differences: Metric -> difference to the model's reference method, paired; empty for the
+            reference itself.
         best: Metrics on which it is marked as best.
     """
 
@@ -74,9 +74,8 @@ class ModelRows:
         reference: Method that others are compared with: ReciproCAM as the paper has it, else the
             first.
         rows: Methods in the order of the runs, null baselines last.
-        paired: Figures on the pictures that all methods were measured on; None where there are
-            none.
-        notes: Plain sentences on what is missing.
+        paired: Figures on the pictures that all methods were measured on; None if there are none.
+        notes: Sentences on what is missing.
     """
 
     model: str
@@ -103,7 +102,7 @@ class Run:
 
     @property
     def protocol(self) -> Protocol:
-        """Protocol that it was measured under."""
+        """Protocol of the run."""
         return Protocol.from_dict(self.settings["protocol"])
 
     @property
@@ -123,8 +122,8 @@ class Table:
         models: Models with at least one picture measured.
         resamples: Number of resamples behind the intervals.
         seed: Seed of the resampling.
-        apart: Reason that the runs are not in the first table; "" for the first.
-        notes: Plain sentences on what is missing.
+        apart: Reason why the runs are not in the first table; "" for the first.
+        notes: Sentences on what is missing.
     """
 
     runs: tuple[Run, ...]
@@ -141,7 +140,7 @@ class Table:
         return [name for name in METRICS if any(name in row.figures for row in rows)]
 
     def run_of(self, model: str, method: str) -> Run:
-        """Return the run that has a method of a model; there is one."""
+        """Return the run in which a method of a model was measured; there is exactly one."""
         return next(
             run
             for run in self.runs
@@ -152,7 +151,7 @@ class Table:
 def read_tables(
     paths: Sequence[str | Path], *, resamples: int = 1000, seed: int = 0
 ) -> list[Table]:
-    """Read runs into tables: one if all were measured alike on the same pictures, else several.
+    """Read runs into tables, one per protocol and set of pictures.
 
     Args:
         paths: Folders of `evaluate`, also of runs that are not finished.
@@ -197,7 +196,7 @@ def _find_difference(group: Sequence[Run], run: Run) -> str:
     if first.settings["protocol"] != run.settings["protocol"]:
         return f"its protocol is {run.protocol.name}, or differs from that of {first.path}"
     if first.settings["data"]["digest"] != run.settings["data"]["digest"]:
-        return f"its data set is another than that of {first.path}"
+        return f"its data set differs from that of {first.path}"
     for other in group:
         theirs = other.digests
         if any(theirs.get(index, digest) != digest for index, digest in run.digests.items()):
@@ -230,7 +229,7 @@ def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
 
 
 def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> ModelRows | None:
-    """Return one model's lines of a table; None where no picture was measured with it."""
+    """Return one model's lines of a table; None if no picture was measured with it."""
     having = [run for run in runs if model in run.settings["models"]]
     specs = {method: about for run in having for method, about in run.settings["methods"].items()}
     columns = {
@@ -255,9 +254,9 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
 
 
 def _resample_each(columns: Mapping[str, Columns], draw: Draw) -> dict[str, Resampled]:
-    """Return for each method its figures on all the pictures that it was measured on.
+    """Return method -> its figures on all pictures that it was measured on.
 
-    Methods that were measured on the same pictures are drawn together.
+    Methods that were measured on the same pictures share their resamples.
     """
     groups: dict[bytes, dict[str, Columns]] = {}
     for method, each in columns.items():
@@ -271,7 +270,7 @@ def _resample_each(columns: Mapping[str, Columns], draw: Draw) -> dict[str, Resa
 def _resample_common(
     columns: Mapping[str, Columns], own: Mapping[str, Resampled], draw: Draw
 ) -> Resampled | None:
-    """Return the figures on the pictures that all methods share; None where there are none."""
+    """Return the figures on the pictures that all methods share; None if there are none."""
     first = next(iter(own.values()))
     if len(first.methods) == len(columns):  # all were measured on the same pictures
         return first
@@ -292,8 +291,8 @@ def _row(
 
 
 def _is_default(name: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a method is ReciproCAM as the paper has it, however it is computed."""
-    changes = {key: value for key, value in settings.items() if key not in _WAYS}
+    """Return whether a method is ReciproCAM with the paper's settings."""
+    changes = {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
     return name == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS
 
 

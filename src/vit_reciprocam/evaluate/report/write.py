@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report import formats, gallery, plots, sheets
 from vit_reciprocam.evaluate.report.tables import ModelRows, Table, read_tables
 from vit_reciprocam.evaluate.store import RUN
@@ -45,8 +46,8 @@ def write_report(
         The manifest's description of the tables, and under "files" the names of the files.
 
     Raises:
-        InputError: If a folder is not a run, nothing was measured, or `out` is a run or holds files
-            of somebody else's.
+        InputError: If a folder is not a run, nothing was measured, or `out` is a run or holds other
+            files.
     """
     if (out / RUN).exists():
         raise InputError(f"{out} is a run: write the report to another folder")
@@ -60,29 +61,35 @@ def write_report(
 
 def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
     """Return the report's files as name -> content."""
-    figures = [(table, _figures(table)) for table in tables]
-    changes = [(table, sheets.ablation_sheets(table)) for table in tables]
-    found = {
-        "table1.md": "\n".join(formats.markdown(t, s, notes(t)) for t, s in figures),
-        "table1.tex": "\n".join(formats.latex(t, s, notes(t)) for t, s in figures),
-        "table1.csv": formats.figures_csv(tables),
-        PAGE: render_page(tables),
+    figures = [(table, _figure_sheets(table)) for table in tables]
+    ablations = [(table, sheets.ablation_sheets(table)) for table in tables]
+    content = _format("table1", figures, formats.figures_csv(tables)) | {PAGE: render_page(tables)}
+    if any(some for _, some in ablations):
+        content |= _format("ablation", ablations, formats.ablation_csv(tables))
+    return {name: text.encode() for name, text in content.items()}
+
+
+def _format(
+    name: str, tables: Sequence[tuple[Table, Sequence[sheets.Sheet]]], csv: str
+) -> dict[str, str]:
+    """Return the sheets of tables as files in all formats, name -> text."""
+    shown = [(table, some, notes(table)) for table, some in tables if some]
+    return {
+        f"{name}.md": "\n".join(formats.markdown(*one) for one in shown),
+        f"{name}.tex": "\n".join(formats.latex(*one) for one in shown),
+        f"{name}.csv": csv,
     }
-    changes = [(table, some) for table, some in changes if some]
-    if changes:
-        found |= {
-            "ablation.md": "\n".join(formats.markdown(t, s, notes(t)) for t, s in changes),
-            "ablation.tex": "\n".join(formats.latex(t, s, notes(t)) for t, s in changes),
-            "ablation.csv": formats.ablation_csv(tables),
-        }
-    return {name: text.encode() for name, text in found.items()}
 
 
 def notes(table: Table) -> list[str]:
     """Return all sentences about a table: what is missing, what stands out, how to read it."""
-    missing = [*filter(None, [table.apart]), *table.notes]
-    missing += [note for model in table.models for note in model.notes]
-    return [*missing, *sheets.findings(table), sheets.how_to_read(table)]
+    return [*_missing(table), *sheets.findings(table), sheets.how_to_read(table)]
+
+
+def _missing(table: Table) -> list[str]:
+    """Return the sentences on what is missing in a table, and why it is one of its own."""
+    of_models = [note for model in table.models for note in model.notes]
+    return [*filter(None, [table.apart]), *table.notes, *of_models]
 
 
 def render_page(tables: Sequence[Table]) -> str:
@@ -94,13 +101,9 @@ def render_page(tables: Sequence[Table]) -> str:
                 "key": f"t{number}",
                 "table": table,
                 "heading": sheets.heading(table),
-                "missing": [
-                    *filter(None, [table.apart]),
-                    *table.notes,
-                    *(note for model in table.models for note in model.notes),
-                ],
+                "missing": _missing(table),
                 "findings": sheets.findings(table),
-                "sheets": _figures(table),
+                "sheets": _figure_sheets(table),
                 "ablations": sheets.ablation_sheets(table),
                 "reading": sheets.how_to_read(table),
                 "provenance": sheets.provenance(table),
@@ -116,7 +119,7 @@ def render_page(tables: Sequence[Table]) -> str:
     )
 
 
-def _figures(table: Table) -> list[sheets.Sheet]:
+def _figure_sheets(table: Table) -> list[sheets.Sheet]:
     differences = sheets.difference_sheet(table)
     return [sheets.figure_sheet(table), *([differences] if differences else [])]
 
@@ -184,13 +187,12 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "figure": formats.number,
-        "column": formats.table_heading,
+        "column": lambda metric: METRICS[metric].heading_with_arrow,
         "breakable": _breakable,
     }
     return environment
 
 
 def _breakable(text: str) -> Markup:
-    """Return text with marks where a long name may be broken."""
-    parts = re.split(r"(?<=[:,/_=])", text)
-    return Markup("<wbr>").join(escape(part) for part in parts)
+    """Return HTML of a long name with marks where a line may break."""
+    return Markup("<wbr>").join(map(escape, re.split(r"(?<=[:,/_=])", text)))
