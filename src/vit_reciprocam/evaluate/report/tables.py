@@ -71,8 +71,8 @@ class ModelRows:
     Attributes:
         model: Its name.
         weights: SHA-256 of its weights.
-        reference: Method that others are compared with: ReciproCAM as the paper has it, else the
-            first.
+        reference: Method that others are compared with: ReciproCAM with the paper's settings, else
+            the first that is not a null baseline, else the first.
         rows: Methods in the order of the runs, null baselines last.
         paired: Figures on the pictures that all methods were measured on; None if there are none.
         notes: Sentences on what is missing.
@@ -290,15 +290,11 @@ def _row(
     return Row(method, spec["method"], settings, own.pictures, own.figures(method), differences)
 
 
-def _is_default(name: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a method is ReciproCAM with the paper's settings."""
-    changes = {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
-    return name == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS
-
-
 def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return ReciproCAM with the paper's settings, else the first method, null baselines last."""
     for method, spec in specs.items():
-        if _is_default(spec["method"], {k: v for k, v in spec.items() if k != "method"}):
+        changes = {k: v for k, v in spec.items() if k not in ("method", *_WITHOUT_EFFECT)}
+        if spec["method"] == "reciprocam" and {**DEFAULTS, **changes} == DEFAULTS:
             return method
     real = [method for method, spec in specs.items() if spec["method"] not in NULLS]
     return (real or list(specs))[0]
