@@ -71,11 +71,9 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def ratio(seconds: Mapping[int, float], reference: Mapping[int, float]) -> Spread | None:
-    """Return the spread of seconds ÷ reference, round by round; None if they share no round.
+    """Return the spread of seconds ÷ reference over rounds; None if they share no round.
 
-    Args:
-        seconds: Round -> the seconds that a call took in it.
-        reference: Round -> the seconds that the other call took in it.
+    Both have the number of a round -> the seconds that a call took in it.
     """
     shared = seconds.keys() & reference.keys()
     return spread(seconds[number] / reference[number] for number in shared) if shared else None

@@ -1,4 +1,4 @@
-"""What `vit-reciprocam --version --json` prints: the environment, for a report of a bug."""
+"""`vit-reciprocam --version --json`: describe the environment, for a bug report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ __all__ = ["report_environment"]
 
 
 def report_environment() -> dict[str, Any]:
-    """The versions and devices that a result may depend on; no path and no name of a user.
+    """Return the versions and devices that a result may depend on, without paths or user names.
 
-    Returns:
-        A document for JSON. "torch" is None where PyTorch is not installed, which is then not
-        imported either. A library that is installed and cannot be imported has its "error" there.
+    They are JSON values. "torch" is None if PyTorch is not installed. A library that is installed
+    and cannot be imported has an "error" in its place.
     """
     return {
         "vit-reciprocam": version("vit-reciprocam"),
@@ -33,10 +32,10 @@ def report_environment() -> dict[str, Any]:
     }
 
 
-def _or_error(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _or_error(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return look()
-    except Exception as error:  # any: a report of what is broken must not break by it
+        return describe()
+    except Exception as error:  # whatever is broken, it must not break the report on it
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -57,6 +56,6 @@ def _onnxruntime() -> dict[str, Any]:
     import onnxruntime
 
     return {
-        "version": onnxruntime.__version__,  # whichever of its distributions is installed
+        "version": onnxruntime.__version__,  # its distribution may have another name
         "providers": onnxruntime.get_available_providers(),
     }

@@ -65,10 +65,7 @@ class Item:
     def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
         """Return the label's objects as a picture in mode "L", 255 inside and 0 elsewhere.
 
-        Return None if their place is not known.
-
-        Args:
-            size: Width and height of the picture.
+        Return None if their place is not known. The size is the picture's width and height.
 
         Raises:
             ImageError: If the mask cannot be read, or it or a box does not fit the picture.

@@ -186,11 +186,7 @@ def deletion(
 
 
 def area_under_curve(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the area (...) under curves by the trapezoid rule.
-
-    Args:
-        shares: Abscissas (n,).
-        values: Ordinates (..., n).
+    """Return the area (...) under curves by the trapezoid rule: values (..., n) at shares (n,).
 
     Raises:
         InputError: If there are fewer than two points, or lengths differ.

@@ -16,7 +16,7 @@ from vit_reciprocam.evaluate.report.sheets import (
     heading,
     provenance,
 )
-from vit_reciprocam.evaluate.report.tables import Table
+from vit_reciprocam.evaluate.report.tables import ModelRows, Table
 from vit_reciprocam.results.tables import csv_text, markdown_row
 
 __all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number"]
@@ -144,11 +144,7 @@ def figures_csv(tables: Sequence[Table]) -> str:
     for place, table in enumerate(tables, 1):
         for model in table.models:
             for row in model.rows:
-                about = {
-                    "table": place,
-                    **_origin(table),
-                    "model": model.model,
-                    "weights": model.weights,
+                about = _origin(place, table, model) | {
                     "method": row.method,
                     "null_baseline": str(row.is_null).lower(),
                     "images": row.images,
@@ -166,11 +162,7 @@ def ablation_csv(tables: Sequence[Table]) -> str:
     for place, table in enumerate(tables, 1):
         for model in table.models:
             for pair in ablations(model):
-                about = {
-                    "table": place,
-                    **_origin(table),
-                    "model": model.model,
-                    "weights": model.weights,
+                about = _origin(place, table, model) | {
                     "setting": pair.setting,
                     "method": pair.variant.method,
                     "reference": pair.base.method,
@@ -183,13 +175,15 @@ def ablation_csv(tables: Sequence[Table]) -> str:
     return _csv(rows, ("", "_reference", "_difference"))
 
 
-def _origin(table: Table) -> dict[str, Any]:
+def _origin(place: int, table: Table, model: ModelRows) -> dict[str, Any]:
+    """Return the columns that say where a line's figures come from."""
     data = table.runs[0].settings["data"]
     versions = [
         " ".join(f"{name}={version}" for name, version in run.settings["versions"].items())
         for run in table.runs
     ]
     return {
+        "table": place,
         "unit": "percent",
         "protocol": table.runs[0].protocol.name,
         "data": data["name"],
@@ -198,6 +192,8 @@ def _origin(table: Table) -> dict[str, Any]:
         "resamples": table.resamples,
         "seed": table.seed,
         "versions": "; ".join(dict.fromkeys(versions)),
+        "model": model.model,
+        "weights": model.weights,
     }
 
 

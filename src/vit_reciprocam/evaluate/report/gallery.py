@@ -107,13 +107,11 @@ def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int
 
 
 def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean Pearson correlation over all pairs of methods, (pictures,).
+    """Return the mean Pearson correlation (pictures,) over all pairs of methods.
 
-    A constant map correlates 0. With u_m the centred map of method m as a unit vector, the sum over
-    pairs is (|Σ u_m|² - Σ |u_m|²) / 2.
-
-    Args:
-        maps: Maps (pictures, cells) of each method; two methods or more.
+    There is one array of maps (pictures, cells) per method, and two methods or more. A constant map
+    correlates 0. With u_m the centred map of method m as a unit vector, the sum over pairs is
+    (|Σ u_m|² - Σ |u_m|²) / 2.
     """
     units = []
     for each in maps:

@@ -151,12 +151,7 @@ class Table:
 def read_tables(
     paths: Sequence[str | Path], *, resamples: int = 1000, seed: int = 0
 ) -> list[Table]:
-    """Read runs into tables, one per protocol and set of pictures.
-
-    Args:
-        paths: Folders of `evaluate`, also of runs that are not finished.
-        resamples: Number of resamples of the bootstrap over pictures.
-        seed: Seed of the bootstrap.
+    """Read runs into tables, one per protocol and set of pictures. See `write_report`.
 
     Raises:
         InputError: If a folder is not a run that this version reads, no picture was measured in
