@@ -227,12 +227,7 @@ def _shake(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
-    """Measure the error against the definition, a whole forward pass for each mask.
-
-    Returns:
-        The error, None where masks make no difference, so that it would prove nothing; and the
-        number of masks.
-    """
+    """Measure the error against the definition, a whole forward pass for each mask."""
     split = split_model(model)
     cut = split.cut(images)
     rows = _rows(split, cut)

@@ -11,12 +11,7 @@ __all__ = ["LIBRARIES", "find_libraries", "library_of"]
 
 
 def find_libraries() -> dict[str, Library]:
-    """Read the record of every folder here that has one.
-
-    Returns:
-        Prefix -> record: first what the extra "torch" installs, then the others, each by the name
-        of the folder.
-    """
+    """Read the record of every folder here that has one."""
     found = []
     for entry in pkgutil.iter_modules(__path__):
         if entry.ispkg:

@@ -90,11 +90,7 @@ def _split(
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse training mode altogether, since the user's own code may then do things at random.
-
-    Raises:
-        ModelError: If the model or one of its modules is in training mode; the message names it.
-    """
+    """Refuse training mode altogether, since the user's own code may then do things at random."""
     for name, module in model.named_modules():
         if module.training:
             what = f"its {name} ({type(module).__name__})" if name else "the model"

@@ -17,13 +17,7 @@ _QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:
-    """Refuse what is not a batch of images for the model.
-
-    Raises:
-        InputError: If it is not a tensor (B, channels, H, W) on the model's device and of its
-            dtype, or holds NaN or infinity.
-        ModelError: If the model is on the meta device.
-    """
+    """Refuse what is not a batch of images for the model."""
     if not isinstance(images, Tensor):
         raise InputError(
             "images must be a torch.Tensor of preprocessed images (B, 3, H, W), got "
@@ -62,12 +56,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_mode(model: nn.Module) -> None:
-    """Refuse a model in training mode if that changes its output.
-
-    Raises:
-        ModelError: If a module in training mode drops or normalises at random; it is
-            named.
-    """
+    """Refuse a model in training mode if that changes its output."""
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -86,11 +75,7 @@ def check_mode(model: nn.Module) -> None:
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Refuse a model of which a module rounds activations by the whole batch.
-
-    Raises:
-        ModelError: If there is one. The message names it.
-    """
+    """Refuse a model of which a module rounds activations by the whole batch."""
     every: list[Any] = [model]
     for module in every:  # grows; several times as fast as modules(), and every call runs it
         if module is not None and module._modules:

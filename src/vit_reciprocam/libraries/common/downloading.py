@@ -15,12 +15,7 @@ __all__ = ["first_sentence", "no_such_model", "not_fetched", "quiet"]
 
 @contextlib.contextmanager
 def quiet(*loggers: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Mute loggers inside a `with`: the error at the end says what they say of each retry.
-
-    Args:
-        loggers: Their names; "" is the root logger.
-        level: The least severe level that is still shown.
-    """
+    """Mute loggers inside a `with`: the error at the end says what they say of each retry."""
     found = [logging.getLogger(name) for name in loggers]
     before = [logger.level for logger in found]
     for logger in found:
@@ -38,24 +33,12 @@ def first_sentence(error: Exception) -> str:
 
 
 def not_fetched(what: str, reason: str, instead: str) -> DownloadError:
-    """Return the error for something that could not be fetched.
-
-    Args:
-        what: What was to be fetched, such as "the weights of 'vit_b_16'".
-        reason: Why it could not be.
-        instead: What to pass where there is no network.
-    """
+    """Return the error for something that could not be fetched."""
     return DownloadError(f"{what} could not be fetched: {reason}. Without network, pass {instead}")
 
 
 def no_such_model(library: ModuleType, name: str, names: Sequence[str]) -> ModelError:
-    """Return the error for a name that a library does not have, with the names most like it.
-
-    Args:
-        library: The library, as imported.
-        name: The name that was asked for.
-        names: All names that the library has.
-    """
+    """Return the error for a name that a library does not have, with the names most like it."""
     close = difflib.get_close_matches(name, names, n=3)
     hint = f". Closest: {', '.join(close)}" if close else ""
     return ModelError(f"{library.__name__} {library.__version__} has no model {name!r}{hint}")

@@ -65,12 +65,7 @@ class Encoder:
 
 
 def encoder_of(model: nn.Module) -> Encoder:
-    """Return a supported model by its parts.
-
-    Raises:
-        ModelError: If its parts are not known, or if no token's attention stands for its output;
-            says which methods it does have.
-    """
+    """Return a supported model by its parts."""
     library = library_of(model)
     if library and library.encoder:
         encoder: Encoder = library.encoder(model)

@@ -17,12 +17,7 @@ __all__ = ["no_pool", "split_pool"]
 
 
 def no_pool(model: nn.Module, because: str = "") -> InputError:
-    """Return the error for a model whose head neither averages all tokens nor attends to them.
-
-    Args:
-        model: The model.
-        because: What its head does instead; by default it reads the class token.
-    """
+    """Return the error for a model whose head neither averages all tokens nor attends to them."""
     because = because or f"this {type(model).__name__} reads its class token"
     return InputError(
         "layer='pool' cuts before a head takes the mean of all tokens or attends to them, but "

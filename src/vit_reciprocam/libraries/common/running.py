@@ -42,17 +42,7 @@ class StopForward(BaseException):
 
 
 def find_call(model: nn.Module, module: nn.Module, *inputs: Any, **options: Any) -> Call:
-    """Run the model until it calls a module, and return the arguments of that call.
-
-    Args:
-        model: The model.
-        module: One of the modules inside it.
-        inputs: What the model is called with, such as images (B, 3, H, W).
-        options: The keyword arguments that the model is called with.
-
-    Raises:
-        ModelError: If the forward pass never calls the module.
-    """
+    """Run the model until it calls a module, and return the arguments of that call."""
     return find_calls(model, [module], *inputs, **options)[0]
 
 
@@ -66,9 +56,6 @@ def find_calls(
         modules: Modules inside it, in the order in which it calls them.
         inputs: What the model is called with, such as images (B, 3, H, W).
         options: The keyword arguments that the model is called with.
-
-    Raises:
-        ModelError: If the forward pass does not call them all, one after the other.
     """
     calls: list[Call] = []
 
@@ -95,15 +82,7 @@ def find_calls(
 
 
 def last_blocks(number: int, blocks: Iterable[Any]) -> list[Any]:
-    """Return the block that a number from the end means, and the blocks after it.
-
-    Args:
-        number: -1 means the last block, -2 the one before it.
-        blocks: All encoder blocks that see the whole grid.
-
-    Raises:
-        InputError: If there is no block of that number.
-    """
+    """Return the block that a number from the end means, and the blocks after it."""
     every = list(blocks)
     count = len(every)
     if not -count <= number <= -1:
@@ -120,11 +99,7 @@ def same(value: Tensor) -> Tensor:
 
 
 def infer_grid(patches: int, height: int, width: int) -> Grid:
-    """Return the grid (h, w) of that many square patches on an image of that many pixels.
-
-    Raises:
-        InputError: If no size of square patches gives that number.
-    """
+    """Return the grid (h, w) of that many square patches on an image of that many pixels."""
     for size in range(1, min(height, width) + 1):
         if (height // size) * (width // size) == patches:
             return height // size, width // size
@@ -134,14 +109,7 @@ def infer_grid(patches: int, height: int, width: int) -> Grid:
 
 
 def repeat_batch(value: Any, batch: int, times: int) -> Any:
-    """Repeat tensors along their first dimension where its size is the batch's.
-
-    Args:
-        value: A tensor (B, …), or tuples, lists and dicts that hold some; anything else, and
-            tensors of another first dimension, are returned as they are.
-        batch: B.
-        times: How often each tensor is repeated, which makes it (times · B, …).
-    """
+    """Repeat tensors along their first dimension where its size is the batch's."""
     if isinstance(value, Tensor):
         one_per_image = value.ndim > 0 and value.shape[0] == batch
         return value.repeat(times, *(1,) * (value.ndim - 1)) if one_per_image else value

@@ -22,9 +22,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only.
 
     A training checkpoint is looked into: its state dict is taken, that of averaged weights first.
-
-    Raises:
-        WeightsError: If the file is not there or does not hold a state dict.
     """
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}")

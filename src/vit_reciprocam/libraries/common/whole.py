@@ -84,12 +84,7 @@ def kind_of(module: Any) -> str:
 
 
 def why_not_linear(layer: nn.Module, what: str) -> str:
-    """Return why calling a layer is more than applying its weight and bias, "" if it is not.
-
-    Args:
-        layer: The layer.
-        what: What the clause calls the layer, such as "the last block's query projection".
-    """
+    """Return why calling a layer is more than applying its weight and bias, "" if it is not."""
     if not runs_as(layer, nn.Linear):
         patched = "forward" in vars(layer)
         own = "has a forward of its own" if patched else f"is a {kind_of(layer)}"
@@ -102,12 +97,6 @@ def why_unknown(module: nn.Module, library: str, what: str, *whole: nn.Module) -
 
     The parts run on fewer tokens than the module and leave dropout out. So everything inside must
     be the library's or PyTorch's own, without hooks, and what is named dropout must be one.
-
-    Args:
-        module: The module.
-        library: The name of the library that defines it.
-        what: What the clause calls the module, such as "the last block".
-        whole: Modules inside that are called as they are, on all tokens; they may be anything.
     """
     spared = {id(part) for one in whole for part in one.modules()}
     for path, part in module.named_modules():

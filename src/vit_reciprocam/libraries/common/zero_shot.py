@@ -61,12 +61,7 @@ class ZeroShot(nn.Module):
 
 
 def add_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
-    """Return the split of a tower with logits in place of its features.
-
-    Args:
-        tower: The split of the tower, whose `rest` and `readout` give features.
-        scores: Features (..., E) -> logits (..., C).
-    """
+    """Return the split of a tower with logits in place of its features."""
 
     def cut(images: Tensor) -> Cut:
         inner = tower.cut(images)
@@ -87,11 +82,7 @@ def add_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
 
 
 def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
-    """Refuse what cannot be prompts and templates.
-
-    Raises:
-        InputError: If they are not lists of texts, or a template has no place for the prompt.
-    """
+    """Refuse what cannot be prompts and templates."""
     for what, texts in (("prompts", prompts), ("templates", templates)):
         listed = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not listed or not texts or not all(isinstance(one, str) for one in texts):

@@ -48,12 +48,6 @@ def load_open_clip(
         prompts: One text per class, see `zero_shot`.
         templates: Sentences with a place {} for the prompt, see `zero_shot`.
         options: Keyword arguments for `open_clip.create_model`, such as `force_image_size=336`.
-
-    Raises:
-        ModelError: If open_clip has no such model or it cannot be explained.
-        InputError: If there is no prompt or template, or one that cannot be used.
-        WeightsError: If local weights do not fit it.
-        DownloadError: If the published weights or the tokenizer cannot be fetched.
     """
     if prompts is None:
         raise InputError(
@@ -76,11 +70,7 @@ _PREFIXES = ("hf-hub:", "local-dir:")
 
 
 def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str, Any]:
-    """Return open_clip's record of how the weights of a tag were trained, empty if it has none.
-
-    Raises:
-        ModelError: If open_clip has no such model or no such weights.
-    """
+    """Return open_clip's record of how the weights of a tag were trained, empty if it has none."""
     if name.startswith(_PREFIXES):
         if path is not None:
             raise ModelError(f"{name!r} has weights of its own: leave weights= out")
@@ -111,13 +101,7 @@ def _create(
     trained: dict[str, Any],
     options: dict[str, Any],
 ) -> Any:
-    """Create a model with the published weights, those of a file, or random ones.
-
-    Raises:
-        ModelError: If open_clip cannot create it with these options.
-        WeightsError: If the weights of the file do not fit it.
-        DownloadError: If the published weights cannot be fetched.
-    """
+    """Create a model with the published weights, those of a file, or random ones."""
     settings = {"force_quick_gelu": bool(trained.get("quick_gelu")), **options}
     if path is not None and not path.is_file():
         raise WeightsError(f"no such weights file: {path}")
@@ -166,11 +150,7 @@ def _silence() -> contextlib.AbstractContextManager[None]:
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:
-    """Return the preprocessing that open_clip's own evaluation transform does.
-
-    Raises:
-        ModelError: If it cannot be expressed.
-    """
+    """Return the preprocessing that open_clip's own evaluation transform does."""
     height, width = _expand(config["size"], 2)
     resize, interpolation = config["resize_mode"], config["interpolation"]
     if resize not in ("shortest", "squash"):

@@ -50,11 +50,7 @@ _POOL_METHODS = ("_pool", "_global_pool")
 
 
 def split(model: nn.Module, **_options: Any) -> NoReturn:
-    """Refuse a model without prompts, wherever it is to be cut.
-
-    Raises:
-        ModelError: Always, because neither a CLIP model nor its image tower has classes.
-    """
+    """Refuse a model without prompts, wherever it is to be cut."""
     raise ModelError(
         f"open_clip's {type(model).__name__} has no classes until it is given prompts: pass the "
         "CLIP model through vit_reciprocam.libraries.open_clip.split.zero_shot(model, tokenizer, "
@@ -63,18 +59,7 @@ def split(model: nn.Module, **_options: Any) -> NoReturn:
 
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut an image tower; its logits are the features before normalisation.
-
-    Args:
-        tower: The tower, images (B, 3, H, W) -> features (B, E).
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut before the head pools all tokens instead.
-
-    Raises:
-        ModelError: If it is not supported, or if running it by its parts would bypass code or hooks
-            of its own.
-        InputError: If it has no such block, or no pooling to cut at.
-    """
+    """Cut an image tower; its logits are the features before normalisation."""
     name = type(tower).__name__
     base: Any = next((k for k in (VisionTransformer, TimmModel) if isinstance(tower, k)), None)
     if base is None:
@@ -218,11 +203,7 @@ def _why_unknown_pooler(pooler: Any) -> str:
 
 
 def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images of another size or of other channels than the tower takes.
-
-    Raises:
-        InputError: If so; says what the tower takes.
-    """
+    """Refuse images of another size or of other channels than the tower takes."""
     channels, height, width = images.shape[1:]
     wanted = (tower.conv1.in_channels, *tower.image_size)
     if (channels, height, width) != wanted:

@@ -41,13 +41,7 @@ ATTENTIONS = (
 
 
 def describe_attention(attention: Any, options: dict[str, Any], tokens: int) -> Attention:
-    """Return an attention by its parts.
-
-    Args:
-        attention: The module.
-        options: The keywords with which the model calls the block.
-        tokens: R, how many readout tokens ask.
-    """
+    """Return an attention by its parts."""
     query, key, value = _projections(attention)
     key_norm = getattr(attention, "k_norm", None)
     rope = options.get("rope")

@@ -60,11 +60,7 @@ class BlockDescription:
 
 
 def describe_block(block: nn.Module) -> BlockDescription:
-    """Return an encoder block by its parts.
-
-    Raises:
-        ModelError: If it has no LayerNorm or attention to cut at.
-    """
+    """Return an encoder block by its parts."""
     b: Any = block
     if isinstance(block, _POST_NORM):
         # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
@@ -95,14 +91,7 @@ def describe_block(block: nn.Module) -> BlockDescription:
 def _why_unknown_block(
     block: nn.Module, kinds: tuple[type, ...], norms: Sequence[nn.Module], *attentions: Any
 ) -> str:
-    """Return why running the block by its parts may differ from calling it, "" if not.
-
-    Args:
-        block: The block.
-        kinds: The classes whose forward is known.
-        norms: Modules inside that are called as they are, on all tokens.
-        attentions: The attentions inside.
-    """
+    """Return why running the block by its parts may differ from calling it, "" if not."""
     if not runs_as(block, *kinds):
         return f"the last block is a {kind_of(block)}, whose parts are not known"
     for attention in attentions:

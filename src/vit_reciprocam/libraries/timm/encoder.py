@@ -17,11 +17,7 @@ __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return a model whose head reads its class token, or class and distillation token.
-
-    Raises:
-        ModelError: If it is not such a model, or if the parts of one of its blocks are not known.
-    """
+    """Return a model whose head reads its class token, or class and distillation token."""
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise no_encoder(model, "the parts of this architecture are not known")

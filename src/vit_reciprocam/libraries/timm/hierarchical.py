@@ -40,9 +40,6 @@ def split(model: nn.Module) -> Split:
     channels, so the one before it is cut. Attention within windows (DaViT, GCViT, MaxViT, Swin)
     covers the whole last grid at the image size that most models were trained for; if there are
     several windows, a kept patch changes the tokens of its own window only.
-
-    Raises:
-        ModelError: If the model is not supported, with the reason.
     """
     bases = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("timm.")]
     family = next((FAMILIES[base] for base in bases if base in FAMILIES), None)
@@ -117,14 +114,7 @@ def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -
 
 
 def _find_grid(last: LastBlock, x: Tensor, others: list[Any], size: tuple[int, int]) -> Grid:
-    """Return the grid of the tokens that the block takes.
-
-    Args:
-        last: The block.
-        x: The tokens, in the block's layout.
-        others: What else the block is called with; some blocks are told the grid.
-        size: (height, width) of the images in pixels.
-    """
+    """Return the grid of the tokens that the block takes."""
     if last.grid is not None:
         return last.grid
     if last.layout != "tokens":

@@ -33,11 +33,6 @@ def load_timm(
         name: The model's name, as `timm.create_model` takes it.
         weights: A local file, "random", or None for the published weights.
         options: Keyword arguments for `timm.create_model`, such as `img_size=384`.
-
-    Raises:
-        ModelError: If timm has no such model or it cannot be explained.
-        WeightsError: If local weights do not fit it.
-        DownloadError: If the published weights cannot be fetched.
     """
     if not timm.is_model(name):
         raise no_such_model(timm, name, timm.list_models())
@@ -52,11 +47,7 @@ def load_timm(
 
 
 def outline(name: str, options: dict[str, Any]) -> nn.Module:
-    """Create a model without weights or memory, on the meta device, to ask what it is.
-
-    Raises:
-        ModelError: If timm cannot create it with these options.
-    """
+    """Create a model without weights or memory, on the meta device, to ask what it is."""
     try:
         model: nn.Module = timm.create_model(name, **options, device="meta")
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -65,12 +56,7 @@ def outline(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _download(name: str, options: dict[str, Any]) -> nn.Module:
-    """Create a model with its published weights.
-
-    Raises:
-        ModelError: If it cannot be explained, or has no published weights.
-        DownloadError: If the weights cannot be fetched.
-    """
+    """Create a model with its published weights."""
     split(outline(name, options))  # refuse what cannot be explained before fetching it
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
@@ -87,11 +73,7 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights of a file, for as many classes as the file has.
-
-    Raises:
-        WeightsError: If the weights do not fit the model; names some of the keys.
-    """
+    """Create a model with the weights of a file, for as many classes as the file has."""
     state = read_weights(path)
     published: Any = outline(name, options)
     classifier = published.pretrained_cfg.get("classifier")
@@ -143,11 +125,7 @@ def _fit_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -
 
 
 def _preprocess(model: nn.Module) -> Preprocess:
-    """Return the preprocessing that timm's evaluation transform does.
-
-    Raises:
-        ModelError: If it cannot be expressed.
-    """
+    """Return the preprocessing that timm's evaluation transform does."""
     config = resolve_model_data_config(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if config["crop_mode"] not in ("center", "squash"):

@@ -40,18 +40,7 @@ _ONE_STACK = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, 
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut a timm model at an encoder block, or before the pooling of its head.
-
-    Args:
-        model: The model.
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut before the head pools all tokens instead.
-
-    Raises:
-        ModelError: If it is not a supported transformer with a head, or if running it by its parts
-            would bypass code or hooks of its own.
-        InputError: If it has no such block, or no pooling to cut at.
-    """
+    """Cut a timm model at an encoder block, or before the pooling of its head."""
     name = type(model).__name__
     _check_head(model)
     if not isinstance(model, _ONE_STACK):
@@ -100,11 +89,7 @@ def _run_class_attention(
 
 
 def _check_head(model: Any) -> None:
-    """Refuse a model that does not give one score per class.
-
-    Raises:
-        ModelError: If so; says how to create one that does.
-    """
+    """Refuse a model that does not give one score per class."""
     name = type(model).__name__
     if not hasattr(model, "forward_features"):
         raise ModelError(
@@ -201,16 +186,7 @@ def _split_pool(model: Any) -> Split:
 
 
 def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
-    """Refuse images that the model cannot take.
-
-    Args:
-        model: The model.
-        embed: The module that makes patches of images.
-        shape: (channels, height, width) of the images.
-
-    Raises:
-        InputError: If so; says what the model takes.
-    """
+    """Refuse images that the model cannot take."""
     channels, height, width = shape
     wanted = getattr(model, "in_chans", 3)  # newer than the oldest timm supported
     if channels != wanted:

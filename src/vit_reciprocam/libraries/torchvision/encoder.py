@@ -17,11 +17,7 @@ __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return a Vision Transformer by its parts.
-
-    Raises:
-        ModelError: If it is not one, or if the parts of one of its blocks are not known.
-    """
+    """Return a Vision Transformer by its parts."""
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise no_encoder(model, "the parts of this architecture are not known")

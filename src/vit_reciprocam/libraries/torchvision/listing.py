@@ -27,11 +27,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """Build a model on the meta device.
-
-    Raises:
-        ModelError: If its module is not one of transformers: some others need memory.
-    """
+    """Build a model on the meta device."""
     if not is_named(get_model_builder(name).__module__):
         raise ModelError(
             f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "

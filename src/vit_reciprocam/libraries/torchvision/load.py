@@ -37,11 +37,6 @@ def load_torchvision(
             still has its published name gets the preprocessing of those weights, any other file
             that of the default ones.
         options: Keyword arguments for torchvision's builder, such as `image_size=384`.
-
-    Raises:
-        ModelError: If torchvision has no such model or it cannot be explained.
-        WeightsError: If local weights do not fit it.
-        DownloadError: If the published weights cannot be fetched.
     """
     if name not in list_models():
         raise no_such_model(torchvision, name, list_models())
@@ -72,11 +67,7 @@ def load_torchvision(
 
 
 def _create(name: str, options: dict[str, Any]) -> Any:
-    """Create a model with random weights.
-
-    Raises:
-        ModelError: If torchvision cannot create it with these options.
-    """
+    """Create a model with random weights."""
     try:
         return get_model(name, weights=None, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -94,12 +85,7 @@ def _outline(name: str, options: dict[str, Any]) -> Any:
 
 
 def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Create a model with published weights.
-
-    Raises:
-        ModelError: If it cannot be explained, or the weights do not go with the options.
-        DownloadError: If the weights cannot be fetched.
-    """
+    """Create a model with published weights."""
     _outline(name, options)
     try:
         model: nn.Module = get_model(name, weights=weights, **options)
@@ -118,11 +104,7 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
 
 
 def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights of a file, for the classes and image size that it has.
-
-    Raises:
-        WeightsError: If the weights do not fit the model.
-    """
+    """Create a model with the weights of a file, for the classes and image size that it has."""
     state = read_weights(path)
     outline = _outline(name, options)
     guessed: dict[str, Any] = {}
@@ -144,15 +126,7 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
-    """Return the preprocessing that a transform of torchvision does.
-
-    Args:
-        transform: The transform that comes with published weights.
-        image_size: The size in pixels that the model takes, if it takes one only.
-
-    Raises:
-        ModelError: If it cannot be expressed.
-    """
+    """Return the preprocessing that a transform of torchvision does."""
     if (
         type(transform) is not ImageClassification
         or transform.interpolation.value not in ("nearest", "bilinear", "bicubic", "lanczos")

@@ -44,16 +44,6 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     A Swin Transformer's blocks are those of its last stage, whose grid the maps have. They attend
     within windows. At the image size that it was trained for, one window covers the whole last
     grid; on larger images a kept patch changes the tokens of its own window only.
-
-    Args:
-        model: The model.
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut before the head pools all tokens instead.
-
-    Raises:
-        ModelError: If it is not a Vision or Swin Transformer with a head, or if running it by its
-            parts would bypass code or hooks of its own.
-        InputError: If it has no such block, or no pooling to cut at.
     """
     if isinstance(model, VisionTransformer):
         if pool:
@@ -188,11 +178,7 @@ def _split_swin_pool(model: Any) -> Split:
 
 
 def _check_head(model: nn.Module, head: nn.Module) -> None:
-    """Refuse a model without class scores.
-
-    Raises:
-        ModelError: If the head is the identity, or an empty Sequential.
-    """
+    """Refuse a model without class scores."""
     last = list(head.modules())[-1]  # an empty Sequential is its own last module
     if isinstance(last, (nn.Identity, nn.Sequential)):
         raise ModelError(
@@ -204,12 +190,7 @@ def _check_head(model: nn.Module, head: nn.Module) -> None:
 def _find_blocks(
     model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int = -1
 ) -> list[Any]:
-    """Return the block that a number from the end means, and the blocks after it.
-
-    Raises:
-        ModelError: If it does not run the forward of one of these kinds of torchvision's.
-        InputError: If there is no block of that number.
-    """
+    """Return the block that a number from the end means, and the blocks after it."""
     found = last_blocks(number, list(blocks) or [None])  # None: an empty model is refused below
     block = found[0]
     if not runs_as(block, *kinds):
@@ -221,11 +202,7 @@ def _find_blocks(
 
 
 def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images that the patches of the last stage do not tile.
-
-    Raises:
-        InputError: If so, or if the images have other channels than the model takes.
-    """
+    """Refuse images that the patches of the last stage do not tile."""
     patch = model.features[0][0]
     merges = len(model.features) // 2 - 1  # stages, with merging of 2x2 patches between them
     step_h, step_w = (side * 2**merges for side in patch.stride)
@@ -239,11 +216,7 @@ def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> N
 
 
 def _check_channels(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images of other channels than the first convolution of the stem takes.
-
-    Raises:
-        InputError: If so.
-    """
+    """Refuse images of other channels than the first convolution of the stem takes."""
     convolution: Any = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
     if images.shape[1] != convolution.in_channels:
         raise InputError(

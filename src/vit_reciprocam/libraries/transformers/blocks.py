@@ -45,14 +45,7 @@ def _projections(attention: Any) -> list[Any]:
 
 
 def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
-    """Return the attention of a block by its parts.
-
-    Args:
-        block: The block.
-        tokens: R, how many readout tokens ask.
-        grid: The patch grid, by which a bias of relative position is made.
-        options: The keywords with which the model calls the block.
-    """
+    """Return the attention of a block by its parts."""
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
     heads = get_first(module, "num_attention_heads", "num_heads")

@@ -20,11 +20,7 @@ _INSTEAD = {
 
 
 def check_class(kind: type) -> None:
-    """Refuse a class of models that `split` does not support.
-
-    Raises:
-        ModelError: If so; says why, and what to pass instead.
-    """
+    """Refuse a class of models that `split` does not support."""
     name = base_name(kind)
     if name in FAMILIES:
         return

@@ -24,9 +24,6 @@ def encoder(model: nn.Module) -> Encoder:
     """Return a model with a class token that its head reads.
 
     DINOv2's head reads the mean of all patches too, so DINOv2 has rollout and no relevance.
-
-    Raises:
-        ModelError: If it is not such a model, or if the parts of one of its blocks are not known.
     """
     m: Any = model
     family = base_name(type(model)).partition("For")[0]

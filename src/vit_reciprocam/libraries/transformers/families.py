@@ -275,12 +275,7 @@ def _pvt_v2(model: Any) -> ModelDescription:
 
 
 def get_first(module: Any, *paths: str) -> Any:
-    """Return the first of these attributes that a module has, None if it has none.
-
-    Args:
-        module: The module.
-        paths: Names, which may have dots, such as "attention.o_proj".
-    """
+    """Return the first of these attributes that a module has, None if it has none."""
     for path in paths:
         try:
             return operator.attrgetter(path)(module)

@@ -51,9 +51,6 @@ def build(name: str, **config: Any) -> nn.Module:
     """Build a class, perhaps with a setting in brackets, by default as its configuration has it.
 
     One that compares images with texts becomes its image tower with random prompts as classes.
-
-    Raises:
-        ModelError: If a class that classifies images is not supported.
     """
     kind, _, setting = name.rstrip(")").partition("(")
     cls: Any = getattr(transformers, kind)

@@ -46,13 +46,6 @@ def load_transformers(
         templates: Sentences with a place {} for the prompt, see `zero_shot`.
         options: Keyword arguments for `from_pretrained`, such as `revision` or
             `attn_implementation`. Weights are loaded in float32 unless `dtype` says otherwise.
-
-    Raises:
-        ModelError: If the model or its preprocessing is not supported, with the reason.
-        WeightsError: If a folder does not hold a model, or the model's head is not among the
-            weights.
-        DownloadError: If the model cannot be fetched.
-        InputError: If a prompt or template cannot be used, or `weights` is a file.
     """
     if weights not in (None, RANDOM):
         raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
@@ -71,11 +64,7 @@ def load_transformers(
 
 
 def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    """Return the model with its weights.
-
-    Raises:
-        WeightsError: If some are missing, which transformers would draw at random.
-    """
+    """Return the model with its weights."""
     loaded = _fetch(name, kind, {"dtype": torch.float32, **options, "output_loading_info": True})
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -87,12 +76,7 @@ def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | None) -> None:
-    """Refuse what cannot be explained before its weights are fetched.
-
-    Raises:
-        ModelError: If the model is not supported, lacks prompts, or has classes of its own and was
-            given prompts.
-    """
+    """Refuse what cannot be explained before its weights are fetched."""
     with_texts = hasattr(kind, "get_text_features")
     if with_texts and prompts is None:
         raise ModelError(
@@ -111,12 +95,7 @@ def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | No
 
 
 def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    """Call `kind.from_pretrained`; its errors become one sentence that says what is wrong.
-
-    Raises:
-        WeightsError: If a folder does not hold what is asked for.
-        DownloadError: If it cannot be fetched.
-    """
+    """Call `kind.from_pretrained`; its errors become one sentence that says what is wrong."""
     what = kind.__name__.removeprefix("Auto")
     local = Path(name).is_dir()
     if not local and (Path(name).is_absolute() or name.startswith(".")):
@@ -139,11 +118,7 @@ def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _model_class(name: str, config: Any) -> Any:
-    """Return the class that the model was saved as; any other would give it a random head.
-
-    Raises:
-        ModelError: If transformers does not have that class.
-    """
+    """Return the class that the model was saved as; any other would give it a random head."""
     saved_as = (config.architectures or [""])[0]
     kind = getattr(transformers, saved_as, None)
     if kind is None:
@@ -165,9 +140,6 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
     """Return the steps of a processor as a `Preprocess`.
 
     Processors that resize with torchvision round otherwise, by less than the eye sees.
-
-    Raises:
-        ModelError: If the processor does anything that a `Preprocess` does not.
     """
     size = dict(getattr(processor, "size", None) or {})
     cropped = getattr(processor, "do_center_crop", None)

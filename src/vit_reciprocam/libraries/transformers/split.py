@@ -93,11 +93,7 @@ def zero_shot(
 
 
 def _embed(model: Any, processor: Any, texts: list[str]) -> Float[Tensor, "texts E"]:
-    """Return the embeddings of texts, before they are normalised.
-
-    Raises:
-        InputError: If a text is longer than the model takes.
-    """
+    """Return the embeddings of texts, before they are normalised."""
     longest = model.config.text_config.max_position_embeddings
     tokenizer = getattr(processor, "tokenizer", processor)
     # SigLIP was trained on padded texts and reads the last position
@@ -118,16 +114,6 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a transformers model at an encoder block, or before the pooling of its head.
 
     A hierarchical model's blocks are those of its last stage, whose grid the maps have.
-
-    Args:
-        model: The model.
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut before the head pools all tokens instead.
-
-    Raises:
-        ModelError: If it is not a supported classifier, or if running it by its parts would bypass
-            code or hooks of its own.
-        InputError: If it has no such block, or no pooling to cut at.
     """
     check_class(type(model))
     if isinstance(get_first(model, "classifier", "cls_classifier"), nn.Identity):
@@ -146,18 +132,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
 
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut an image tower like a classifier; its features take the place of logits.
-
-    Args:
-        tower: The tower, or the model that holds it.
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut before the head pools all tokens instead.
-
-    Raises:
-        ModelError: If it is not a supported tower, or if running it by its parts would bypass code
-            or hooks of its own.
-        InputError: If it has no such block, or no pooling to cut at.
-    """
+    """Cut an image tower like a classifier; its features take the place of logits."""
     tower = image_tower(tower)
     return _split(tower, describe_tower(tower), block, pool)
 
@@ -284,11 +259,7 @@ def _why_unknown_pool(head: Any) -> str:
 
 
 def _patch_grid(description: ModelDescription, images: Float[Tensor, "B channels H W"]) -> Grid:
-    """Return the grid of an image size, if patches do not overlap and are not merged.
-
-    Raises:
-        InputError: If the model cannot take images of that size.
-    """
+    """Return the grid of an image size, if patches do not overlap and are not merged."""
     config, (channels, height, width) = description.config, images.shape[1:]
     if channels != config.num_channels:
         raise InputError(

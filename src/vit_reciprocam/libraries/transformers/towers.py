@@ -33,15 +33,7 @@ class ImageTower(nn.Module):
 
 
 def image_tower(model: nn.Module) -> ImageTower:
-    """Return the image side of a CLIP or SigLIP model; it shares the model's modules.
-
-    Args:
-        model: A CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, or a
-            model of the classes of MetaCLIP 2.
-
-    Raises:
-        ModelError: If it is none of these.
-    """
+    """Return the image side of a CLIP or SigLIP model; it shares the model's modules."""
     if isinstance(model, ImageTower):
         return model
     vision: Any = getattr(model, "vision_model", model)
