@@ -8,7 +8,7 @@ from torch import nn
 from vit_reciprocam.core.split import Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries import LIBRARIES, library_of
-from vit_reciprocam.libraries.common.whole import refuse_bypassed
+from vit_reciprocam.libraries.common.changes import refuse_bypassed
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, add_scores
 from vit_reciprocam.libraries.validation import refuse_quantised
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries import library_of
-from vit_reciprocam.libraries.common.whole import has_hooks, runs_as, why_not_linear
+from vit_reciprocam.libraries.common.changes import has_hooks, runs_as, why_not_linear
 
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "no_encoder", "step_without_rule", "steps"]
 

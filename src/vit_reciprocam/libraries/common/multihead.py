@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from vit_reciprocam.core.split import Attention, projections
+from vit_reciprocam.libraries.common.changes import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.common.running import same
-from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
 
 __all__ = ["multihead_attention", "multihead_output", "why_unknown_multihead"]
 

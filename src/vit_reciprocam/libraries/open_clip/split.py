@@ -28,6 +28,13 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, MeanPool, Readout, Split, Tap, projections
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import split_block
+from vit_reciprocam.libraries.common.changes import (
+    is_own,
+    kind_of,
+    refuse_bypassed,
+    runs_as,
+    why_unknown,
+)
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -35,13 +42,6 @@ from vit_reciprocam.libraries.common.multihead import (
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_call, find_calls, last_blocks
-from vit_reciprocam.libraries.common.whole import (
-    is_own,
-    kind_of,
-    refuse_bypassed,
-    runs_as,
-    why_unknown,
-)
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 
 __all__ = ["split", "split_tower", "zero_shot"]

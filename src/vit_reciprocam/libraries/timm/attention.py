@@ -17,8 +17,8 @@ from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Projection, projections
+from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_not_linear, why_unknown
 from vit_reciprocam.libraries.common.running import same
-from vit_reciprocam.libraries.common.whole import kind_of, runs_as, why_not_linear, why_unknown
 
 __all__ = [
     "ATTENTIONS",

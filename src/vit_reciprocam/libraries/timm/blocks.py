@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Tap, projections
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_not_linear, why_unknown
 from vit_reciprocam.libraries.common.running import same
-from vit_reciprocam.libraries.common.whole import kind_of, runs_as, why_not_linear, why_unknown
 from vit_reciprocam.libraries.timm.attention import (
     ATTENTIONS,
     block_diagonal,

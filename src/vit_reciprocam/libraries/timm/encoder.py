@@ -9,8 +9,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
+from vit_reciprocam.libraries.common.changes import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
-from vit_reciprocam.libraries.common.whole import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.timm.blocks import describe_block
 
 __all__ = ["encoder"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Cut, Split
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.libraries.common.changes import refuse_bypassed
 from vit_reciprocam.libraries.common.running import (
     Grid,
     StopForward,
@@ -25,7 +26,6 @@ from vit_reciprocam.libraries.common.running import (
     infer_grid,
     repeat_batch,
 )
-from vit_reciprocam.libraries.common.whole import refuse_bypassed
 from vit_reciprocam.libraries.timm.families import FAMILIES, REFUSED, unsupported
 from vit_reciprocam.libraries.timm.last_block import LastBlock
 

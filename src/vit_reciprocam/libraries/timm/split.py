@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import MeanPool, Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import run_again, split_block
+from vit_reciprocam.libraries.common.changes import is_own, refuse_bypassed, why_unknown
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
-from vit_reciprocam.libraries.common.whole import is_own, refuse_bypassed, why_unknown
 from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
 from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical

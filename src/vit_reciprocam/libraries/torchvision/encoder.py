@@ -9,9 +9,9 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from vit_reciprocam.core.split import Projection, projections
+from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_unknown
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.multihead import multihead_attention, why_unknown_multihead
-from vit_reciprocam.libraries.common.whole import kind_of, runs_as, why_unknown
 
 __all__ = ["encoder"]
 

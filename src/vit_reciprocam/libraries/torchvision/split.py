@@ -20,6 +20,7 @@ from torchvision.models.vision_transformer import EncoderBlock, VisionTransforme
 from vit_reciprocam.core.split import MeanPool, Split, Tap
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import split_block
+from vit_reciprocam.libraries.common.changes import kind_of, refuse_bypassed, runs_as, why_unknown
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -33,7 +34,6 @@ from vit_reciprocam.libraries.common.running import (
     find_calls,
     last_blocks,
 )
-from vit_reciprocam.libraries.common.whole import kind_of, refuse_bypassed, runs_as, why_unknown
 
 __all__ = ["split"]
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_reciprocam.core.split import Attention, Projection
+from vit_reciprocam.libraries.common.changes import why_not_linear, why_unknown
 from vit_reciprocam.libraries.common.running import Grid, same
-from vit_reciprocam.libraries.common.whole import why_not_linear, why_unknown
 from vit_reciprocam.libraries.transformers.families import get_first
 
 __all__ = ["NORM_1", "NORM_2", "describe_attention", "finish_block", "why_unknown_block"]

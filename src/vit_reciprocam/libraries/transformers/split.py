@@ -17,6 +17,12 @@ from torch.nn.functional import normalize
 from vit_reciprocam.core.split import MeanPool, Readout, Split, Tap
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.blocks import run_again, split_block
+from vit_reciprocam.libraries.common.changes import (
+    is_own,
+    kind_of,
+    refuse_bypassed,
+    why_unknown,
+)
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -24,12 +30,6 @@ from vit_reciprocam.libraries.common.multihead import (
 )
 from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
-from vit_reciprocam.libraries.common.whole import (
-    is_own,
-    kind_of,
-    refuse_bypassed,
-    why_unknown,
-)
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 from vit_reciprocam.libraries.transformers.blocks import (
     NORM_1,
