@@ -1,4 +1,4 @@
-"""Everything known of each model library: a folder per library, with one record in each."""
+"""What is known about each model library: one folder per library, with one record in each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["LIBRARIES", "find_libraries", "library_of"]
 
 
 def find_libraries() -> dict[str, Library]:
-    """Read the record of every folder here that has one."""
+    """Return prefix -> record for every folder that has one, those of the extra "torch" first."""
     found = []
     for entry in pkgutil.iter_modules(__path__):
         if entry.ispkg:
@@ -26,7 +26,7 @@ LIBRARIES = find_libraries()
 
 
 def library_of(model: object) -> Library | None:
-    """Return the library that a model's class is from or derived from, None where there is none."""
+    """Return the library that a model's class comes from or is derived from, or None."""
     by_module = {library.module: library for library in LIBRARIES.values()}
     modules = (cls.__module__.partition(".")[0] for cls in type(model).__mro__)
     return next((by_module[module] for module in modules if module in by_module), None)

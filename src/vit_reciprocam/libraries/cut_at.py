@@ -1,4 +1,4 @@
-"""Functions that `split=` takes, to cut a model at a block or at a module that the user names."""
+"""Functions for `split=` that cut a model at an encoder block, or at a module of the user's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["cut_at", "cut_at_block", "refuse_training"]
 
 @functools.cache
 def cut_at_block(block: int = -1, *, pool: bool = False) -> Splitter:
-    """Return the function that cuts a supported model at an encoder block, see `split_model`.
+    """Return the function that calls `split_model` with these arguments.
 
     The same arguments give the same function, so that explainers can tell whether they cut alike.
     """
@@ -39,8 +39,8 @@ def cut_at(
 
     Args:
         module: Module at whose output to cut; it must run once per forward pass.
-        grid: Patch grid (h, w). For an output of four dimensions it also says which of them are
-            rows and columns; an output that leaves this open is refused.
+        grid: Patch grid (h, w). If the output has four dimensions, it also tells which of them are
+            rows and columns; an output for which it does not is refused.
         prefix_tokens: Number of tokens before the patches.
 
     Raises:
@@ -62,7 +62,7 @@ def cut_at(
 def _split(
     model: nn.Module, *, module: nn.Module, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> Split:
-    """Split a model at the output of one of its modules."""
+    """Cut a model at the output of one of its modules."""
     refuse_quantised(model)
     if not isinstance(module, nn.Module) or all(module is not one for one in model.modules()):
         raise InputError("target must be one of the model's own modules, such as model.blocks[-1]")
@@ -71,7 +71,7 @@ def _split(
     def cut(images: Tensor) -> Cut:
         tokens = _tokens(model, tap, images)
         patch_grid, channels_first = _layout(tokens, module, grid, prefix_tokens)
-        if tokens.shape[1] == len(images):  # perhaps (T, B, D), which one image more would show
+        if tokens.shape[1] == len(images):  # with one more image (T, B, D) is told from (B, T, D)
             _tokens(model, tap, torch.cat([images, images[:1]]))
 
         def rest(normed: Tensor, _x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _split(
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse training mode altogether, since the user's own code may then do things at random."""
+    """Refuse training mode, since a user's own code may do things at random then."""
     for name, module in model.named_modules():
         if module.training:
             what = f"its {name} ({type(module).__name__})" if name else "the model"
@@ -112,7 +112,7 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _tokens(model: nn.Module, tap: Tap, images: Tensor) -> Tensor:
-    """Return what the target gives in a forward pass, if its first dimension is the images."""
+    """Return the target's output in a forward pass; refuse it unless it has one row per image."""
     outputs: list[Any] = []
 
     def keep(tokens: Tensor, _number: int) -> Tensor:
@@ -158,20 +158,20 @@ def _layout(
         )
     h, w = map(int, grid)
     if tokens.ndim == 4:
-        last, first = shape[1:3] == (h, w), shape[2:] == (h, w)
+        channels_last, channels_first = shape[1:3] == (h, w), shape[2:] == (h, w)
         if prefix:
             raise InputError(f"a grid of tokens {shape} has no prefix: use prefix_tokens=0")
-        if not last and not first:
+        if not channels_last and not channels_first:
             raise InputError(
                 f"the target {name} gives {shape}, in which grid={h, w} is neither of (B, h, w, D) "
                 "nor of (B, D, h, w)"
             )
-        if last and first:
+        if channels_last and channels_first:
             raise InputError(
                 f"the target {name} gives {shape}, which may be (B, h, w, D) or (B, D, h, w): name "
                 "a module with another width, or one that gives (B, T, D)"
             )
-        return (h, w), first
+        return (h, w), channels_first
     if h * w != shape[1] - prefix:
         raise InputError(
             f"grid={h, w} is {h * w} patches, but the target {name} gives {shape}: {shape[1]} "

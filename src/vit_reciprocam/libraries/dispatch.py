@@ -1,4 +1,4 @@
-"""From a model to its `Split`, by the library that the model is from."""
+"""The `Split` of a model, made by the code of the library that the model comes from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ __all__ = ["split_model"]
 
 
 def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut a supported classifier.
+    """Cut a supported classifier at an encoder block, or just before the pooling of its head.
 
     Args:
         model: The classifier.
-        block: The encoder block to cut at, counted from the end.
-        pool: Cut before the head pools all tokens instead.
+        block: The number of the block, counted from the end: -1 is the last.
+        pool: Whether to cut where the head pools all tokens instead of at a block.
 
     Raises:
-        ModelError: If the model is not supported, with the reason.
-        InputError: If it cannot be cut there.
+        ModelError: If the model is not supported, or if running it by its parts would bypass code
+            or hooks that a user has added; the message gives the reason.
+        InputError: If it has no such block, or no pooling to cut at.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -51,7 +52,7 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
 
 
 def _split_tower(tower: nn.Module, *, block: int, pool: bool) -> Split:
-    """Cut an image tower, which gives features and no class scores."""
+    """Cut an image tower; features take the place of logits."""
     for module in tower.modules():  # from the outside in: an open_clip tower may hold a timm model
         library = library_of(module)
         if library and library.split_tower:
@@ -66,32 +67,32 @@ def _unsupported(model: nn.Module) -> ModelError:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return ModelError(f"{name}, but wraps one: pass model.module")
     target = "name where to cut it: ReciproCAM(model, target=module, grid=(h, w), prefix_tokens=1)"
-    held = _held(model)
-    if not held:
+    supported = _find_supported(model)
+    if not supported:
         *others, last = (library.module for library in LIBRARIES.values())
         return ModelError(
             f"{name}. Supported are Vision Transformers of {', '.join(others)} and {last} "
             "(docs/models.md). If this wraps one, pass the wrapped model; for a module of your own "
             f"{target}"
         )
-    what = ", and ".join(f"{kind} at {' and '.join(paths)}" for kind, paths in held.items())
-    every = [path for paths in held.values() for path in paths]
-    choice = f"model{every[0]}" if len(every) == 1 else "one of them"
+    what = ", and ".join(f"{kind} at {' and '.join(paths)}" for kind, paths in supported.items())
+    every_path = [path for paths in supported.values() for path in paths]
+    choice = f"model{every_path[0]}" if len(every_path) == 1 else "one of them"
     return ModelError(f"{name}. It holds {what}: pass {choice}, or to explain the whole {target}")
 
 
-def _held(model: nn.Module) -> dict[str, list[str]]:
-    """Return the kinds of supported models inside a module, each with the paths that it is at."""
-    held: dict[str, list[str]] = {}
-    found = ""
+def _find_supported(model: nn.Module) -> dict[str, list[str]]:
+    """Return the kinds of supported models inside a module, each with the paths to them."""
+    found: dict[str, list[str]] = {}
+    outer = ""  # the path of the last one found, whose own parts are not listed
     for path, module in model.named_modules():
         library = library_of(module) if path else None
-        if library is None or (found and path.startswith(found)):
+        if library is None or (outer and path.startswith(outer)):
             continue
         try:
             split_model(module)
         except (InputError, ModelError):
             continue
-        found = f"{path}."
-        held.setdefault(f"{library.module}'s {type(module).__name__}", []).append(f".{path}")
-    return held
+        outer = f"{path}."
+        found.setdefault(f"{library.module}'s {type(module).__name__}", []).append(f".{path}")
+    return found

@@ -13,25 +13,28 @@ __all__ = ["Library", "import_on_call"]
 
 @dataclass(frozen=True)
 class Library:
-    """A model library, its names, and the functions that know its models.
+    """A model library: its names, and the functions that know its models.
 
-    Reading a record imports neither PyTorch nor the library: the functions are imported when they
-    are called.
+    Reading a record imports neither PyTorch nor the library: each function is imported when it is
+    called. The functions refuse with a `ModelError` what cannot be explained, and say why.
 
     Attributes:
-        spec: How one of its models is written, such as "open_clip:NAME/TAG". What stands before the
-            colon is the prefix.
-        module: The name that its code is imported by; its models' classes carry it.
-        package: The name that it is installed by.
+        spec: The form of its models' names, such as "open_clip:NAME/TAG". The part before the colon
+            is the prefix.
+        module: The name by which Python imports it; its models' classes are defined in it.
+        package: The name by which it is installed.
         extra: The optional dependency group of this package that installs it.
-        split: (model, block=, pool=) -> the `Split` of a classifier.
+        split: (model, block=, pool=) -> the `Split` of a classifier. The arguments are those of
+            `libraries.dispatch.split_model`.
         load: (name, weights=, options=) -> (model in evaluation mode, its `Preprocess`, its class
             names or None). With `takes_prompts`, prompts= and templates= are passed if given.
+            Raises `WeightsError` if local weights do not fit the model, and `DownloadError` if
+            published ones cannot be fetched.
         listing: () -> an iterator over an `Architecture` for each of its models.
         split_tower: (tower, block=, pool=) -> the `Split` of an image tower, which gives features
-            and no class scores. None where the library has no towers.
+            instead of logits. None if the library has no towers.
         encoder: (model) -> its `Encoder`, for methods that read the attention of every layer. None
-            where that is not known.
+            if none of its models can be described so.
         takes_prompts: Whether some of its models take texts as classes.
     """
 
@@ -48,7 +51,7 @@ class Library:
 
     @property
     def prefix(self) -> str:
-        """What stands before the colon of its models' names, such as "hf"."""
+        """The part before the colon of its models' names, such as "hf"."""
         return self.spec.partition(":")[0]
 
     def is_installed(self) -> bool:
@@ -57,7 +60,7 @@ class Library:
 
 
 def import_on_call(name: str) -> Callable[..., Any]:
-    """Return a function that imports another one, "package.module:function", and calls it."""
+    """Return a function that imports and calls the one of this name, "package.module:function"."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return pkgutil.resolve_name(name)(*args, **kwargs)

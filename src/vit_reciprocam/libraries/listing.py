@@ -1,6 +1,6 @@
-"""The models that the installed libraries can build: what `vit-reciprocam models` goes through.
+"""The models that the installed libraries can build, for `vit-reciprocam models`.
 
-Nothing is fetched: each is built with random weights on the meta device, without memory.
+Nothing is fetched: each is built on the meta device, without weights or memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Architecture", "architectures", "describe", "nothing_fits", "short_r
 
 def architectures(pattern: str = "*") -> Iterator[Architecture]:
     """Find models of the installed libraries by a pattern, such as "deit*" or "torchvision:*"."""
-    for library in _searched(pattern):
+    for library in _libraries_meant(pattern):
         for one in library.listing() if library.is_installed() else ():
             name = one.spec if ":" in pattern else one.spec.partition(":")[2]
             if fnmatch.fnmatchcase(name, pattern):
@@ -28,7 +28,7 @@ def architectures(pattern: str = "*") -> Iterator[Architecture]:
 
 
 def describe(architecture: Architecture) -> tuple[str, str]:
-    """Return by which path a model is explained, "-" if by none, and why not by the closed form."""
+    """Return a model's path, "-" if it is refused, and the reason if it is not the closed form."""
     try:
         because = split_model(architecture.build()).direct_because
     except ReciproCAMError as error:
@@ -37,28 +37,28 @@ def describe(architecture: Architecture) -> tuple[str, str]:
 
 
 def nothing_fits(pattern: str) -> InputError:
-    """Return the error of a pattern that fits no model: what was searched, and what is like it."""
-    searched = _searched(pattern)
+    """Return the error for a pattern that fits no model: what was searched, and a near match."""
+    searched = _libraries_meant(pattern)
     if not searched:
         return InputError(
             f"no model fits {pattern!r}: before the colon stands one of {', '.join(LIBRARIES)}"
         )
-    there = [f"{one.module} {version(one.package)}" for one in searched if one.is_installed()]
-    words = [f"no model fits {pattern!r}. Searched: {', '.join(there) or 'no library'}"]
-    words += [
+    installed = [f"{one.module} {version(one.package)}" for one in searched if one.is_installed()]
+    clauses = [f"no model fits {pattern!r}. Searched: {', '.join(installed) or 'no library'}"]
+    clauses += [
         f"not installed: {one.module}, pip install 'vit-reciprocam[{one.extra}]'"
         for one in searched
         if not one.is_installed()
     ]
     prefix, colon, name = pattern.rpartition(":")
     wider = f"{prefix}{colon}*{name.strip('*')}*"
-    if like := list(architectures(wider)):
-        words.append(f"{wider!r} fits {len(like)}, such as {like[0].spec}")
-    return InputError("; ".join(words))
+    if similar := list(architectures(wider)):
+        clauses.append(f"{wider!r} fits {len(similar)}, such as {similar[0].spec}")
+    return InputError("; ".join(clauses))
 
 
-def _searched(pattern: str) -> list[Library]:
-    """Return the libraries that a pattern means, all of them where it has no prefix."""
+def _libraries_meant(pattern: str) -> list[Library]:
+    """Return the libraries whose prefix fits that of a pattern, all of them if it has none."""
     prefix, colon, _ = pattern.partition(":")
     return [
         library

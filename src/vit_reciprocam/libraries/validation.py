@@ -1,4 +1,4 @@
-"""Refusals of models and images that cannot be used, whatever the library."""
+"""Checks of models and images that are the same for every library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:
-    """Refuse what is not a batch of images for the model."""
+    """Refuse what is not a batch of finite images (B, 3, H, W) of the model's device and dtype."""
     if not isinstance(images, Tensor):
         raise InputError(
             "images must be a torch.Tensor of preprocessed images (B, 3, H, W), got "
@@ -56,14 +56,14 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_mode(model: nn.Module) -> None:
-    """Refuse a model in training mode if that changes its output."""
+    """Refuse a model with dropout or BatchNorm in training mode, which changes its output."""
     for name, module in model.named_modules():
         if not module.training:
             continue
         kind = type(module).__name__.lower()
         if "drop" in kind or "stochastic" in kind:
             names = ("p", "drop_prob", "prob")
-        else:  # attentions that drop on their own
+        else:  # attentions that have a dropout of their own
             names = ("dropout", "dropout_prob", "attention_dropout")
         rates = [getattr(module, name, None) for name in names]
         random = any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -75,9 +75,9 @@ def check_mode(model: nn.Module) -> None:
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Refuse a model of which a module rounds activations by the whole batch."""
+    """Refuse quantised modules, which round each image's activations by the whole batch."""
     every: list[Any] = [model]
-    for module in every:  # grows; several times as fast as modules(), and every call runs it
+    for module in every:  # the list grows: much faster than modules(), and run at every call
         if module is not None and module._modules:
             every += module._modules.values()
     quantised = {cls for cls in set(map(type, every)) if _QUANTISED.match(cls.__module__)}

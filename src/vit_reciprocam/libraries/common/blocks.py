@@ -1,4 +1,4 @@
-"""The cut at an encoder block, the same for every library.
+"""The cut at an encoder block, which is the same for every library.
 
 Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
 A width of the joined heads, C classes; n masks at once.
@@ -48,12 +48,14 @@ def split_block(
         blocks: The block and those after it.
         enter: Images (B, 3, H, W) -> the patch grid, and the call of each block by the model, in
             which X (B, T, D) is the first argument.
-        tap: The place of F in the block: the output of norms of X, or on the side "input" X itself.
+        tap: The place of F in the block. On its side "output", F is what the tap's modules, norms,
+            make of X; on its side "input", F is X itself.
         head: The last block's output (B, T, D) -> logits (B, C).
-        because: Why the closed form does not hold, "" if it does; then it needs the next four.
-        prefix: How many tokens stand before the patches.
-        readout_tokens: R, how many tokens the head reads, from the first on.
-        attention: The patch grid, and the keywords with which the model calls the block -> the
+        because: Why the closed form does not hold, "" if it does; then it needs `readout_tokens`,
+            `attention` and `finish_block`.
+        prefix: Number of tokens before the patches.
+        readout_tokens: R, the number of tokens that the head reads, from the first on.
+        attention: The patch grid, and the keyword arguments of the model's call of the block -> the
             block's attention.
         finish_block: The joined heads (n, B, R, A), F (n, B, R, D) and X (n, B, R, D) of the
             readout tokens -> the block's output (n, B, R, D).
@@ -78,7 +80,7 @@ def split_block(
         def finish(heads: Tensor, normed: Tensor, x: Tensor) -> Tensor:
             assert finish_block is not None
             y = finish_block(heads, normed, x)
-            # the head takes one batch: the masks of an image stand in it like further images
+            # the head takes one batch, in which each mask of an image is like one more image
             return head(y.flatten(0, 1)).view(*y.shape[:2], -1)
 
         (x, *_), options = calls[0]

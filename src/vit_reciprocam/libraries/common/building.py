@@ -1,4 +1,4 @@
-"""Models of every library with random weights and without memory, as their listings build them."""
+"""What every library's listing needs to build models without weights or memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot
 
-__all__ = ["PROMPTS", "Architecture", "NoValues", "is_named", "short_reason", "with_prompts"]
+__all__ = [
+    "PROMPTS",
+    "Architecture",
+    "NoValues",
+    "is_named_transformer",
+    "short_reason",
+    "with_prompts",
+]
 
 PROMPTS = 8
 """Number of random prompts that an image tower gets as classes."""
@@ -21,15 +28,15 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model that can be built with random weights.
+    """A model that its library can build.
 
     Attributes:
         spec: The model as `load` takes it, or a class of transformers, perhaps with a setting of
             its configuration, such as "hf:BeitForImageClassification(use_mean_pooling=False)".
-        build: () -> the model on the meta device, as its library makes it. Raises `ModelError` for
-            one that is refused even before it is built.
-        listed: Whether it goes by the name of a transformer, so that a table should name it even
-            where it is refused.
+        build: () -> the model on the meta device, as its library makes it. Raises `ModelError` if
+            it is refused even before it is built.
+        listed: Whether a table should list it even if it is refused, because its name says that it
+            is a transformer.
     """
 
     spec: str
@@ -38,7 +45,7 @@ class Architecture:
 
 
 class NoValues(TorchFunctionMode):
-    """Skip what initialises weights on the meta device: they have no values, yet it takes time."""
+    """Skip the initialisation of weights on the meta device, which have no values to fill."""
 
     _SKIPPED = frozenset(
         getattr(Tensor, f"{name}_")
@@ -46,22 +53,22 @@ class NoValues(TorchFunctionMode):
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, or return its first argument as it is."""
+        """Call the function, or return its first argument unchanged if it would fill that."""
         if func in self._SKIPPED and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-def is_named(module: str) -> bool:
-    """Return whether a module's name says that it holds transformers."""
+def is_named_transformer(module: str) -> bool:
+    """Return whether the name of a Python module says that it defines transformers."""
     return "vit" in module or "former" in module
 
 
 def with_prompts(tower: nn.Module, width: int) -> nn.Module:
-    """Return an image tower, with features of this width, that has random prompts as classes."""
+    """Return a classifier of random prompts by an image tower whose features have this width."""
     return ZeroShot(tower, torch.randn(PROMPTS, width), scale=10.0).eval()
 
 
 def short_reason(refusal: str) -> str:
-    """Return a refusal without the name of what is refused, and without what else there is."""
+    """Return the reason in a refusal, without the model's name and the list of supported models."""
     return re.sub("^.{,80}? is not supported: ", "", refusal).partition(". Supported are")[0]

@@ -1,11 +1,10 @@
-"""Ask whether a model is all that its class says.
+"""Find what a user has changed in a model: hooks, patched methods, subclasses.
 
-The method runs a model by its parts: it repeats what the class does, with other tokens. If a user
-has changed the model, by hooks, a patched method or a subclass, repeating the class would silently
-leave the change out. The questions here find such changes. What cannot be repeated is refused, or
-takes the direct path, which calls the changed module itself.
+The method runs a model by its parts: it repeats what the library's class does, with other tokens.
+That would silently leave a user's change out. So a changed model is refused, or takes the direct
+path, which calls the changed module itself.
 
-A function that is named `why_…` returns a clause for an error text, or "" if all is well.
+A function named `why_…` returns a clause for an error text, or "" if nothing was changed.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ __all__ = [
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether somebody put forward hooks on the module.
+    """Return whether a user put forward hooks on the module.
 
-    The hooks that transformers itself leaves on a model after a call with output_hidden_states=True
-    only look on, so they do not count.
+    transformers leaves hooks of its own on a model after a call with output_hidden_states=True.
+    They change nothing, so they do not count.
     """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    theirs = "transformers.utils.output_capturing"
-    return any(getattr(hook, "__module__", None) != theirs for hook in hooks)
+    harmless = "transformers.utils.output_capturing"
+    return any(getattr(hook, "__module__", None) != harmless for hook in hooks)
 
 
 def runs_as(module: Any, *classes: Any) -> bool:
     """Return whether calling the module runs the forward of one of these classes.
 
-    A subclass with another forward does not, nor does a module whose own forward was patched.
+    A subclass with another forward does not, nor does a module whose forward was patched.
     """
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return False
@@ -62,29 +61,26 @@ def _find_override(module: nn.Module, library: str, *methods: str) -> str:
     """Return the first of its methods that is not the library's own, "" if all are."""
     for method in ("forward", *methods):
         found: Any = next((cls for cls in type(module).__mro__ if method in vars(cls)), None)
-        if method in vars(module) or (found and not _belongs_to(found, library)):
+        owner = found.__module__.partition(".")[0] if found else library
+        if method in vars(module) or owner not in (library, "torch", "vit_reciprocam"):
             return method
     return ""
-
-
-def _belongs_to(cls: type, library: str) -> bool:
-    return cls.__module__.partition(".")[0] in (library, "torch", "vit_reciprocam")
 
 
 def kind_of(module: Any) -> str:
     """Return the name of an object's class, for an error text.
 
-    The name includes that of the Python module if a base class or a class of PyTorch is called the
-    same, as where a user's Attention derives from the library's Attention.
+    It includes the Python module if a base class or a class of PyTorch has the same name, as when a
+    user's Attention is derived from the library's Attention.
     """
     cls = type(module)
     others = [*cls.__mro__, getattr(nn, cls.__name__, cls)]
-    clear = all(one is cls or one.__name__ != cls.__name__ for one in others)
-    return cls.__name__ if clear else f"{cls.__module__}.{cls.__qualname__}"
+    unique = all(one is cls or one.__name__ != cls.__name__ for one in others)
+    return cls.__name__ if unique else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not_linear(layer: nn.Module, what: str) -> str:
-    """Return why calling a layer is more than applying its weight and bias, "" if it is not."""
+    """Return why calling a layer, named `what`, does more than apply its weight and bias, or ""."""
     if not runs_as(layer, nn.Linear):
         patched = "forward" in vars(layer)
         own = "has a forward of its own" if patched else f"is a {kind_of(layer)}"
@@ -92,22 +88,23 @@ def why_not_linear(layer: nn.Module, what: str) -> str:
     return f"{what} has forward hooks" if has_hooks(layer) else ""
 
 
-def why_unknown(module: nn.Module, library: str, what: str, *whole: nn.Module) -> str:
-    """Return why running a module by its parts may differ from calling it, "" if not.
+def why_unknown(module: nn.Module, library: str, what: str, *called_whole: nn.Module) -> str:
+    """Return why running a module, named `what`, by its parts may differ from calling it, or "".
 
     The parts run on fewer tokens than the module and leave dropout out. So everything inside must
-    be the library's or PyTorch's own, without hooks, and what is named dropout must be one.
+    be the library's or PyTorch's own, without hooks, and what is named dropout must be one. Only
+    the modules `called_whole` may be anything, since they are called as they are, on all tokens.
     """
-    spared = {id(part) for one in whole for part in one.modules()}
+    allowed = {id(part) for one in called_whole for part in one.modules()}
     for path, part in module.named_modules():
-        if id(part) in spared:
+        if id(part) in allowed:
             continue
         where = f"{what}'s {path}" if path else what
         if has_hooks(part):
             return f"{where} has forward hooks"
         if "forward" in vars(part):
             return f"{where} has a forward of its own"
-        # a dropout is left out, so what only has the name of one, such as attn_drop, would be lost
+        # dropout is left out, so a module that is merely named like one would be lost
         named_dropout = "drop" in path.rpartition(".")[2]
         is_dropout = "Drop" in type(part).__name__ or isinstance(part, nn.Identity)
         if not is_own(part, library) or (named_dropout and not is_dropout):
@@ -122,18 +119,15 @@ def refuse_bypassed(
     *around: nn.Module,
     methods: Sequence[str] = (),
 ) -> None:
-    """Refuse a model with code or hooks of its own that running it by its parts would bypass.
+    """Refuse a model with a user's code or hooks that running it by its parts would bypass.
 
     Args:
         model: The model.
-        block: The block at which it is cut. The modules that hold it are not called as a whole, so
-            they must be the library's own.
+        block: The block at which it is cut. The modules that contain it are not called as a whole,
+            so they must be the library's own.
         library: The name of the library that defines the model.
         around: Other modules that are not called.
-        methods: Other methods than forward that are not called.
-
-    Raises:
-        ModelError: If there is such code or such a hook; names the module.
+        methods: Methods besides forward that are not called.
     """
     for module in (model, *_modules_above(block, model), *around):
         method, hooked = _find_override(module, library, *methods), has_hooks(module)
@@ -153,9 +147,9 @@ def refuse_bypassed(
 
 
 def _modules_above(block: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold a block, from inside a module inwards.
+    """Return the modules inside a module that contain a block, the outermost first.
 
-    Every call of an explainer asks this, so it looks into `_modules`, which is faster than paths.
+    Every call of an explainer runs this, so it reads `_modules`, which is faster than paths.
     """
     found = []
     for part in module._modules.values():

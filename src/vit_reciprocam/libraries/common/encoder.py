@@ -1,6 +1,6 @@
-"""A whole Vision Transformer by its parts: plain data for methods that need every attention.
+"""A whole Vision Transformer, step by step: plain data for methods that need every attention.
 
-Where a fused kernel computes attention, a library's own forward pass never holds the attention
+If a fused kernel computes attention, a library's own forward pass never holds the attention
 weights, and relevance needs the input of every linear layer. So the encoder is described here step
 by step. `methods.baselines` runs the steps, and compares the logits with the model's own.
 
@@ -23,8 +23,8 @@ from vit_reciprocam.libraries.common.changes import has_hooks, runs_as, why_not_
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "no_encoder", "step_without_rule", "steps"]
 
 Step = Callable[[Tensor], Tensor]
-"""A function of tokens (..., D): a `Projection`, which is linear, or anything else, which acts on
-each number alone or normalises."""
+"""A function of tokens (..., D): a linear layer as a `Projection`, or a function that acts on each
+number alone or normalises."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Encoder:
-    """All of a model that follows the embedding of patches.
+    """The part of a model that follows the embedding of patches.
 
     Attributes:
         entry: The first block, which the model calls with the tokens (B, T, D).
@@ -65,7 +65,7 @@ class Encoder:
 
 
 def encoder_of(model: nn.Module) -> Encoder:
-    """Return a supported model by its parts."""
+    """Return the `Encoder` of a model; refuse one whose attention is not known in every layer."""
     library = library_of(model)
     if library and library.encoder:
         encoder: Encoder = library.encoder(model)
@@ -74,7 +74,7 @@ def encoder_of(model: nn.Module) -> Encoder:
 
 
 def no_encoder(model: nn.Module, because: str) -> ModelError:
-    """Return the error that names the model, the reason, and what to use instead."""
+    """Return the error that names a model, the reason, and what to use instead."""
     return ModelError(
         f"attention of every layer is not available from this {type(model).__name__}: {because}. "
         "Rollout, relevance and raw_attention take class-token models of timm's VisionTransformer, "
@@ -84,7 +84,7 @@ def no_encoder(model: nn.Module, because: str) -> ModelError:
 
 
 def steps(*modules: Any) -> tuple[Step, ...]:
-    """Return modules that run one after the other as steps.
+    """Return the steps of modules that run one after the other.
 
     A Linear becomes a `Projection`, a Sequential its modules; None and Identity are left out. A
     module with hooks or with a forward of its own stays as it is, so that calling it runs them.

@@ -1,4 +1,4 @@
-"""PyTorch's own nn.MultiheadAttention by its parts.
+"""PyTorch's nn.MultiheadAttention as an `Attention`.
 
 Letters of the shapes: B images, R readout tokens, D width, A width of the joined heads.
 """
@@ -23,10 +23,7 @@ def multihead_attention(
 ) -> Attention:
     """Return the attention up to the joined heads.
 
-    Args:
-        attention: The module.
-        queries: What a pool asks with, if it has learned queries, before their projection; by
-            default the readout tokens ask.
+    A pool has learned queries, which take the place of the readout tokens before their projection.
     """
     a: Any = attention
     if a.in_proj_weight is not None:
@@ -35,13 +32,13 @@ def multihead_attention(
         weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
     query, key, value = projections(weights, a.in_proj_bias)
 
-    def ask(tokens: Tensor) -> Tensor:  # (B, R, D) -> (B, R, A)
+    def project_queries(tokens: Tensor) -> Tensor:  # (B, R, D) -> (B, R, A)
         return query(tokens if queries is None else queries.expand(tokens.shape[0], -1, -1))
 
     return Attention(
         heads=attention.num_heads,
         scale=attention.head_dim**-0.5,
-        query=ask,
+        query=project_queries,
         key=key,
         value=value,
         query_norm=same,
@@ -54,8 +51,8 @@ def multihead_output(
 ) -> Float[Tensor, "*batch D"]:
     """Project the joined heads to the attention's output.
 
-    The out_proj is applied, not called, because the module does not call it either: hooks on it
-    never run.
+    Its out_proj is not called, because nn.MultiheadAttention does not call it either, so hooks on
+    it never run.
     """
     return linear(heads, attention.out_proj.weight, attention.out_proj.bias)
 

@@ -1,4 +1,4 @@
-"""The cut just before a head pools all tokens, the same for every library.
+"""The cut just before a head pools all tokens, which is the same for every library.
 
 Letters of the shapes: B images, T tokens that are pooled, D width, C classes.
 """
@@ -38,11 +38,11 @@ def split_pool(
 
     Args:
         tokens: Images (B, 3, H, W) -> the patch grid, and the tokens (B, T, D) that are pooled.
-        pool: The tokens -> what the pool makes of them.
-        finish: What the pool makes of them -> logits (B, C).
+        pool: The tokens -> the pooled features.
+        finish: The pooled features -> logits (B, C).
         readout: What the closed form needs, or the reason why it does not hold.
         block: The last block, or the module after it.
-        prefix: How many of the tokens stand before the patches.
+        prefix: Number of the pooled tokens before the patches.
     """
 
     def cut(images: Tensor) -> Cut:

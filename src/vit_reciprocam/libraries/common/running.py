@@ -38,11 +38,11 @@ Grid = tuple[int, int]
 
 
 class StopForward(BaseException):
-    """Leaves a forward pass early; a library's `except Exception` does not catch it."""
+    """A way out of a forward pass that a library's `except Exception` does not catch."""
 
 
 def find_call(model: nn.Module, module: nn.Module, *inputs: Any, **options: Any) -> Call:
-    """Run the model until it calls a module, and return the arguments of that call."""
+    """Run the model until it calls one of its modules, and return the arguments of that call."""
     return find_calls(model, [module], *inputs, **options)[0]
 
 
@@ -53,13 +53,13 @@ def find_calls(
 
     Args:
         model: The model.
-        modules: Modules inside it, in the order in which it calls them.
+        modules: Modules inside it, in the order of their calls.
         inputs: What the model is called with, such as images (B, 3, H, W).
         options: The keyword arguments that the model is called with.
     """
     calls: list[Call] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(calls) < len(modules) and module is modules[len(calls)]:
             calls.append((args, kwargs))
         # what follows the last module is not needed, but a tracer wants its calls to return
@@ -68,8 +68,8 @@ def find_calls(
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            # ahead of the user's own hooks, which act anew when the module is run again
-            hook = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+            # before the user's own hooks, which will act when the module is run again
+            hook = module.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
             stack.callback(hook.remove)
         with contextlib.suppress(StopForward):
             model(*inputs, **options)
@@ -82,7 +82,7 @@ def find_calls(
 
 
 def last_blocks(number: int, blocks: Iterable[Any]) -> list[Any]:
-    """Return the block that a number from the end means, and the blocks after it."""
+    """Return the blocks from a number on, which counts from the end: -1 is the last block alone."""
     every = list(blocks)
     count = len(every)
     if not -count <= number <= -1:
@@ -99,7 +99,7 @@ def same(value: Tensor) -> Tensor:
 
 
 def infer_grid(patches: int, height: int, width: int) -> Grid:
-    """Return the grid (h, w) of that many square patches on an image of that many pixels."""
+    """Return the grid (h, w) of a number of square patches on an image of height x width pixels."""
     for size in range(1, min(height, width) + 1):
         if (height // size) * (width // size) == patches:
             return height // size, width // size
@@ -109,7 +109,7 @@ def infer_grid(patches: int, height: int, width: int) -> Grid:
 
 
 def repeat_batch(value: Any, batch: int, times: int) -> Any:
-    """Repeat tensors along their first dimension where its size is the batch's."""
+    """Repeat each tensor (batch, …) in a value along its first dimension, and nothing else."""
     if isinstance(value, Tensor):
         one_per_image = value.ndim > 0 and value.shape[0] == batch
         return value.repeat(times, *(1,) * (value.ndim - 1)) if one_per_image else value

@@ -14,14 +14,13 @@ from vit_reciprocam.errors import WeightsError
 __all__ = ["RANDOM", "read_weights"]
 
 RANDOM = "random"
-"""The value of `weights` that leaves a model untrained, as its library builds it; nothing is
-fetched."""
+"""The value of `weights` that leaves a model as its library initialises it; nothing is fetched."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only.
 
-    A training checkpoint is looked into: its state dict is taken, that of averaged weights first.
+    In a training checkpoint it is that of the averaged weights, if there are any.
     """
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}")
@@ -35,9 +34,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({type(error).__name__}): pass a .safetensors file, "
             "or a .pth file that holds tensors only"
         ) from error
-    for nest in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

@@ -1,4 +1,4 @@
-"""Text prompts as classes: an image tower, compared with the embeddings of the prompts."""
+"""Text prompts as classes: images are compared with the embeddings of the prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ZeroShot(nn.Module):
 
     Attributes:
         tower: Images (B, 3, H, W) -> features (B, E).
-        prompts: (C, E), normalised.
+        prompts: Text embeddings (C, E), normalised.
     """
 
     prompts: Tensor
@@ -35,13 +35,9 @@ class ZeroShot(nn.Module):
         scale: float,
         bias: float = 0.0,
     ) -> None:
-        """Join a tower and prompts.
+        """Join a tower and text embeddings of any length, one per class.
 
-        Args:
-            tower: Images (B, 3, H, W) -> features (B, E).
-            prompts: Text embeddings, one per class; their lengths do not matter.
-            scale: Factor of the cosines: exp(logit_scale) of a trained model.
-            bias: What is added to each: logit_bias of SigLIP models.
+        A trained model has the scale as exp(logit_scale), and SigLIP the bias as logit_bias.
         """
         super().__init__()
         self.tower = tower
@@ -61,7 +57,7 @@ class ZeroShot(nn.Module):
 
 
 def add_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
-    """Return the split of a tower with logits in place of its features."""
+    """Return a tower's split with `scores`, features (..., E) -> logits (..., C), put behind it."""
 
     def cut(images: Tensor) -> Cut:
         inner = tower.cut(images)
@@ -82,7 +78,7 @@ def add_scores(tower: Split, scores: Callable[[Tensor], Tensor]) -> Split:
 
 
 def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
-    """Refuse what cannot be prompts and templates."""
+    """Refuse prompts and templates that are not lists of texts, or a template without {}."""
     for what, texts in (("prompts", prompts), ("templates", templates)):
         listed = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not listed or not texts or not all(isinstance(one, str) for one in texts):
@@ -93,5 +89,5 @@ def check_prompts(prompts: Sequence[str], templates: Sequence[str]) -> None:
 
 
 def fill_template(template: str, prompt: str) -> str:
-    """Return a template with the prompt in its place {}; other braces stay as they are."""
+    """Return a template with the prompt in place of {}; other braces stay as they are."""
     return template.replace("{}", prompt)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import timm
 from torch import nn
 
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
 from vit_reciprocam.libraries.timm.families import FAMILIES
 from vit_reciprocam.libraries.timm.load import outline
 
@@ -28,7 +28,7 @@ def _is_listed(module: str) -> bool:
     """Return whether a module's name says "vit" or "former", or it holds a supported class."""
     supported = {*FAMILIES, "VisionTransformer", "Beit", "Cait", "Eva"}
     held = vars(importlib.import_module(f"timm.models.{module}"))
-    return is_named(module) or not supported.isdisjoint(held)
+    return is_named_transformer(module) or not supported.isdisjoint(held)
 
 
 def _build(name: str) -> nn.Module:

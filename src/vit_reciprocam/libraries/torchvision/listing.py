@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, list_models
 
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
 
 __all__ = ["architectures", "build"]
 
@@ -21,14 +21,14 @@ def architectures() -> Iterator[Architecture]:
     """Return every model that classifies images or is named as a transformer."""
     classify = list_models(module=torchvision.models)
     for name in list_models():
-        listed = is_named(get_model_builder(name).__module__)
+        listed = is_named_transformer(get_model_builder(name).__module__)
         if listed or name in classify:
             yield Architecture(f"torchvision:{name}", functools.partial(build, name), listed=listed)
 
 
 def build(name: str, **options: Any) -> nn.Module:
     """Build a model on the meta device."""
-    if not is_named(get_model_builder(name).__module__):
+    if not is_named_transformer(get_model_builder(name).__module__):
         raise ModelError(
             f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
             "SwinTransformer"
