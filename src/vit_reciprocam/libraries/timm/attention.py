@@ -1,4 +1,4 @@
-"""timm's attentions and its pooling head by their parts.
+"""timm's attentions and its pooling by attention, each as an `Attention`.
 
 Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, N patches,
 D width, A width of the joined heads.
@@ -41,7 +41,7 @@ ATTENTIONS = (
 
 
 def describe_attention(attention: Any, options: dict[str, Any], tokens: int) -> Attention:
-    """Return an attention by its parts."""
+    """Return the attention of a block, which the model calls with these keyword arguments."""
     query, key, value = _projections(attention)
     key_norm = getattr(attention, "k_norm", None)
     rope = options.get("rope")
@@ -65,7 +65,7 @@ def describe_attention(attention: Any, options: dict[str, Any], tokens: int) -> 
 
 
 def _projections(attention: Any) -> list[Projection]:
-    """Return the projections to query, key and value, joined in one layer or apart."""
+    """Return the projections to query, key and value, from one joint layer or three."""
     if getattr(attention, "qkv", None) is not None:
         query, key, value = projections(attention.qkv.weight.chunk(3), attention.qkv.bias)
         if getattr(attention, "q_bias", None) is not None:  # k_bias is a buffer of zeros
@@ -80,7 +80,7 @@ def _projections(attention: Any) -> list[Projection]:
 
 
 def _repeat_groups(projection: Projection, attention: Any, groups: int) -> Projection:
-    """Repeat keys or values of grouped-query attention, once per head that shares them."""
+    """Repeat the keys or values of grouped-query attention for each head that shares them."""
     if groups == 1:
         return projection
 
@@ -93,8 +93,8 @@ def _repeat_groups(projection: Projection, attention: Any, groups: int) -> Proje
 
 
 def _bias(attention: Any, options: dict[str, Any], tokens: int) -> Tensor | None:
-    """Return what relative position adds to the scores of the first tokens, (T, tokens, heads)."""
-    # a bias that all blocks share comes with the call, as BEiT or as ViTRelPos names it
+    """Return what relative position adds to the readout tokens' scores, (T, tokens, heads)."""
+    # a bias that all blocks share is passed to the block, under BEiT's or ViTRelPos's name for it
     shared = options.get("shared_rel_pos_bias", options.get("shared_rel_pos"))
     if getattr(attention, "relative_position_bias_table", None) is not None:
         own = attention._get_rel_pos_bias()
@@ -105,14 +105,14 @@ def _bias(attention: Any, options: dict[str, Any], tokens: int) -> Tensor | None
         bias = shared
     if bias is None:
         return None
-    asked: Tensor = bias.reshape(-1, *bias.shape[-3:])[0, :, :tokens].permute(2, 1, 0)
-    return asked
+    readout: Tensor = bias.reshape(-1, *bias.shape[-3:])[0, :, :tokens].permute(2, 1, 0)
+    return readout
 
 
 def project_heads(
     attention: Any, heads: Float[Tensor, "*batch A"], normed: Float[Tensor, "*batch D"]
 ) -> Float[Tensor, "*batch D"]:
-    """Return the attention's output for joined heads; a gate reads F too."""
+    """Return the attention's output for joined heads and F, which a gate reads."""
     heads = getattr(attention, "norm", same)(heads)
     if getattr(attention, "gate", None) is not None:
         heads = heads * attention.gate(normed).sigmoid()
@@ -121,7 +121,7 @@ def project_heads(
 
 
 def block_diagonal(every: list[Any]) -> Projection:
-    """Join projections into one in which each reads and writes its own share of the width."""
+    """Join projections into one, in which each has its own share of the width."""
     weight = torch.block_diag(*(one.weight for one in every))
     if every[0].bias is None:
         return Projection(weight, None)
@@ -139,7 +139,7 @@ def why_unknown_pool(pool: Any) -> str:
 
 
 def describe_pool(pool: Any) -> Attention:
-    """Return the attention of a pooling head: learned queries ask, no token does."""
+    """Return the attention of a pool, whose queries are learned instead of made from tokens."""
     key, value = projections(pool.kv.weight.chunk(2), pool.kv.bias)
     return Attention(
         heads=pool.num_heads,
@@ -153,7 +153,7 @@ def describe_pool(pool: Any) -> Attention:
 
 
 def finish_pool(pool: Any, heads: Float[Tensor, "*batch R A"]) -> Float[Tensor, "*batch D"]:
-    """Return the pooled features for the joined heads of a pooling head's queries."""
+    """Return the pooled features for the joined heads of the pool's queries."""
     x = pool.proj_drop(pool.proj(heads))
     if pool.mlp is not None:
         x = x + pool.mlp(pool.norm(x))

@@ -1,4 +1,4 @@
-"""timm's encoder blocks and attentions by their parts.
+"""What the closed form needs to know of timm's encoder blocks.
 
 Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
 A width of the joined heads; n masks at once.
@@ -46,8 +46,8 @@ class BlockDescription:
 
     Attributes:
         tap: The place of F in the block.
-        attention: The keywords with which the model calls the block, such as a position embedding,
-            and R -> the block's attention.
+        attention: The keyword arguments of the model's call of the block, such as a position
+            embedding, and R -> the block's attention.
         finish: The joined heads (n, B, R, A), F (n, B, R, D) and X (n, B, R, D) of the readout
             tokens -> the block's output (n, B, R, D).
         why_unknown: Why attention and finish cannot be used, "" if they can.
@@ -60,7 +60,7 @@ class BlockDescription:
 
 
 def describe_block(block: nn.Module) -> BlockDescription:
-    """Return an encoder block by its parts."""
+    """Describe an encoder block; refuse one that has no LayerNorm or attention to cut at."""
     b: Any = block
     if isinstance(block, _POST_NORM):
         # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
@@ -91,7 +91,10 @@ def describe_block(block: nn.Module) -> BlockDescription:
 def _why_unknown_block(
     block: nn.Module, kinds: tuple[type, ...], norms: Sequence[nn.Module], *attentions: Any
 ) -> str:
-    """Return why running the block by its parts may differ from calling it, "" if not."""
+    """Return why running a block by its parts may differ from calling it, or "".
+
+    The forward of the classes `kinds` is known; the norms are called as they are, on all tokens.
+    """
     if not runs_as(block, *kinds):
         return f"the last block is a {kind_of(block)}, whose parts are not known"
     for attention in attentions:
@@ -129,7 +132,7 @@ def _finish_post_norm(
 
 
 def _branch(block: Any, value: Float[Tensor, "*batch D"], number: int) -> Float[Tensor, "*batch D"]:
-    """Return what a residual branch adds: a value after LayerScale and stochastic depth.
+    """Apply LayerScale and stochastic depth to what a residual branch adds.
 
     LayerScale is a parameter, gamma_1, in some classes and a module, ls1, in others. Stochastic
     depth is drop_path1 in some, drop_path for both branches in others.
@@ -144,7 +147,7 @@ def _branch(block: Any, value: Float[Tensor, "*batch D"], number: int) -> Float[
 def _describe_parallel_scaling(block: Any) -> BlockDescription:
     """Describe a block with attention and MLP side by side after one LayerNorm, as in ViT-22B.
 
-    F is what both read, so the MLP is masked too.
+    Both read F, so the MLP is masked too.
     """
 
     def attention(options: dict[str, Any], tokens: int) -> Attention:
@@ -213,7 +216,7 @@ def _describe_parallel_things(block: Any) -> BlockDescription:
     input_norms, attentions = [b.norm for b in branches], [b.attn for b in branches]
     because = _why_unknown_block(block, (vit.ParallelThingsBlock,), input_norms, *attentions)
     query_norms = [branch.attn.q_norm for branch in branches]
-    # one attention has one query norm, but here each branch has weights of its own
+    # the joined attention has one query norm, so it cannot have one for each branch
     if not because and not all(isinstance(norm, nn.Identity) for norm in query_norms):
         because = "the last block's parallel attentions have query and key norms"
     return BlockDescription(

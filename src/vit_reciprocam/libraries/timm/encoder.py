@@ -5,33 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import Mlp
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from vit_reciprocam.libraries.common.changes import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.timm.blocks import describe_block
+from vit_reciprocam.libraries.timm.split import count_readout_tokens
 
 __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return a model whose head reads its class token, or class and distillation token."""
+    """Describe a model whose head reads its class token, or class and distillation token."""
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise no_encoder(model, "the parts of this architecture are not known")
-    distilled = isinstance(model, VisionTransformerDistilled)
-    pooled = m.global_pool != "token" or m.attn_pool is not None
-    if not distilled and (pooled or not m.num_prefix_tokens):
+    tokens = count_readout_tokens(model)
+    if tokens is None:
         raise no_encoder(model, "its head reads all tokens, so no token's attention stands for it")
-
-    single = (steps(m.fc_norm, m.head_drop, m.head),)
+    distilled = (steps(m.head), steps(m.head_dist)) if tokens == 2 else ()
     return Encoder(
         entry=m.blocks[0],
         layers=tuple(_layer(model, number, block) for number, block in enumerate(m.blocks)),
         norm=steps(m.norm),
-        heads=(steps(m.head), steps(m.head_dist)) if distilled else single,
+        heads=distilled or (steps(m.fc_norm, m.head_drop, m.head),),
         logits=lambda y: m.forward_head(m.norm(y)),
     )
 
@@ -47,7 +45,7 @@ def _layer(model: nn.Module, number: int, block: Any) -> Layer:
         because = "the last block's attention is gated"
     if because:
         raise no_encoder(model, because.replace("the last block", f"its block {number}"))
-    known_mlp = runs_as(mlp, Mlp) and not has_hooks(mlp)  # else it is one step without a rule
+    known_mlp = runs_as(mlp, Mlp) and not has_hooks(mlp)  # any other is one step
     after = steps(getattr(attn, "norm", None), attn.proj)
     inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if known_mlp else (mlp,)
     if runs_as(block, Block):

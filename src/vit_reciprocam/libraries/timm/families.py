@@ -3,7 +3,7 @@
 How to read a family: its function takes a model of the timm class that `_family` names and returns
 the `LastBlock`. Most use `at_norm1(block, finish, layout)`: `block` is the last block in which
 tokens attend to each other, F is the output of its norm1, `finish` repeats what the model's own
-`forward_features` does after that block, and `layout` is that of the tokens which the block takes.
+`forward_features` does after that block, and `layout` is that of the block's input.
 
 Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width.
 """
@@ -36,7 +36,7 @@ __all__ = ["FAMILIES", "REFUSED", "unsupported"]
 _Describe = Callable[[Any], LastBlock]
 
 FAMILIES: dict[str, _Describe] = {}
-"""The name of a class of timm -> the function that finds the last block of its models."""
+"""The name of a timm class -> the function that describes the last block of its models."""
 
 REFUSED = {
     "ByobNet": "its blocks have convolutions, or attend over four interleaved grids (MobileViT)",
@@ -49,7 +49,7 @@ REFUSED = {
     ("ConvNeXt", "EfficientNet", "FocalNet", "MambaOut", "MlpMixer", "ResNet", "Sequencer2d"),
     "it has no attention, which is where this method cuts",
 )
-"""The name of a class of timm -> the reason why its models are not supported."""
+"""The name of a timm class -> the reason why its models are not supported."""
 
 
 def unsupported(model: nn.Module, reason: str) -> ModelError:
@@ -122,7 +122,7 @@ def _xcit(m: Any) -> LastBlock:
 
 
 def _class_attention(m: Any, blocks: Any) -> LastBlock:
-    """Describe the last of some blocks that take the class token and the patches."""
+    """Describe the last of a model's blocks that update the class token from the patches."""
     if not blocks:
         raise unsupported(m, "it has no class attention")
     return at_norm1(blocks[-1], call_each(m.norm), **_CLASS_TOKEN)
@@ -130,7 +130,7 @@ def _class_attention(m: Any, blocks: Any) -> LastBlock:
 
 @_family("DaVit")
 def _davit(m: Any) -> LastBlock:
-    """Find the last block that attends between patches; those between channels only follow it."""
+    """Find the last block that attends between patches; later ones attend between channels."""
     blocks = [block for pair in m.stages[-1].blocks for block in pair]
     spatial = [at for at, block in enumerate(blocks) if type(block).__name__ == "SpatialBlock"]
     if not spatial:
@@ -141,7 +141,7 @@ def _davit(m: Any) -> LastBlock:
 
 @_family("DeepseekVitClassifier", "Qwen3VitClassifier")
 def _encoder(m: Any) -> LastBlock:
-    """Find the block in the encoder, after which some models merge patches."""
+    """Find the last block inside the encoder; some models merge patches after it."""
     encoder, norm = m.encoder, getattr(m.encoder, "norm", same)
     merge = getattr(encoder, "aligner", None) or getattr(encoder, "merger", None) or same
     return at_norm1(encoder.blocks[-1], lambda y, grid: merge(norm(y).unflatten(1, grid)))
@@ -174,7 +174,7 @@ def _efficientvit_msra(m: Any) -> LastBlock:
 @_family("FastVit")
 def _fastvit(m: Any) -> LastBlock:
     block = _last_of_stages(m)
-    # a block that mixes by convolution has no norm and is refused later; any tap will do till then
+    # a block that mixes by convolution has no norm and is refused later; until then any tap will do
     tap = Tap((getattr(block, "norm", m),))
     return at_norm1(
         block, call_each(m.final_conv), "channels", tap=tap, attention=block.token_mixer
@@ -192,9 +192,9 @@ def _gcvit(m: Any) -> LastBlock:
 def _hiera(m: Any) -> LastBlock:
     """Put the tokens, which stand in the order of mask units, into the order of the image."""
     block, number = m.blocks[-1], len(m.blocks) - 1
-    number -= block.do_expand  # such a block pools inside, after the cut
+    number -= block.do_expand  # such a block pools inside, which is after the cut
     grid = m.reroll.schedule[number][1]
-    # rolling the numbers of the tokens up again says where each of them lies in the image
+    # reroll puts tokens into the order of the image, so it turns their numbers into that order
     order = m.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), number).flatten()
     back = order.argsort()
     return at_reordered_norm1(
@@ -216,7 +216,7 @@ def _levit(m: Any) -> LastBlock:
 
 @_family("MaxxVit")
 def _maxxvit(m: Any) -> LastBlock:
-    """Find the attention in a block of CoAtNet, of MaxViT, or of two attentions side by side."""
+    """Find the attention in a block of CoAtNet or MaxViT, or with two attentions side by side."""
     block = _last_of_stages(m)
     if type(block).__name__ == "TransformerBlock2d":
         norm = getattr(block.norm1, "norm", block.norm1)  # norm1 may pool after its norm
@@ -278,7 +278,7 @@ def _swin(m: Any) -> LastBlock:
 
 @_family("SwinTransformerV2")
 def _swin_v2(m: Any) -> LastBlock:
-    """Cut the residual stream, which the attention reads: norms follow attention and MLP."""
+    """Cut the residual stream: its attention reads that, since norms follow attention and MLP."""
     block = m.layers[-1].blocks[-1]
     tap = MethodInputTap((block,), method="_attn")
     return at_norm1(block, call_each(m.norm), "rows", tap=tap)
@@ -286,7 +286,7 @@ def _swin_v2(m: Any) -> LastBlock:
 
 @_family("SwinTransformerV2Cr")
 def _swin_v2_cr(m: Any) -> LastBlock:
-    """Cut the residual stream, which the attention reads: norms follow attention and MLP."""
+    """Cut the residual stream, for the same reason as in Swin V2."""
     block = _last_of_stages(m)
     tap = MethodInputTap((block,), method="_shifted_window_attn")
     return at_norm1(block, call_each(rows_to_channels), "rows", tap=tap)
@@ -294,7 +294,7 @@ def _swin_v2_cr(m: Any) -> LastBlock:
 
 @_family("TinyVit")
 def _tiny_vit(m: Any) -> LastBlock:
-    """Cut at the norm inside the attention, which comes after the grid is cut into windows."""
+    """Cut at the norm inside the attention, where the grid is one window."""
     block = _last_of_stages(m)
     return at_norm1(
         block,
@@ -307,7 +307,7 @@ def _tiny_vit(m: Any) -> LastBlock:
 
 @_family("TNT")
 def _tnt(m: Any) -> LastBlock:
-    """Take X inside the block, where the inner pixels have been added to the patches."""
+    """Take X inside the block, after the inner pixels have been added to the patches."""
     block = m.blocks[-1]
     norm, attention = block.norm_out, block.attn_out
 
@@ -323,7 +323,7 @@ def _tnt(m: Any) -> LastBlock:
 
 @_family("Twins")
 def _twins(m: Any) -> LastBlock:
-    """Repeat the position block that follows the first block of a stage, if there is no other."""
+    """Repeat the position block, which follows a stage's first block, if that is the last too."""
     blocks, position = m.blocks[-1], m.pos_block[-1]
     if len(blocks) > 1:
         return at_norm1(blocks[-1], call_each(m.norm))

@@ -49,9 +49,9 @@ def split(model: nn.Module) -> Split:
             model, reasons[0] if reasons else "no attention between patch tokens is known in it"
         )
     last = family(model)
-    around = () if last.run is None else (last.block,)  # then the block is not called either
+    around = () if last.run is None else (last.block,)  # run replaces the call of the block
     refuse_bypassed(model, last.block, "timm", *around, methods=("forward_features",))
-    # in most classes the last block may hold a mixer of another kind in the attention's place
+    # in most classes an option puts a mixer of another kind in the place of the attention
     kind = type(last.attention).__name__
     if not any(word in kind.lower() for word in ("att", "mla", "mhsa", "gpsa")):
         raise unsupported(
@@ -68,7 +68,7 @@ def split(model: nn.Module) -> Split:
 
 def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -> Cut:
     height, width = images.shape[2:]
-    enter = last.block if last.run is None else last.tap.modules[0]  # what is called with X
+    enter = last.block if last.run is None else last.tap.modules[0]  # the module that takes X
     try:
         (x, *others), options = find_call(model, enter, images)
     except torch.OutOfMemoryError:
@@ -90,16 +90,16 @@ def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -
         return enter(last.restore(x, grid), *more, **options)
 
     def norm(x: Tensor) -> Tensor:
-        # F may stand anywhere in the block, so the block runs until it comes by
+        # F may be anywhere in the block, so the block runs until it is reached
         found: list[Tensor] = []
 
-        def note(normed: Tensor, _number: int) -> Tensor:
+        def record(normed: Tensor, _number: int) -> Tensor:
             found.append(normed)
             if not torch.compiler.is_compiling():  # a tracer wants its calls to return
                 raise StopForward
             return normed
 
-        with contextlib.suppress(StopForward), last.tap.changed(note):
+        with contextlib.suppress(StopForward), last.tap.changed(record):
             run(x)
         return found[0]
 
@@ -114,7 +114,10 @@ def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -
 
 
 def _find_grid(last: LastBlock, x: Tensor, others: list[Any], size: tuple[int, int]) -> Grid:
-    """Return the grid of the tokens that the block takes."""
+    """Return the grid of the tokens x that the block takes, for images of size (height, width).
+
+    Some blocks are given the grid, as one of their other arguments.
+    """
     if last.grid is not None:
         return last.grid
     if last.layout != "tokens":

@@ -38,8 +38,8 @@ Finish = Callable[[Any, Grid], Any]
 class MethodInputTap(Tap):
     """The place of F in a block whose attention is called window by window.
 
-    No module takes all of F there, but a method of the block does before it cuts the windows: F is
-    the method's argument.
+    No module there takes all of F. But a method of the block takes it before cutting the windows,
+    so F is the method's argument.
 
     Attributes:
         method: The method's name.
@@ -49,7 +49,7 @@ class MethodInputTap(Tap):
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """Do as `Tap.changed` does, at the method; afterwards the method is what it was before."""
+        """Do what `Tap.changed` does, to the method's argument; put the method back afterwards."""
         block = self.modules[0]
         attend, patched_by_user = getattr(block, self.method), vars(block).get(self.method)
         setattr(block, self.method, lambda tokens: attend(change(tokens, 0)))
@@ -63,10 +63,10 @@ class MethodInputTap(Tap):
 
 @dataclass(frozen=True)
 class ReorderedTap(Tap):
-    """The place of F in a block whose tokens stand in another order than the image's patches.
+    """The place of F in a block whose tokens are not in the order of the image's patches.
 
     Attributes:
-        arrange: F as it stands there -> F in the order of the image, (B, T, D).
+        arrange: F in the block's order -> F in the order of the image, (B, T, D).
         restore: The inverse of `arrange`.
     """
 
@@ -75,7 +75,7 @@ class ReorderedTap(Tap):
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-        """Do as `Tap.changed` does, with F in the order of the image."""
+        """Do what `Tap.changed` does, with F in the order of the image."""
         with super().changed(lambda x, number: self.restore(change(self.arrange(x), number))):
             yield
 
@@ -88,18 +88,18 @@ class LastBlock:
         block: The module that is called with X, and perhaps with more.
         tap: The place of F in the block.
         finish: The block's output and the grid -> what `model.forward_head` takes.
-        attention: What lets its tokens attend to each other; a model is refused if the name of this
-            object's class does not say that it is an attention.
+        attention: The module by which its tokens attend to each other. If the name of its class
+            does not say that it is an attention, the model is refused.
         layout: The layout of what the block takes: "tokens" (B, T, D), "rows" (B, h, w, D) or
             "channels" (B, D, h, w).
         arrange: What the block takes -> X, in the layout and the order of F.
         restore: The inverse of `arrange`, from X and the grid.
-        prefix: How many tokens stand before the patches.
-        grid: (h, w), if the model fixes it.
-        batched: Whether the block takes other tensors too that have one row per image.
-        one_window: The side of the attention's window, if the grid must not be larger.
-        run: X -> the block's output, if X is the residual stream inside the block that its norm
-            takes, and not what the block itself takes.
+        prefix: Number of tokens before the patches.
+        grid: (h, w), if it is the same for all images.
+        batched: Whether the block also takes other tensors that have one row per image.
+        one_window: The side of the attention's window, if the grid must have that size.
+        run: X -> the block's output. Needed only if X is not what the block itself takes, but the
+            residual stream at a norm inside it.
         because: Why the closed form does not hold.
     """
 
@@ -137,7 +137,7 @@ def at_norm1(
         finish: The block's output and the grid -> what `model.forward_head` takes.
         layout: The layout of what the block takes: "tokens", "rows" or "channels".
         tap: The place of F, if it is not the output of norm1.
-        attention: What attends, if it is not the block's attn.
+        attention: The attention, if it is not the block's attn.
         more: Other attributes of `LastBlock`.
     """
     tap = tap or Tap((getattr(block, "norm1", None) or block,))
@@ -151,7 +151,7 @@ def at_reordered_norm1(
     restore: Callable[[Tensor], Tensor],
     **more: Any,
 ) -> LastBlock:
-    """Describe a block whose tokens, like F, are not (B, T, D) in the order of the image."""
+    """Describe a block whose X and F are not (B, T, D) in the order of the image."""
     tap = ReorderedTap((block.norm1,), arrange=arrange, restore=restore)
     return at_norm1(
         block, finish, tap=tap, arrange=arrange, restore=lambda x, _: restore(x), **more
@@ -162,7 +162,7 @@ def at_attention_input(
     block: Any, attention: Any, finish: Finish, layout: str = "channels"
 ) -> LastBlock:
     """Describe a block without a norm before its attention: F is what the attention takes."""
-    # a block without attention is refused later, by the class of None; until then any tap will do
+    # a block without attention is refused later, so until then any tap will do
     tap = Tap((attention or block,), "input")
     return LastBlock(block, tap, finish, attention, layout)
 
@@ -187,11 +187,11 @@ def call_each(*modules: Callable[[Any], Any]) -> Finish:
 
 
 def rows_to_channels(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B D h w"]:
-    """Return a grid of tokens with the channels first."""
+    """Move the channels of a grid of tokens to the front."""
     return y.permute(0, 3, 1, 2)
 
 
 def tokens_to_channels(y: Float[Tensor, "B T D"], grid: Grid) -> Float[Tensor, "B D h w"]:
-    """Return tokens as a grid with the channels first."""
+    """Lay tokens out as a grid with the channels first."""
     channels: Tensor = y.transpose(1, 2).unflatten(2, grid)
     return channels

@@ -25,7 +25,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _is_listed(module: str) -> bool:
-    """Return whether a module's name says "vit" or "former", or it holds a supported class."""
+    """Return whether a module of timm is named as a transformer or uses a supported class."""
     supported = {*FAMILIES, "VisionTransformer", "Beit", "Cait", "Eva"}
     held = vars(importlib.import_module(f"timm.models.{module}"))
     return is_named_transformer(module) or not supported.isdisjoint(held)

@@ -1,4 +1,4 @@
-"""timm's models by name: loading, their preprocessing and class names."""
+"""Loading of timm's models by name, with their preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def load_timm(
         split(outline(name, options))
         model: nn.Module = timm.create_model(name, **options)
     elif weights is not None:
-        model = _create_with(name, Path(weights), options)
+        model = _create_from_file(name, Path(weights), options)
     else:
         model = _download(name, options)
     return model.eval(), _preprocess(model), _class_names(model)
 
 
 def outline(name: str, options: dict[str, Any]) -> nn.Module:
-    """Create a model without weights or memory, on the meta device, to ask what it is."""
+    """Create a model on the meta device, without weights or memory, to look at its structure."""
     try:
         model: nn.Module = timm.create_model(name, **options, device="meta")
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -56,7 +56,7 @@ def outline(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _download(name: str, options: dict[str, Any]) -> nn.Module:
-    """Create a model with its published weights."""
+    """Create a model with its published weights; refuse one that cannot be explained."""
     split(outline(name, options))  # refuse what cannot be explained before fetching it
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
@@ -72,8 +72,8 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights of a file, for as many classes as the file has."""
+def _create_from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights and the number of classes of a file."""
     state = read_weights(path)
     published: Any = outline(name, options)
     classifier = published.pretrained_cfg.get("classifier")
@@ -84,7 +84,7 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     split(outline(name, options))
     model: nn.Module = timm.create_model(name, **options)
     have, want = set(state), set(model.state_dict())
-    # a position embedding of another image size has another shape, and is resampled
+    # the position embedding for another image size has another shape, and is resampled
     resampled = {"pos_embed"} if "img_size" in options else set()
     shapes = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
@@ -113,7 +113,7 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
 def _fit_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
     """Load weights into a model for another image size, with the position embedding resampled.
 
-    timm resamples it itself if the weights are given in the place of its published ones.
+    timm resamples it if it is given the weights as if they were the published ones.
     """
     overlay = {"state_dict": state, "num_classes": options["num_classes"]}
     model: nn.Module = timm.create_model(
@@ -125,7 +125,7 @@ def _fit_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -
 
 
 def _preprocess(model: nn.Module) -> Preprocess:
-    """Return the preprocessing that timm's evaluation transform does."""
+    """Return the preprocessing of timm's evaluation transform."""
     config = resolve_model_data_config(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if config["crop_mode"] not in ("center", "squash"):

@@ -1,4 +1,4 @@
-"""The split of timm's Vision Transformers; hierarchical.py has that of its other transformers.
+"""The split of timm's Vision Transformers; hierarchical.py makes that of its other transformers.
 
 Letters of the shapes: B images, T tokens, h and w rows and columns of patches, R readout tokens,
 D width, A width of the joined heads, C classes.
@@ -32,18 +32,18 @@ from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, 
 from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
 
-__all__ = ["split"]
+__all__ = ["count_readout_tokens", "split"]
 
 _HEAD_METHODS = ("forward_head", "pool", "_pool")
-# one stack of blocks that all see the same tokens
-_ONE_STACK = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
+# plain models: one stack of blocks that all see the same tokens
+_PLAIN = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a timm model at an encoder block, or before the pooling of its head."""
     name = type(model).__name__
     _check_head(model)
-    if not isinstance(model, _ONE_STACK):
+    if not isinstance(model, _PLAIN):
         if block != -1 or pool:
             raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
         return split_hierarchical(model)
@@ -53,12 +53,12 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     if pool:
         return _split_pool(m)
     description = describe_block(blocks[0])
-    tokens = _readout_tokens(m)
+    tokens = count_readout_tokens(m)
     if tokens is None:
         because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
     elif len(blocks) > 1:
         because = "the cut is not in the last block"
-    elif not is_own(model, "timm", *_HEAD_METHODS):  # it may read more than the readout tokens
+    elif not is_own(model, "timm", *_HEAD_METHODS):  # a user's may read more tokens
         because = f"{name} has a head of its own"
     else:
         because = description.why_unknown or why_unknown(
@@ -81,9 +81,9 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
 def _run_class_attention(
     block: nn.Module, _call: Call, x: Float[Tensor, "B T D"]
 ) -> Float[Tensor, "B T D"]:
-    """Run a block of CaiT's class attention, which takes patches and class token apart.
+    """Run a block of CaiT's class attention, which takes patches and class token separately.
 
-    It changes the class token only, so the patches are passed on.
+    It returns the new class token only, so the unchanged patches are joined to it again.
     """
     return torch.cat([block(x[:, 1:], x[:, :1]), x[:, 1:]], dim=1)
 
@@ -120,8 +120,8 @@ def _check_head(model: Any) -> None:
         )
 
 
-def _readout_tokens(model: Any) -> int | None:
-    """Return how many tokens the head reads, from the first on; None if it reads all."""
+def count_readout_tokens(model: Any) -> int | None:
+    """Return the number of tokens that the head reads, from the first on; None if it reads all."""
     if isinstance(model, VisionTransformerDistilled):
         return 2
     pooled = model.global_pool != "token" or getattr(model, "attn_pool", None) is not None
@@ -131,17 +131,17 @@ def _readout_tokens(model: Any) -> int | None:
 def _enter(
     model: Any, modules: Sequence[nn.Module], images: Float[Tensor, "B channels H W"]
 ) -> tuple[Grid, list[Call]]:
-    """Return the patch grid of images, and how the model calls some of its modules for them."""
+    """Return the patch grid of images, and the arguments of the model's calls of some modules."""
     embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
     _check_size(model, embed, tuple(images.shape[1:]))
-    if isinstance(embed, HybridEmbed):  # its backbone may round up, so its features tell the grid
+    if isinstance(embed, HybridEmbed):  # its backbone may round up, so its output gives the grid
         ((features,), _), *calls = find_calls(model, [embed.proj, *modules], images)
         sides = zip(features.shape[2:], embed.patch_size, strict=True)
         rows, columns = (side // patch for side, patch in sides)
     else:
         calls = find_calls(model, modules, images)
         rows, columns = embed.dynamic_feat_size(tuple(images.shape[2:]))
-    if isinstance(model, Cait):  # joins the patches and the class token, which come apart
+    if isinstance(model, Cait):  # its blocks take patches and class token separately
         calls = [((torch.cat([args[1], args[0]], dim=1),), {}) for args, _ in calls]
     return (rows, columns), calls
 
@@ -152,8 +152,7 @@ def _split_pool(model: Any) -> Split:
     prefix, pool = model.num_prefix_tokens, getattr(model, "attn_pool", None)
     if model.global_pool == "token":
         raise no_pool(model)
-    with_prefix = getattr(model, "pool_include_prefix", pool is not None)
-    skipped = 0 if with_prefix else prefix
+    skipped = 0 if getattr(model, "pool_include_prefix", pool is not None) else prefix
 
     def tokens(images: Tensor) -> tuple[Grid, Tensor]:
         grid, (((x,), _),) = _enter(model, [model.norm], images)
@@ -172,12 +171,13 @@ def _split_pool(model: Any) -> Split:
         )
     elif model.global_pool != "avg":
         readout = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
-    without_attention = functools.partial(
-        global_pool_nlc, pool_type=model.global_pool, reduce_include_prefix=True
-    )
+    if pool is None:
+        pool = functools.partial(
+            global_pool_nlc, pool_type=model.global_pool, reduce_include_prefix=True
+        )
     return split_pool(
         tokens=tokens,
-        pool=without_attention if pool is None else pool,
+        pool=pool,
         finish=finish,
         readout=readout,
         block=model.norm,
@@ -194,7 +194,7 @@ def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
     if isinstance(model, NaFlexVit):
         return
     patch_h, patch_w = embed.patch_size
-    hybrid = isinstance(embed, HybridEmbed)  # takes any size if its position embedding does
+    hybrid = isinstance(embed, HybridEmbed)  # takes any size if there is no position embedding
     if embed.strict_img_size and not (hybrid and getattr(model, "pos_embed", embed) is None):
         if (height, width) != tuple(embed.img_size):
             want_h, want_w = embed.img_size
