@@ -1,7 +1,7 @@
 """Compare every architecture with the definition: `python tools/check_models.py 'PATTERN'`.
 
-Each is built with random weights. Its maps, by the path that the package takes, are compared with
-one whole forward pass per mask. Without a pattern it goes through all of them, which takes hours.
+Each is built with random weights. Its scores, by the path that the package takes, are compared with
+those of one whole forward pass per mask. Without a pattern all are compared, which takes hours.
 """
 
 from __future__ import annotations
@@ -34,38 +34,40 @@ from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.listing import nothing_fits, short_reason
 from vit_reciprocam.results.files import write_atomically
 
-__all__ = ["Check", "app", "check", "check_models", "head", "report"]
+__all__ = ["Check", "app", "check", "check_models", "introduction", "report"]
 
 app = typer.Typer(add_completion=False)
 
-_HEAD = """# Supported models
+_INTRODUCTION = """# Supported models
 
 Written by `python tools/check_models.py --out docs/models.md`, with {versions}.
 
-Each model was built with random weights. Its scores were compared with the definition: one whole
-forward pass for each mask, with a hook on the model's own module.
+Each model was built with random weights. Its logits under masks were compared with the definition:
+one whole forward pass per mask, with a hook on the model's own module.
 
-- **compared**: "cut" is a model of few blocks, mostly on few patches, where its builder can make
-  one; "whole" is the model as it is. Up to 16 masks all are compared; of more four: the first, the
-  last of the first row, the middle and the last.
-- **largest error**: the largest difference of logits ÷ the largest difference that it makes to a
-  logit which mask is taken. Up to 1e-3 is "equal", in float32, or in float64 where masks make too
-  little difference for float32. Where masks make none, the comparison is "unproven", not passed.
-- **cost**: multiplications of the prediction and all maps ÷ those of the prediction alone, of the
-  whole model.
-- **with a head**: the library makes this name without a head, so one was put on.
+- **compared**: "cut" is a small model with few blocks and mostly few patches, if its builder can
+  make one; "whole" is the model as it is. With up to 16 masks, all are compared; with more, four:
+  the first, the last of the first row, the middle one and the last.
+- **largest error**: the largest difference of a logit from the definition, divided by the largest
+  difference between two masks' values of a logit. Up to 1e-3 counts as "equal", in float32, or in
+  float64 if masks make too little difference for float32. If they make none, the comparison proves
+  nothing and is "unproven".
+- **cost**: the multiplications for the prediction and all maps, divided by those for the prediction
+  alone, of the whole model.
+- **with a head**: the library builds this model without a head, so one was added.
 
-Names after `hf:` are classes of transformers, in their default size for the cost; `load` takes a
-model of the hub, or a folder, of such a class. Names after `open_clip:` are image towers, with
-prompts as classes. The first two tables count every name of timm, and of torchvision those that
-classify images; refused ones are in the last only if their module's own name says "vit" or
-"former", or it holds a supported class.
+Names after `hf:` are classes of transformers; their cost is that of the default size. `load` takes
+a model of such a class, from the hub or a folder. Names after `open_clip:` are image towers, with
+prompts as classes. The first two tables count all models of timm, and those models of torchvision
+that classify images. The last table lists a refused model only if the name of its module contains
+"vit" or "former", or if that module uses a supported class.
 
 """
 _ALL_MASKS = 16
 _TOLERANCE = 1e-3
 _LEAST_SPREAD = 1e-12
-"""Difference of logits between masks, as a share of the largest: below it float64 cannot decide."""
+"""The smallest share of the largest logit by which masks must change a logit; below it, rounding
+of float64 hides the difference."""
 
 
 @app.command()
@@ -79,7 +81,7 @@ def check_models(
 ) -> None:
     """Compare every architecture with the naive loop, one whole forward pass per mask.
 
-    The exit code is 1 where a map differs, a comparison proves nothing, or a model cannot be built.
+    The exit code is 1 if a score differs, a comparison proves nothing, or a model cannot be built.
     """
     with errors_in_one_line(debug, lambda: "nothing is written"):
         found = list(find_candidates(pattern))
@@ -87,7 +89,7 @@ def check_models(
             raise nothing_fits(pattern)
         results = [check(one) for one in progress(found, "Checking")]
         if destination is not None:
-            write_atomically(destination, (head() + report(results)).encode())
+            write_atomically(destination, (introduction() + report(results)).encode())
         everything = [dataclasses.asdict(one) for one in results]
         typer.echo(json.dumps(everything, indent=2) if as_json else report(results))
     if any(one.status not in ("equal", "refused") for one in results):
@@ -96,7 +98,7 @@ def check_models(
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one architecture.
+    """The result of one architecture.
 
     Attributes:
         spec: The model as `load` takes it, or a class of transformers.
@@ -105,12 +107,12 @@ class Check:
         reason: Why not the closed form, why refused, or why unproven.
         cost: Multiplications of all maps and the prediction ÷ those of the prediction alone.
         error: The largest difference from the logits of whole forward passes ÷ the largest
-            difference that it makes to a logit which mask is taken; None where it makes none.
-        compared: With how many masks, of a whole model or one that was cut.
-        status: "equal", "refused", "DIFFERENT", "unproven" where masks make no difference to the
-            logits, so that any map would pass, or "failed" where it could not be built.
-        listed: Whether a table should name it even if it is refused.
-        headless: Whether a head was put on.
+            difference between two masks' values of a logit; None if masks make no difference.
+        compared: Whether the whole model was compared or a small one, and with how many masks.
+        status: "equal", "refused", "DIFFERENT", "unproven" if masks make no difference to the
+            logits, so that any map would pass, or "failed" if it could not be built.
+        listed: Whether a table should list it even if it is refused.
+        headless: Whether a head was added.
     """
 
     spec: str
@@ -129,7 +131,7 @@ def check(candidate: Candidate) -> Check:
     """Build an architecture and compare its path with whole forward passes, one per mask."""
     try:
         return _compare(candidate)
-    except Exception as error:  # one that cannot be built must not end the others' check
+    except Exception as error:  # one that cannot be built must not stop the check of the others
         return Check(candidate.spec, "", "-", f"{type(error).__name__}: {error}", status="failed")
 
 
@@ -153,14 +155,14 @@ def _compare(candidate: Candidate) -> Check:
         cost = _multiplications(lambda: _all_masks(split, images)) / plain
     except ReciproCAMError as refused:
         return Check(candidate.spec, kind, "-", str(refused))
-    model, few = candidate.small()
-    if _outline(split_model(model)) != _outline(split):
+    model, small_images = candidate.small()
+    if _kind(split_model(model)) != _kind(split):
         raise ModelError("the small model is of another kind than the whole one")
     model = _shake(model)
-    error, masks = _error(model, few)
-    if error is None or not error <= _TOLERANCE:  # masks that matter little drown in rounding
-        error, masks = _error(model.double(), few.double())
-    same = _size(model) == _size(whole) and few.shape[1:] == images.shape[1:]
+    error, masks = _error(model, small_images)
+    if error is None or not error <= _TOLERANCE:  # rounding may hide masks that matter little
+        error, masks = _error(model.double(), small_images.double())
+    same = _size(model) == _size(whole) and small_images.shape[1:] == images.shape[1:]
     return Check(
         spec=candidate.spec,
         kind=f"{kind}, {type(split.block).__name__}",
@@ -180,7 +182,7 @@ def _verdict(error: float | None) -> str:
     return "equal" if error <= _TOLERANCE else "DIFFERENT"
 
 
-def _outline(split: Split) -> tuple[object, ...]:
+def _kind(split: Split) -> tuple[object, ...]:
     """Return what a small model must have in common with the whole one."""
     return type(split.block), split.direct_because, split.prefix_tokens, type(split.tap)
 
@@ -208,11 +210,11 @@ def _all_masks(split: Split, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _shake(model: nn.Module) -> nn.Module:
-    """Put in weights that make masks matter, and BatchNorms as if they had seen some data."""
+    """Set weights with which masks matter, and BatchNorm statistics as if they had seen data."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim < 2:  # of norms, biases and LayerScale
+        if parameter.ndim < 2:  # those of norms, biases and LayerScale
             parameter.add_(0.3 * noise)
         else:
             parameter.copy_(noise * parameter[0].numel() ** -0.5)
@@ -227,7 +229,7 @@ def _shake(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
-    """Measure the error against the definition, a whole forward pass for each mask."""
+    """Return `Check.error` and the number of masks compared."""
     split = split_model(model)
     cut = split.cut(images)
     rows = _rows(split, cut)
@@ -242,30 +244,30 @@ def _error(model: nn.Module, images: Tensor) -> tuple[float | None, int]:
         def masked(tokens: Tensor, _number: int, mask: Tensor = mask) -> Tensor:
             if tokens.ndim == 3:
                 return tokens * mask[:, None]
-            laid = mask.view(cut.grid)
-            return tokens * (laid if cut.channels_first else laid[..., None])
+            on_grid = mask.view(cut.grid)
+            return tokens * (on_grid if cut.channels_first else on_grid[..., None])
 
         with split.tap.changed(masked):
             naive.append(logits_of(model(images)))
-        ours.append(rows(patch, patch + 2)[1])  # beside another mask's
+        ours.append(rows(patch, patch + 2)[1])  # computed together with another mask's
     expected = torch.stack(naive)
     difference = (torch.stack(ours) - expected).abs().max()
     spread = (expected[1:].amax(dim=0) - expected[1:].amin(dim=0)).max()
-    vacuous = spread <= _LEAST_SPREAD * expected.abs().max()
-    return None if vacuous else float(difference / spread), len(patches)
+    unproven = spread <= _LEAST_SPREAD * expected.abs().max()
+    return None if unproven else float(difference / spread), len(patches)
 
 
-def head() -> str:
-    """Return what stands before the report in a file: what was done, with which versions."""
+def introduction() -> str:
+    """Return the text before the report in a file: what was done, with which versions."""
     versions = []
     for package in (*(library.package for library in LIBRARIES.values()), "torch"):
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    return _HEAD.format(versions=", ".join(versions))
+    return _INTRODUCTION.format(versions=", ".join(versions))
 
 
 def report(checks: Sequence[Check]) -> str:
-    """Return Markdown: a row for each kind of model, each reason to refuse, and each name."""
+    """Return three Markdown tables: of kinds of models, of refusals by reason, and of names."""
     groups: dict[tuple[str, ...], list[Check]] = defaultdict(list)
     refused: dict[tuple[str, str], list[Check]] = defaultdict(list)
     for one in checks:

@@ -1,7 +1,7 @@
 """Make the bundled assets from trained weights: `python tools/export_demo.py`.
 
-This writes into the package `demo.onnx` (prediction and all maps), `demo-plain.onnx` (the
-prediction alone, to compare costs with) and `demo.png`.
+It writes three files into the package: `demo.onnx` with the prediction and all maps, for costs to
+be compared `demo-plain.onnx` with the prediction alone, and the picture `demo.png`.
 """
 
 from __future__ import annotations

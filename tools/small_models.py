@@ -1,7 +1,7 @@
-"""Each architecture twice: whole and without memory, and small with weights, to be compared.
+"""Each architecture twice: whole on the meta device, without memory, and small with weights.
 
-The small model is of the same kind as the whole one: where its builder allows that, it is cut to a
-few blocks, on few patches.
+The small model is of the same kind as the whole one. If its builder allows that, it has only a few
+blocks and few patches.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Candidate:
     """An architecture to compare with the definition.
 
     Attributes:
-        spec: Its name, as `Architecture` has it.
-        whole: Builds it without memory, on the meta device. Raises `ModelError` where it is refused
-            even before.
-        small: Builds a small model of the same kind, with memory and random weights.
-        listed: Whether a table should name it even where it is refused.
-        headless: Whether its library makes it without a head, so that one is put on.
+        spec: The `Architecture.spec`.
+        whole: () -> the whole model on the meta device. Raises `ModelError` if it is refused even
+            before it is built.
+        small: () -> a small model of the same kind, with memory and random weights.
+        listed: Whether a table should list it even if it is refused.
+        headless: Whether its library makes it without a head, so that one is added.
     """
 
     spec: str
@@ -57,11 +57,7 @@ class Candidate:
 
 
 def find_candidates(pattern: str) -> Iterator[Candidate]:
-    """Find architectures of the installed libraries by a pattern, as `architectures` does.
-
-    Raises:
-        ModelError: If this module does not build a library's models.
-    """
+    """Find architectures of the installed libraries by a pattern, as `architectures` does."""
     for one in architectures(pattern):
         prefix, _, name = one.spec.partition(":")
         if prefix not in _BUILDERS:
@@ -78,22 +74,22 @@ def find_candidates(pattern: str) -> Iterator[Candidate]:
         )
 
 
-# --- what the libraries share -------------------------------------------------------------------
+# --- for all libraries --------------------------------------------------------------------------
 
 
 def _noise(channels: int, height: int, width: int, *, batch: int = 2) -> Tensor:
-    """Return images, the same each time."""
+    """Return random images, the same each time."""
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """Return (height, width) of one number or two."""
+    """Return (height, width), which may be given as one number."""
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return int(height), int(width)
 
 
 def _fill(model: nn.Module) -> nn.Module:
-    """Give memory to a model of the meta device: zeros, ones in LayerNorms. It has no buffers."""
+    """Give memory to a model on the meta device that has no buffers: zeros, ones in LayerNorms."""
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -106,7 +102,7 @@ def _fill(model: nn.Module) -> nn.Module:
 # --- timm ---------------------------------------------------------------------------------------
 
 _LARGE = 150e6 * 224**2
-"""Parameters times pixels from which on a hierarchical model is cut."""
+"""Parameters times pixels above which a hierarchical model is built with few blocks."""
 
 _FEW_BLOCKS: tuple[dict[str, Any], ...] = (
     {"depths": (1, 1, 1, 2)},
@@ -120,7 +116,7 @@ _FEW_BLOCKS: tuple[dict[str, Any], ...] = (
     {},
 )
 _REFUSALS = (TypeError, AssertionError, ValueError, IndexError, AttributeError, RuntimeError)
-"""Errors by which timm's builders say that they do not take a setting."""
+"""The errors of timm's builders for settings that they do not take."""
 
 
 def _whole_timm(name: str) -> Built:
@@ -131,12 +127,12 @@ def _whole_timm(name: str) -> Built:
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     channels, *size = model.pretrained_cfg["input_size"]
-    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)  # may be another
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)  # may differ
     return channels, *_pair(fixed or size)
 
 
 def _small_timm(name: str, **options: Any) -> Built:
-    """Build a plain ViT's last two blocks on 3x4 patches; others whole, or with few blocks."""
+    """Build a plain ViT of two blocks on 3x4 patches; other models whole, or with few blocks."""
     options = {"num_classes": CLASSES} | options
     with NoValues():
         outline: Any = timm.create_model(name, device="meta")
@@ -148,43 +144,43 @@ def _small_timm(name: str, **options: Any) -> Built:
             return cut
         images = _noise(channels, height, width, batch=1)
         return timm.create_model(name, **options).eval(), images
-    # The side of a patch in pixels: behind a convolutional stem a token covers more than its
-    # patch embedding says, so it is counted from the grid where there is one.
+    # The side of a patch in pixels. After a convolutional stem a token covers more pixels than the
+    # patch embedding says, so the side is computed from the grid if there is one.
     embed: Any = getattr(outline, "patch_embed", None)
     step = getattr(outline, "embeds", embed).patch_size[0]
     if embed is not None and getattr(embed, "grid_size", None):
         step = height // embed.grid_size[0]
     size = (3 * step, 4 * step)
     both: dict[str, Any] = {"depth": 2, "img_size": size}
-    # Models with grouped queries want a number of key heads for each block.
+    # Models with grouped queries need the number of key heads of each block.
     shared = getattr(getattr(outline.blocks[-1], "attn", None), "num_kv_heads", None)
     grouped = both | {"num_kv_heads": (shared,) * 2}
     tries: Any = (both, grouped, {"depth": 2}, {"img_size": size}, {})
     model = _first_that_builds(name, options, tries)
     embed = getattr(model, "patch_embed", None)
     if embed is None or not embed.strict_img_size or embed.img_size == size:
-        height, width = size  # smaller pictures also where the builder took no img_size
+        height, width = size  # a model of any size gets small images even without img_size
     return model, _noise(channels, height, width)
 
 
 def _cut_blocks(name: str, options: dict[str, Any], channels: int) -> Built | None:
-    """Build with the first settings that leave the last block as it is; None where none does.
+    """Build a model with fewer blocks and the same last block; None if no setting gives one.
 
-    Each family names the number of its blocks in its own way, and not every number goes with its
-    other settings. So all ways are tried on the meta device, where that costs little, and the last
-    block tells whether the model is still of the same kind.
+    Each family names the number of its blocks in its own way, and not every number fits its other
+    settings. So all ways are tried on the meta device, where that costs little, and the last block
+    tells whether the model is still of the same kind.
     """
 
     def last_block(model: nn.Module) -> tuple[object, ...]:
         block = split_model(model).block
         return type(block), [parameter.shape for parameter in block.parameters()]
 
-    known = options | {"num_classes": CLASSES}  # without a head a model is refused
+    with_head = options | {"num_classes": CLASSES}  # without a head a model is refused
     with NoValues():
-        wanted = last_block(timm.create_model(name, **known, device="meta"))
+        wanted = last_block(timm.create_model(name, **with_head, device="meta"))
     for few, size in itertools.product(_FEW_BLOCKS, ((224, 224), None)):
         with contextlib.suppress(*_REFUSALS), NoValues():
-            model: Any = timm.create_model(name, **known, **few, device="meta").eval()
+            model: Any = timm.create_model(name, **with_head, **few, device="meta").eval()
             height, width = size or _input_size(model)[1:]
             model(torch.empty(1, channels, height, width, device="meta"))
             if last_block(model) == wanted:
@@ -214,7 +210,7 @@ def _whole_torchvision(name: str) -> Built:
 
 
 def _small_torchvision(name: str) -> Built:
-    """Build a ViT's last two blocks on 4x4 patches; a Swin Transformer whole."""
+    """Build a ViT of two blocks on 4x4 patches; a Swin Transformer whole."""
     if name.startswith("swin"):
         return get_model(name, num_classes=CLASSES).eval(), _noise(3, 224, 224, batch=1)
     with torch.device("meta"):
@@ -234,7 +230,7 @@ def _whole_open_clip(name: str) -> Built:
 
 
 def _small_open_clip(name: str) -> Built:
-    """Build the last two blocks of an own tower on 4x4 patches; a timm tower as timm's models."""
+    """Build a tower of open_clip's own with two blocks on 4x4 patches; a timm tower like timm's."""
     config: Any = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     if "timm_model_name" not in vision:
@@ -315,11 +311,11 @@ _SMALL: dict[str, dict[str, Any]] = {
     "MetaClip2Model": _TOWERS,
     "SiglipModel": _TOWERS,
 }
-"""Supported classes, and configurations to build them small: two blocks, 12 numbers wide."""
+"""Class -> the configuration of a small model: two blocks, width 12."""
 
 
 def _build_transformers(name: str, config: dict[str, Any]) -> tuple[nn.Module, tuple[int, int]]:
-    """Build a class of a configuration; returns it and its image size."""
+    """Build a model of a class with a configuration; return it and its image size."""
     model: Any = transformers_listing.build(name, num_labels=CLASSES, **config)
     own = model.config if hasattr(model, "config") else model.tower.vision.config
     return model, _pair(getattr(own, "vision_config", own).image_size)

@@ -1,18 +1,18 @@
 """Train the bundled demo model on drawn scenes: `python tools/train_demo.py --out runs/demo`.
 
 A timm VisionTransformer learns two things at once. From its class token it predicts for each
-class, independently of the others, whether it is in the scene: with a softmax over the classes
-present, evidence for one object would count against the other. From every patch token it predicts
-what the patch shows (token labelling, Jiang et al. 2021, "All Tokens Matter"). Without that, so
-small a model would hardly learn from so few pictures; this second head is not shipped.
+class, independently of the others, whether it is in the scene; with a softmax over the classes,
+evidence for one object would count against another. From every patch token it predicts what the
+patch shows (token labelling, Jiang et al. 2021, "All Tokens Matter"). Without that, such a small
+model would hardly learn from so few pictures. The head for patches is not shipped.
 
-Until the last two epochs half of the patches are dropped at random, which halves the cost. In half
-of the scenes the class token enters the last block as it entered the first. So the last block,
-where the method masks, learns to read the patches rather than to trust what earlier blocks decided.
-Two short further stages, on classes alone, show the last block's attention only some of the
-patches, and those faintly, so that a little evidence moves the prediction only a little. The
-weights shipped are the mean of those after each stage (Izmailov et al. 2018, "Averaging Weights
-Leads to Wider Optima").
+Before the last two epochs of the first stage, half of the patches are dropped at random, which
+halves the cost. In half of the scenes the class token enters the last block as it entered the
+first. So the last block, where the method masks, learns to read the patches rather than to trust
+what earlier blocks decided. In two more, short stages, without the loss for patches, the last
+attention sees only some of the patches, and those faintly, so that a little evidence moves the
+prediction only a little. The weights shipped are the mean of those after each stage (Izmailov et
+al. 2018, "Averaging Weights Leads to Wider Optima").
 
 The training is seeded and takes under an hour on two cores.
 """
@@ -50,7 +50,7 @@ ARCHITECTURE = {
     "num_heads": 3,
     "num_classes": len(CLASSES),
 }
-TRAIN_SEEDS = 1_000_000  # training scenes are seeds from here on; tests and demos stay below
+TRAIN_SEEDS = 1_000_000  # the first seed of training scenes; tests and demos use lower ones
 VALID_SEEDS = 900_000
 BACKGROUND = len(CLASSES)
 
@@ -58,7 +58,7 @@ BACKGROUND = len(CLASSES)
 def draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw a scene: pixels (SIZE, SIZE, 3), classes present (classes,), patch classes (GRID, GRID).
 
-    A patch has the class of the object that covers more than 40 % of it, else it is background.
+    A patch has the class of the object that covers more than 40 % of it, or is background.
     """
     scene = draw_scene(seed, size=SIZE)
     present = np.zeros(len(CLASSES), dtype=np.float32)
@@ -90,28 +90,28 @@ def augment(images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
     return images[:, torch.randperm(3)], patches
 
 
-def learn_to_see(model: VisionTransformer, namer: nn.Linear, keep: int, batch: Batch) -> Losses:
+def first_stage(model: VisionTransformer, patch_head: nn.Linear, keep: int, batch: Batch) -> Losses:
     """Return the losses of the first stage: classes, and patch classes of `keep` random patches."""
     images, present, patches = batch
     images, patches = augment(images, patches)
     tokens = model._pos_embed(model.patch_embed(normalise(images)))
     kept = torch.rand(len(images), GRID * GRID).argsort(1)[:, :keep]
     rows = kept[..., None].expand(-1, -1, tokens.shape[-1])
-    blank = tokens[:, :1]
-    tokens = model.blocks[:-1](torch.cat([blank, tokens[:, 1:].gather(1, rows)], dim=1))
-    tokens = model.norm(model.blocks[-1](forgetful(tokens, blank)))
-    seen = binary_cross_entropy_with_logits(model.forward_head(tokens), present)
-    names = namer(tokens[:, 1:]).flatten(0, 1)
-    named = cross_entropy(names, patches.flatten(1).gather(1, kept).flatten())
-    return {"class_loss": seen * len(CLASSES) / 2, "patch_loss": named}
+    start = tokens[:, :1]
+    tokens = model.blocks[:-1](torch.cat([start, tokens[:, 1:].gather(1, rows)], dim=1))
+    tokens = model.norm(model.blocks[-1](reset_half(tokens, start)))
+    class_loss = binary_cross_entropy_with_logits(model.forward_head(tokens), present)
+    logits = patch_head(tokens[:, 1:]).flatten(0, 1)
+    patch_loss = cross_entropy(logits, patches.flatten(1).gather(1, kept).flatten())
+    return {"class_loss": class_loss * len(CLASSES) / 2, "patch_loss": patch_loss}
 
 
-def learn_from_little(model: VisionTransformer, batch: Batch) -> Losses:
-    """Return the loss of the second stage, whose last attention sees few and faint patches."""
+def later_stage(model: VisionTransformer, batch: Batch) -> Losses:
+    """Return the loss of a later stage, in which the last attention sees few and faint patches."""
     images, present, patches = batch
     images, _ = augment(images, patches)
     tokens = model._pos_embed(model.patch_embed(normalise(images)))
-    x = forgetful(model.blocks[:-1](tokens), tokens[:, :1])
+    x = reset_half(model.blocks[:-1](tokens), tokens[:, :1])
     count = len(images)
     share, level = torch.rand(count, 1, 1), 0.1 + 0.9 * torch.rand(count, 1, 1)
     seen = level * (torch.rand(count, x.shape[1], 1) < share)
@@ -125,15 +125,15 @@ def learn_from_little(model: VisionTransformer, batch: Batch) -> Losses:
     return {"class_loss": loss * len(CLASSES) / 2}
 
 
-def forgetful(tokens: Tensor, blank: Tensor) -> Tensor:
-    """Replace the class token, in half of the scenes, by what it was at first."""
-    forget = torch.rand(len(tokens), 1, 1) < 0.5
-    return torch.cat([torch.where(forget, blank, tokens[:, :1]), tokens[:, 1:]], dim=1)
+def reset_half(tokens: Tensor, start: Tensor) -> Tensor:
+    """Put the class token back to what it was at the start, in half of the scenes."""
+    reset = torch.rand(len(tokens), 1, 1) < 0.5
+    return torch.cat([torch.where(reset, start, tokens[:, :1]), tokens[:, 1:]], dim=1)
 
 
 @torch.no_grad()
 def accuracy(model: VisionTransformer, valid: Batch) -> float:
-    """Return the share of scenes whose top class is one of those present."""
+    """Return the share of scenes whose top class is present."""
     images, present, _ = valid
     model.eval()
     top = torch.cat([model(normalise(batch)).argmax(1) for batch in images.split(250)])
@@ -151,7 +151,7 @@ def fit(
     lr: float,
     batch: int = 64,
 ) -> list[dict[str, float]]:
-    """Train one epoch per loss, with one warm-up and decay over all; return each epoch's log."""
+    """Train for one epoch per loss, in one learning-rate cycle; return the log of each epoch."""
     began = time.monotonic()
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -201,19 +201,19 @@ def main() -> None:
         model.load_state_dict(load_file(args.start / "demo.safetensors"))
         log = json.loads((args.start / "demo.json").read_text())["log"]
     else:
-        namer = nn.Linear(model.embed_dim, len(CLASSES) + 1)
+        patch_head = nn.Linear(model.embed_dim, len(CLASSES) + 1)
         half, whole = (
-            functools.partial(learn_to_see, model, namer, keep)
+            functools.partial(first_stage, model, patch_head, keep)
             for keep in (GRID * GRID // 2, GRID * GRID)
         )
-        parameters = [*model.parameters(), *namer.parameters()]
+        parameters = [*model.parameters(), *patch_head.parameters()]
         log = fit(model, parameters, [half] * 9 + [whole] * 2, data, valid, lr=1.5e-3)
         write(model, log, args.out / "first-stage")
     stages = [copy.deepcopy(model.state_dict())]
-    faint = functools.partial(learn_from_little, model)
+    loss = functools.partial(later_stage, model)
     for seed, lr in ((1, 4e-4), (2, 6e-4)):
         torch.manual_seed(seed)
-        log += fit(model, list(model.parameters()), [faint], data, valid, lr=lr)
+        log += fit(model, list(model.parameters()), [loss], data, valid, lr=lr)
         stages.append(copy.deepcopy(model.state_dict()))
     model.load_state_dict({k: sum(s[k] for s in stages) / len(stages) for k in stages[0]})
     write(model, log, args.out)

@@ -17,7 +17,7 @@ __all__ = ["architectures", "build", "build_tower"]
 
 
 def architectures() -> Iterator[Architecture]:
-    """Return every model."""
+    """Yield every model."""
     for name in open_clip.list_models():
         yield Architecture(f"open_clip:{name}", functools.partial(build, name))
 
@@ -30,7 +30,7 @@ def build(name: str) -> nn.Module:
 
 
 def build_tower(config: Any, **changes: Any) -> Any:
-    """Build the image tower of a configuration, with changes of its "vision_cfg"."""
+    """Build the image tower of a configuration, with changes to its "vision_cfg"."""
     vision = {**config["vision_cfg"], "timm_model_pretrained": False, **changes}
     tower = _build_vision_tower(config["embed_dim"], vision)
     if getattr(tower, "output_tokens", False):

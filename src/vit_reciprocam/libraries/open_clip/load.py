@@ -1,4 +1,4 @@
-"""open_clip's models by name, with prompts as classes: loading and their preprocessing."""
+"""Loading of open_clip's models by name, with their preprocessing, and prompts as classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import _build_vision_tower
 
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
 from vit_reciprocam.libraries.common.downloading import (
@@ -23,6 +22,7 @@ from vit_reciprocam.libraries.common.downloading import (
 )
 from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
+from vit_reciprocam.libraries.open_clip.listing import build_tower
 from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
 from vit_reciprocam.pictures.preprocess import Preprocess
 
@@ -40,10 +40,10 @@ def load_open_clip(
     """Load an open_clip model with prompts as classes, its preprocessing, and the prompts as names.
 
     Args:
-        name: "NAME/TAG", of which `open_clip.create_model` takes the first part. The tag names
-            published weights; beside local ones it says how they were trained: with which
-            preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has no
-            tag: the weights come from there.
+        name: "NAME/TAG", in which NAME is the model's name in `open_clip.create_model`, and TAG
+            names published weights. With local weights, the tag tells how they were trained: with
+            which preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has
+            no tag, because its weights come from there.
         weights: A local file, "random", or None for the published weights.
         prompts: One text per class, see `zero_shot`.
         templates: Sentences with a place {} for the prompt, see `zero_shot`.
@@ -70,7 +70,7 @@ _PREFIXES = ("hf-hub:", "local-dir:")
 
 
 def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str, Any]:
-    """Return open_clip's record of how the weights of a tag were trained, empty if it has none."""
+    """Return open_clip's record of how a tag's weights were trained, empty if there is none."""
     if name.startswith(_PREFIXES):
         if path is not None:
             raise ModelError(f"{name!r} has weights of its own: leave weights= out")
@@ -88,9 +88,8 @@ def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str,
 def _refuse_unsupported(name: str) -> None:
     """Refuse a model that cannot be explained, before its weights are fetched."""
     config = _fetch(f"the configuration of {name!r}", lambda: open_clip.get_model_config(name))
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     with torch.device("meta"):
-        split_tower(_build_vision_tower(config["embed_dim"], vision))
+        split_tower(build_tower(config))
 
 
 def _create(
@@ -145,12 +144,12 @@ def _not_fetched(what: str, error: Exception) -> DownloadError:
 
 
 def _silence() -> contextlib.AbstractContextManager[None]:
-    """Mute open_clip, which logs through the root logger, and what it calls, up to errors."""
+    """Mute even the errors of open_clip, which logs through the root logger, and what it calls."""
     return quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL)
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:
-    """Return the preprocessing that open_clip's own evaluation transform does."""
+    """Return the preprocessing of open_clip's evaluation transform."""
     height, width = _expand(config["size"], 2)
     resize, interpolation = config["resize_mode"], config["interpolation"]
     if resize not in ("shortest", "squash"):
@@ -168,5 +167,5 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
 
 
 def _expand(value: Any, count: int) -> tuple[Any, ...]:
-    """Return the values of a list, or one value so many times."""
+    """Return the values of a list as they are, and a single value `count` times."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * count

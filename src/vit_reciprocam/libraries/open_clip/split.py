@@ -50,7 +50,7 @@ _POOL_METHODS = ("_pool", "_global_pool")
 
 
 def split(model: nn.Module, **_options: Any) -> NoReturn:
-    """Refuse a model without prompts, wherever it is to be cut."""
+    """Refuse every model: neither a CLIP model nor its image tower has classes without prompts."""
     raise ModelError(
         f"open_clip's {type(model).__name__} has no classes until it is given prompts: pass the "
         "CLIP model through vit_reciprocam.libraries.open_clip.split.zero_shot(model, tokenizer, "
@@ -59,7 +59,7 @@ def split(model: nn.Module, **_options: Any) -> NoReturn:
 
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut an image tower; its logits are the features before normalisation."""
+    """Cut an image tower; its features, before normalisation, take the place of logits."""
     name = type(tower).__name__
     base: Any = next((k for k in (VisionTransformer, TimmModel) if isinstance(tower, k)), None)
     if base is None:
@@ -70,15 +70,15 @@ def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
 def _split_timm(tower: Any, block: int, pool: bool) -> Split:
     """Cut a tower around a timm model.
 
-    The tower's own head is put behind the timm model's, so that timm's adapter sees one classifier
-    whose logits are the features.
+    The tower's own head is put behind the timm model's. So for the code in libraries/timm it is one
+    classifier, whose logits are the features.
     """
     refuse_bypassed(tower, tower.trunk, "open_clip")
     from vit_reciprocam.libraries.timm.split import split as split_trunk
 
-    trunk = copy.copy(tower.trunk)  # another module that shares all inside, so a new head is safe
+    trunk = copy.copy(tower.trunk)  # shares its modules, but a new head is put in the copy only
     trunk._modules = {**trunk._modules, "head": nn.Sequential(tower.trunk.head, tower.head)}
-    trunk.num_classes = -1  # it has a head now, and 0 is how timm says that there is none
+    trunk.num_classes = -1  # it has a head now, and 0 would say that it has none
     return split_trunk(trunk, block=block, pool=pool)
 
 
@@ -102,11 +102,11 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
     if pool:
         return _split_pool(tower, block)
     not_last = "the cut is not in the last block" if later else ""
-    own_pool = "" if is_own(tower, "open_clip", *_POOL_METHODS) else f"{name} has a pool of its own"
+    changed = "" if is_own(tower, "open_clip", *_POOL_METHODS) else f"{name} has a pool of its own"
     because = (
         _why_no_readout(tower)
         or not_last
-        or own_pool
+        or changed
         or _why_unknown_block(block)
         or why_unknown(tower.ln_post, "open_clip", "the norm after the last block")
     )
@@ -140,7 +140,7 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
 
 
 def _split_pool(tower: Any, block: nn.Module) -> Split:
-    """Cut before the pool: after the pooler's LayerNorm, or before the mean of all patches."""
+    """Cut after the LayerNorm of an attention pooler, or before the mean of all patches."""
     pooler = tower.attn_pool
     if pooler is None and tower.pool_type == "tok":
         raise no_pool(tower)
@@ -194,7 +194,7 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
 
 
 def _why_unknown_pooler(pooler: Any) -> str:
-    """Return why running the pooler by its parts may differ from calling it, "" if not."""
+    """Return why running an attention pooler by its parts may differ from calling it, or ""."""
     if not runs_as(pooler, AttentionalPooler):
         return f"the attention pooler is a {kind_of(pooler)}, whose parts are not known"
     return why_unknown_multihead(pooler.attn, "the attention pooler's attention") or why_unknown(
@@ -203,7 +203,7 @@ def _why_unknown_pooler(pooler: Any) -> str:
 
 
 def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images of another size or of other channels than the tower takes."""
+    """Refuse images of another size or number of channels than the tower takes."""
     channels, height, width = images.shape[1:]
     wanted = (tower.conv1.in_channels, *tower.image_size)
     if (channels, height, width) != wanted:
@@ -215,7 +215,7 @@ def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
 
 
 def _why_no_readout(tower: Any) -> str:
-    """Return why the head does not read the class token only, "" if it does."""
+    """Return why the head does not read the class token alone, or ""."""
     if tower.attn_pool is not None:
         return "the head's attention pooler reads all tokens, not the class token"
     if tower.pool_type != "tok":
@@ -224,7 +224,7 @@ def _why_no_readout(tower: Any) -> str:
 
 
 def _why_unknown_block(block: Any) -> str:
-    """Return why running the block by its parts may differ from calling it, "" if not."""
+    """Return why running a block by its parts may differ from calling it, or ""."""
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
     if not runs_as(block, *kinds):
         return f"the last block is a {kind_of(block)}, whose parts are not known"
@@ -239,7 +239,7 @@ def _why_unknown_block(block: Any) -> str:
 
 
 def _attention(attention: Any) -> Attention:
-    """Return PyTorch's attention or open_clip's own by its parts."""
+    """Return the attention of a block, which is PyTorch's class or open_clip's own."""
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_attention(attention)
     query, key, value = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
@@ -260,8 +260,8 @@ def _project_heads(block: Any, heads: Float[Tensor, "*batch A"]) -> Float[Tensor
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_output(attention, heads)
     if attention.head_scale is not None:
-        each = heads.unflatten(-1, (attention.num_heads, -1))
-        heads = (each * attention.head_scale.squeeze(-1)).flatten(-2)
+        separate = heads.unflatten(-1, (attention.num_heads, -1))
+        heads = (separate * attention.head_scale.squeeze(-1)).flatten(-2)
     out: Tensor = block.ln_attn(attention.out_drop(attention.out_proj(attention.ln_inner(heads))))
     return out
 
@@ -269,7 +269,7 @@ def _project_heads(block: Any, heads: Float[Tensor, "*batch A"]) -> Float[Tensor
 def zero_shot(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> ZeroShot:
-    """Make the image tower of a CLIP model a classifier of text prompts.
+    """Turn the image tower of a CLIP model into a classifier of text prompts.
 
     Args:
         model: A model of open_clip with its text tower, in evaluation mode.
@@ -297,7 +297,7 @@ def zero_shot(
         m, tokenizer, list(prompts), fills, device=m.logit_scale.device
     )
     tower = m.visual
-    if getattr(tower, "output_tokens", False):  # CoCa's gives all tokens beside the features
+    if getattr(tower, "output_tokens", False):  # CoCa's tower returns all tokens too
         tower = copy.copy(tower)
         tower.output_tokens = False
     bias = getattr(m, "logit_bias", None)

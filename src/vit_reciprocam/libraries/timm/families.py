@@ -122,7 +122,7 @@ def _xcit(m: Any) -> LastBlock:
 
 
 def _class_attention(m: Any, blocks: Any) -> LastBlock:
-    """Describe the last of a model's blocks that update the class token from the patches."""
+    """Describe the last of the blocks that take the class token along with the patches."""
     if not blocks:
         raise unsupported(m, "it has no class attention")
     return at_norm1(blocks[-1], call_each(m.norm), **_CLASS_TOKEN)
@@ -294,7 +294,7 @@ def _swin_v2_cr(m: Any) -> LastBlock:
 
 @_family("TinyVit")
 def _tiny_vit(m: Any) -> LastBlock:
-    """Cut at the norm inside the attention, where the grid is one window."""
+    """Cut at the norm inside the attention, which takes windows; the grid must be one window."""
     block = _last_of_stages(m)
     return at_norm1(
         block,

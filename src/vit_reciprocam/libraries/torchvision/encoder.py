@@ -17,7 +17,7 @@ __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return a Vision Transformer by its parts."""
+    """Describe a VisionTransformer; refuse one with a block whose parts are not known."""
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise no_encoder(model, "the parts of this architecture are not known")
@@ -31,12 +31,10 @@ def encoder(model: nn.Module) -> Encoder:
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
-    if not runs_as(block, EncoderBlock):
-        raise no_encoder(
-            model, f"its block {number} is a {kind_of(block)}, whose parts are not known"
-        )
-    attention = block.self_attention
     what = f"its block {number}"
+    if not runs_as(block, EncoderBlock):
+        raise no_encoder(model, f"{what} is a {kind_of(block)}, whose parts are not known")
+    attention = block.self_attention
     unknown = why_unknown_multihead(attention, f"{what}'s attention") or why_unknown(
         block, "torchvision", what, block.ln_1
     )

@@ -11,14 +11,14 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model, get_model_builder, list_models
 
-from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
+from vit_reciprocam.libraries.torchvision.split import unsupported
 
 __all__ = ["architectures", "build"]
 
 
 def architectures() -> Iterator[Architecture]:
-    """Return every model that classifies images or is named as a transformer."""
+    """Yield every model that classifies images or is named as a transformer."""
     classify = list_models(module=torchvision.models)
     for name in list_models():
         listed = is_named_transformer(get_model_builder(name).__module__)
@@ -27,12 +27,9 @@ def architectures() -> Iterator[Architecture]:
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """Build a model on the meta device."""
+    """Build a transformer on the meta device; refuse others, since some of them need memory."""
     if not is_named_transformer(get_model_builder(name).__module__):
-        raise ModelError(
-            f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
-            "SwinTransformer"
-        )
+        raise unsupported(name)
     with torch.device("meta"), NoValues():
         model: nn.Module = get_model(name, **options)
     return model.eval()

@@ -1,4 +1,4 @@
-"""torchvision's models by name: loading, their preprocessing and class names."""
+"""Loading of torchvision's models by name, with their preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchvision.transforms._presets import ImageClassification
 from vit_reciprocam.errors import ModelError, WeightsError
 from vit_reciprocam.libraries.common.downloading import no_such_model, not_fetched
 from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
-from vit_reciprocam.libraries.torchvision.split import split
+from vit_reciprocam.libraries.torchvision.split import split, unsupported
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_torchvision"]
@@ -33,18 +33,15 @@ def load_torchvision(
     Args:
         name: The model's name, as `torchvision.models.get_model` takes it.
         weights: A local file, "random", the name of published weights such as
-            "IMAGENET1K_SWAG_E2E_V1", or None for the default published weights. A local file that
-            still has its published name gets the preprocessing of those weights, any other file
-            that of the default ones.
+            "IMAGENET1K_SWAG_E2E_V1", or None for the default published weights. A local file under
+            its published name gets the preprocessing of those weights, any other file that of the
+            default ones.
         options: Keyword arguments for torchvision's builder, such as `image_size=384`.
     """
     if name not in list_models():
         raise no_such_model(torchvision, name, list_models())
     if get_model_builder(name).__module__ not in _FAMILIES:
-        raise ModelError(
-            f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
-            "SwinTransformer"
-        )
+        raise unsupported(name)
     published: Any = get_model_weights(name)
     model: Any
     if weights == RANDOM:
@@ -56,7 +53,7 @@ def load_torchvision(
     else:
         path = Path(weights)
         chosen = next((w for w in published if Path(w.url).name == path.name), published.DEFAULT)
-        model = _create_with(name, path, options)
+        model = _create_from_file(name, path, options)
     names = tuple(chosen.meta["categories"])
     size = getattr(model, "image_size", None)
     return (
@@ -77,7 +74,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
 
 
 def _outline(name: str, options: dict[str, Any]) -> Any:
-    """Create a model without weights or memory; refuse it if it cannot be explained."""
+    """Create a model on the meta device, without memory; refuse it if it cannot be explained."""
     with torch.device("meta"):
         model = _create(name, options)
     split(model)
@@ -85,7 +82,7 @@ def _outline(name: str, options: dict[str, Any]) -> Any:
 
 
 def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Create a model with published weights."""
+    """Create a model with published weights; refuse one that cannot be explained."""
     _outline(name, options)
     try:
         model: nn.Module = get_model(name, weights=weights, **options)
@@ -103,18 +100,18 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights of a file, for the classes and image size that it has."""
+def _create_from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights, the number of classes and the image size of a file."""
     state = read_weights(path)
     outline = _outline(name, options)
-    guessed: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     head = state.get("heads.head.weight", state.get("head.weight"))
     if head is not None and head.ndim:
-        guessed["num_classes"] = len(head)  # fine-tuned for other classes
+        found["num_classes"] = len(head)  # fine-tuned for other classes
     positions = state.get("encoder.pos_embedding")
     if positions is not None and positions.ndim == 3:  # or for another size
-        guessed["image_size"] = math.isqrt(positions.shape[1] - 1) * outline.patch_size
-    model: nn.Module = _create(name, guessed | options)
+        found["image_size"] = math.isqrt(positions.shape[1] - 1) * outline.patch_size
+    model: nn.Module = _create(name, found | options)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -126,7 +123,7 @@ def _create_with(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
-    """Return the preprocessing that a transform of torchvision does."""
+    """Return the preprocessing of a transform, to the image size of the model if that is fixed."""
     if (
         type(transform) is not ImageClassification
         or transform.interpolation.value not in ("nearest", "bilinear", "bicubic", "lanczos")

@@ -35,15 +35,15 @@ from vit_reciprocam.libraries.common.running import (
     last_blocks,
 )
 
-__all__ = ["split"]
+__all__ = ["split", "unsupported"]
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a torchvision model at an encoder block, or before the pooling of its head.
 
-    A Swin Transformer's blocks are those of its last stage, whose grid the maps have. They attend
-    within windows. At the image size that it was trained for, one window covers the whole last
-    grid; on larger images a kept patch changes the tokens of its own window only.
+    A Swin Transformer is cut in its last stage, so its maps have the grid of that stage. The blocks
+    there attend within windows. At the image size that the model was trained for, one window covers
+    the whole grid; on larger images a kept patch changes the tokens of its own window only.
     """
     if isinstance(model, VisionTransformer):
         if pool:
@@ -51,7 +51,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
         return _split_vit(model, block)
     if isinstance(model, SwinTransformer):
         return _split_swin_pool(model) if pool else _split_swin(model, block)
-    raise _unsupported(model)
+    raise _unsupported_task(model)
 
 
 _TASKS = {
@@ -60,8 +60,16 @@ _TASKS = {
 }
 
 
-def _unsupported(model: nn.Module) -> ModelError:
-    """Return the error that says what the model is for, and what to pass instead."""
+def unsupported(name: str) -> ModelError:
+    """Return the error for a model that is not a supported transformer."""
+    return ModelError(
+        f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
+        "SwinTransformer"
+    )
+
+
+def _unsupported_task(model: nn.Module) -> ModelError:
+    """Return the error that says what a model is for, and what to pass instead."""
     name = type(model).__name__
     for cls in type(model).__mro__:
         for task, does in _TASKS.items():
@@ -71,10 +79,7 @@ def _unsupported(model: nn.Module) -> ModelError:
                     "torchvision.models.vit_b_16(), or wrap it in a module that gives scores "
                     "(batch, classes) and name where to cut it with target="
                 )
-    return ModelError(
-        f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
-        "SwinTransformer"
-    )
+    return unsupported(name)
 
 
 def _split_vit(model: Any, number: int) -> Split:
@@ -178,7 +183,7 @@ def _split_swin_pool(model: Any) -> Split:
 
 
 def _check_head(model: nn.Module, head: nn.Module) -> None:
-    """Refuse a model without class scores."""
+    """Refuse a model whose head gives no class scores: the identity or an empty Sequential."""
     last = list(head.modules())[-1]  # an empty Sequential is its own last module
     if isinstance(last, (nn.Identity, nn.Sequential)):
         raise ModelError(
@@ -190,7 +195,7 @@ def _check_head(model: nn.Module, head: nn.Module) -> None:
 def _find_blocks(
     model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int = -1
 ) -> list[Any]:
-    """Return the block that a number from the end means, and the blocks after it."""
+    """Return the blocks from a number on, see `last_blocks`; the first must be of these kinds."""
     found = last_blocks(number, list(blocks) or [None])  # None: an empty model is refused below
     block = found[0]
     if not runs_as(block, *kinds):
@@ -202,9 +207,9 @@ def _find_blocks(
 
 
 def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images that the patches of the last stage do not tile."""
+    """Refuse images that the patches of a Swin Transformer's last stage do not tile."""
     patch = model.features[0][0]
-    merges = len(model.features) // 2 - 1  # stages, with merging of 2x2 patches between them
+    merges = len(model.features) // 2 - 1  # between two stages, 2x2 patches are merged
     step_h, step_w = (side * 2**merges for side in patch.stride)
     _check_channels(patch, images)
     height, width = images.shape[2:]
@@ -216,7 +221,7 @@ def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> N
 
 
 def _check_channels(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images of other channels than the first convolution of the stem takes."""
+    """Refuse images with another number of channels than the model's first convolution takes."""
     convolution: Any = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
     if images.shape[1] != convolution.in_channels:
         raise InputError(

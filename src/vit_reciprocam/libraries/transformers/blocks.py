@@ -1,4 +1,4 @@
-"""The encoder blocks of transformers' models by their parts.
+"""What the closed form needs to know of the encoder blocks of transformers' models.
 
 Letters of the shapes: T tokens, of which the first R are the readout tokens, D width, A width of
 the joined heads.
@@ -24,7 +24,7 @@ NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
 
 
 def why_unknown_block(block: Any) -> str:
-    """Return why running the last block by its parts may differ from calling it, "" if not."""
+    """Return why running the last block by its parts may differ from calling it, or ""."""
     names = ("query", "key", "value")
     for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
         because = why_not_linear(linear, f"the last block's {name} projection")
@@ -34,18 +34,18 @@ def why_unknown_block(block: Any) -> str:
 
 
 def _self_attention(block: Any) -> Any:
-    """Return the module that holds the projections to queries, keys and values."""
+    """Return the module that contains the projections to query, key and value."""
     return get_first(block, "attention.attention", "attention.self", "attention", "self_attn")
 
 
 def _projections(attention: Any) -> list[Any]:
-    """Return the linear layers that make queries, keys and values."""
+    """Return the linear layers that project to query, key and value."""
     names = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
     return [get_first(attention, *either) for either in names]
 
 
 def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
-    """Return the attention of a block by its parts."""
+    """Return the attention of a block, which the model calls with these keyword arguments."""
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
     heads = get_first(module, "num_attention_heads", "num_heads")
@@ -54,7 +54,7 @@ def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, A
     own = get_first(block, "relative_position_bias") or get_first(module, "relative_position_bias")
     if own is not None:
         biases.append(own(grid))
-    # a mask of truth values hides nothing
+    # a boolean mask hides nothing here
     given = [bias for bias in biases if bias is not None and bias.is_floating_point()]
     bias = sum(given)[0, :, :tokens].permute(2, 1, 0) if given else None
     return Attention(

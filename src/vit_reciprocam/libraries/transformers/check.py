@@ -1,4 +1,4 @@
-"""The refusal of classes of transformers that are not supported."""
+"""The refusal of transformers' classes that are not supported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INSTEAD = {
 
 
 def check_class(kind: type) -> None:
-    """Refuse a class of models that `split` does not support."""
+    """Refuse a class of models that `split` does not support, and say what to pass instead."""
     name = base_name(kind)
     if name in FAMILIES:
         return

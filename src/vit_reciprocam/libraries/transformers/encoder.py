@@ -21,9 +21,9 @@ _CLASS_TOKEN = ("ViT", "ViTMSN", "DeiT", "Dinov2", "Dinov2WithRegisters")
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return a model with a class token that its head reads.
+    """Describe a model whose head reads its class token.
 
-    DINOv2's head reads the mean of all patches too, so DINOv2 has rollout and no relevance.
+    DINOv2's head reads the mean of all patches too, so `heads` is empty: relevance is not defined.
     """
     m: Any = model
     family = base_name(type(model)).partition("For")[0]

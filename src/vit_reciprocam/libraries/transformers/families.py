@@ -1,4 +1,4 @@
-"""The families of transformers' models: where each has its blocks, its head and its tokens.
+"""The families of transformers' models: the blocks, the head and the tokens of each.
 
 Letters of the shapes: B images, T tokens, D width, C classes.
 """
@@ -24,14 +24,14 @@ _MEAN = "the head reads the mean of all patches"
 
 @dataclass(frozen=True)
 class Pooling:
-    """A head that makes one vector of all tokens: their mean, or the output of an attention.
+    """A head that pools all tokens into one vector: their mean, or the output of an attention.
 
     Attributes:
         tokens: The last block's output (B, T, D) -> the tokens that are pooled.
         finish: The vector (B, D) -> logits (B, C).
-        prefix: How many of the tokens stand before the patches.
+        prefix: Number of the pooled tokens before the patches.
         attention: The module that attends to the tokens; None if the vector is their mean.
-        around: The module that takes the mean in the model; a cut before the pool does not call it.
+        around: The model's module that takes the mean, which a cut before the pool does not call.
     """
 
     tokens: Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Pooling:
     around: Any = None
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Return the one vector (B, D) of the tokens."""
+        """Return the vector (B, D) for the tokens (B, T, D)."""
         return tokens.mean(dim=1) if self.attention is None else self.attention(tokens)
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -51,22 +51,22 @@ class Pooling:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model by its parts, as the function of its family describes it.
+    """A model by its parts, as its family's function describes it.
 
     Attributes:
         config: The configuration of the image encoder.
-        blocks: The encoder blocks; of a hierarchical model those of the last stage.
-        prefix: How many tokens stand before the patches.
-        reads: How many tokens the head reads, from the first on; if it reads all of them, a clause
-            that says so.
+        blocks: The encoder blocks; in a hierarchical model, those of the last stage.
+        prefix: Number of tokens before the patches.
+        reads: Number of tokens that the head reads, from the first on; if it reads all of them, a
+            clause that says so.
         head: The last block's output (B, T, D) -> logits (B, C).
         pooling: The head by its parts, if it pools all tokens and `head` is not a `Pooling` itself.
-        grid: The arguments of a block after X -> the patch grid; by default `config.patch_size`
-            gives it.
+        grid: The arguments of a block after X -> the patch grid; if None, it follows from
+            `config.patch_size`.
         check_grid: A function that refuses a grid in which not all patches attend to each other.
         fixed_size: Whether images must have the size of `config.image_size`.
-        post_norm: Whether the blocks' LayerNorms follow attention and MLP, so that F is what the
-            attention reads, not what the first LayerNorm gives.
+        post_norm: Whether the blocks' LayerNorms follow attention and MLP. Then F is the input of
+            the attention instead of the output of the first LayerNorm.
     """
 
     config: Any
@@ -83,7 +83,7 @@ class ModelDescription:
 
 _Describe = Callable[[Any], ModelDescription]
 FAMILIES: dict[str, _Describe] = {}
-"""The name of a class of transformers -> the function that describes its models."""
+"""The name of a transformers class -> the function that describes its models."""
 
 
 def _family(*names: str) -> Callable[[_Describe], _Describe]:
@@ -150,9 +150,9 @@ def _dinov2(model: Any) -> ModelDescription:
     def tokens(y: Tensor) -> Tensor:
         """Return tokens (B, T, 2 D) whose mean is what the head reads.
 
-        That is the class token beside the mean of all patches. The class token stands in the left
-        half and the patches in the right half, each scaled so that the mean over all tokens, zeros
-        included, gives either back.
+        The head reads the class token, joined to the mean of all patches along the width. So the
+        left half of the width holds the class token and the right half the patches, with zeros
+        elsewhere. Both are scaled so that the mean over all tokens, zeros included, restores them.
         """
         y = body.layernorm(y)
         width, patches = y.shape[2], y.shape[1] - prefix
@@ -275,7 +275,7 @@ def _pvt_v2(model: Any) -> ModelDescription:
 
 
 def get_first(module: Any, *paths: str) -> Any:
-    """Return the first of these attributes that a module has, None if it has none."""
+    """Return the first attribute that a module has of these dotted paths, None if it has none."""
     for path in paths:
         try:
             return operator.attrgetter(path)(module)
@@ -285,7 +285,7 @@ def get_first(module: Any, *paths: str) -> Any:
 
 
 def base_name(kind: type) -> str:
-    """Return the name of the class of transformers that a class is, or is derived from."""
+    """Return the name of the transformers class that a class is or is derived from."""
     for cls in kind.__mro__:
         if cls.__module__.startswith("transformers.models."):
             return cls.__name__

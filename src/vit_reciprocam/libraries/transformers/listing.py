@@ -24,7 +24,7 @@ _SETTINGS = {
     "BeitForImageClassification": "(use_mean_pooling=False)",
     "Data2VecVisionForImageClassification": "(use_mean_pooling=False)",
 }
-"""Class -> a setting with which it is another kind of model."""
+"""Class -> a setting that makes it another kind of model, which is listed too."""
 
 _WITH_TEXTS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -32,7 +32,7 @@ _TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def architectures() -> Iterator[Architecture]:
-    """Return the supported classes, then the others that classify images."""
+    """Yield the supported classes, then the others that classify images."""
     supported = []
     for name in FAMILIES:
         supported += [name, name + _SETTINGS[name]] if name in _SETTINGS else [name]
@@ -48,9 +48,9 @@ def _outline(name: str) -> nn.Module:
 
 
 def build(name: str, **config: Any) -> nn.Module:
-    """Build a class, perhaps with a setting in brackets, by default as its configuration has it.
+    """Build a model from a class's name, to which a setting may be added in brackets.
 
-    One that compares images with texts becomes its image tower with random prompts as classes.
+    Of a model that compares images with texts it is the image tower with random prompts as classes.
     """
     kind, _, setting = name.rstrip(")").partition("(")
     cls: Any = getattr(transformers, kind)

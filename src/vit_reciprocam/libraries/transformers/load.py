@@ -1,4 +1,4 @@
-"""transformers' models by hub name or local folder, with their preprocessing and class names."""
+"""Loading of transformers' models from the hub or a folder, with preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_transformers(
 
 
 def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    """Return the model with its weights."""
+    """Return a model with its weights; refuse it if transformers would draw some at random."""
     loaded = _fetch(name, kind, {"dtype": torch.float32, **options, "output_loading_info": True})
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -76,7 +76,7 @@ def _fetch_model(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | None) -> None:
-    """Refuse what cannot be explained before its weights are fetched."""
+    """Refuse a model that cannot be explained, before its weights are fetched."""
     with_texts = hasattr(kind, "get_text_features")
     if with_texts and prompts is None:
         raise ModelError(
@@ -95,7 +95,7 @@ def _refuse_early(name: str, kind: Any, config: Any, prompts: Sequence[str] | No
 
 
 def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    """Call `kind.from_pretrained`; its errors become one sentence that says what is wrong."""
+    """Call `kind.from_pretrained`, and turn its errors into one sentence that tells what to do."""
     what = kind.__name__.removeprefix("Auto")
     local = Path(name).is_dir()
     if not local and (Path(name).is_absolute() or name.startswith(".")):
@@ -118,7 +118,7 @@ def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _model_class(name: str, config: Any) -> Any:
-    """Return the class that the model was saved as; any other would give it a random head."""
+    """Return the class of the saved model; any other class would give it a random head."""
     saved_as = (config.architectures or [""])[0]
     kind = getattr(transformers, saved_as, None)
     if kind is None:
@@ -130,16 +130,16 @@ def _model_class(name: str, config: Any) -> Any:
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:
-    """Return the names in a configuration, None if they are those that transformers makes up."""
+    """Return the class names of a configuration, None if they are transformers' placeholders."""
     names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    unnamed = tuple(f"LABEL_{index}" for index in range(config.num_labels))
-    return None if names == unnamed else names
+    placeholders = tuple(f"LABEL_{index}" for index in range(config.num_labels))
+    return None if names == placeholders else names
 
 
 def _preprocess(name: str, processor: Any) -> Preprocess:
-    """Return the steps of a processor as a `Preprocess`.
+    """Return a processor as a `Preprocess`; refuse it if it does anything else.
 
-    Processors that resize with torchvision round otherwise, by less than the eye sees.
+    Processors that resize with torchvision round differently, by less than the eye sees.
     """
     size = dict(getattr(processor, "size", None) or {})
     cropped = getattr(processor, "do_center_crop", None)
@@ -177,15 +177,15 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
 def _share(kept: int, side: int) -> float:
     """Return the share of a side that a crop keeps.
 
-    `Preprocess` divides the crop by this share and rounds down, which must give the side again; if
-    rounding of the division prevents that, half a pixel is added.
+    `Preprocess` divides the crop by this share and rounds down, which must give the side again. If
+    floating-point error prevents that, half a pixel is added to the side.
     """
     share = kept / side
     return share if math.floor(kept / share) == side else kept / (side + 0.5)
 
 
 def _agree(processor: Any, preprocess: Preprocess) -> bool:
-    """Return whether both make the same of a test picture, except for rounding."""
+    """Return whether both give the same values for a test picture, except for rounding."""
     down, right = np.mgrid[0:1:240j, 0:1:400j]
     colours = np.stack([255 * right, 255 * down, 127 * (right - down) + 127], axis=-1)
     picture = Image.fromarray(colours.astype(np.uint8))
@@ -193,7 +193,7 @@ def _agree(processor: Any, preprocess: Preprocess) -> bool:
     ours = preprocess(picture)
     if theirs.shape != ours.shape:
         return False
-    # differences in levels of 0 to 255: rounding makes less than 2 on average, another step more
+    # in levels from 0 to 255: rounding makes a mean difference below 2, any other step a larger one
     levels = np.abs(theirs - ours) * 255 * np.array(preprocess.std)[:, None, None]
     return bool(levels.mean() < 2)
 

@@ -49,14 +49,14 @@ from vit_reciprocam.libraries.transformers.towers import describe_tower, image_t
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
-_TEXTS_AT_ONCE = 256  # so that many classes with many templates fit in memory
+_TEXTS_AT_ONCE = 256  # to bound the memory for many classes with many templates
 
 
 @torch.no_grad()
 def zero_shot(
     model: nn.Module, processor: Any, prompts: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> ZeroShot:
-    """Make the image side of a model that compares images with texts a classifier of prompts.
+    """Turn a model that compares images with texts into a classifier of text prompts.
 
     Args:
         model: A CLIPModel, SiglipModel or MetaClip2Model, in evaluation mode.
@@ -93,7 +93,7 @@ def zero_shot(
 
 
 def _embed(model: Any, processor: Any, texts: list[str]) -> Float[Tensor, "texts E"]:
-    """Return the embeddings of texts, before they are normalised."""
+    """Return the embeddings of texts before normalisation; refuse texts that are too long."""
     longest = model.config.text_config.max_position_embeddings
     tokenizer = getattr(processor, "tokenizer", processor)
     # SigLIP was trained on padded texts and reads the last position
@@ -113,7 +113,7 @@ def _embed(model: Any, processor: Any, texts: list[str]) -> Float[Tensor, "texts
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a transformers model at an encoder block, or before the pooling of its head.
 
-    A hierarchical model's blocks are those of its last stage, whose grid the maps have.
+    A hierarchical model is cut in its last stage, so its maps have the grid of that stage.
     """
     check_class(type(model))
     if isinstance(get_first(model, "classifier", "cls_classifier"), nn.Identity):
@@ -132,7 +132,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
 
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
-    """Cut an image tower like a classifier; its features take the place of logits."""
+    """Cut an image tower, or the tower of a model that has one, with features as logits."""
     tower = image_tower(tower)
     return _split(tower, describe_tower(tower), block, pool)
 
@@ -176,7 +176,7 @@ def _split(model: nn.Module, description: ModelDescription, number: int, pool: b
 
 
 def _why_unknown_norm(model: nn.Module, block: nn.Module) -> str:
-    """Return why the norm after the last block may read more than its own token, "" if not."""
+    """Return why a norm outside the block may read more than one token, or ""."""
     inside = {id(module) for module in block.modules()}
     found = [
         why_unknown(module, "transformers", f"the norm {path}")
@@ -192,7 +192,7 @@ def _enter(
     blocks: Sequence[nn.Module],
     images: Float[Tensor, "B channels H W"],
 ) -> tuple[Grid, list[Call]]:
-    """Return the patch grid of images, and how the model calls some of its blocks for them."""
+    """Return the patch grid of images, and the arguments of the model's calls of some blocks."""
     grid = _patch_grid(description, images)  # refuses a wrong size before the model runs
     calls = [
         (tuple(map(_share, args)), {key: _share(value) for key, value in options.items()})
@@ -204,8 +204,8 @@ def _enter(
 def _share(value: Any) -> Any:
     """Return masks and biases (B, heads, T, T) as (1, heads, T, T), anything else as it is.
 
-    Images differ in none of them, and shared they fit any number of masked images. Under a tracer
-    transformers makes a mask, which hides nothing, for each image of a batch.
+    They are the same for all images, and with one row they fit any number of masked images. Under a
+    tracer, transformers makes a mask that hides nothing for each image of a batch.
     """
     return value[:1] if isinstance(value, Tensor) and value.ndim == 4 else value
 
@@ -238,7 +238,7 @@ def _split_pool(model: nn.Module, description: ModelDescription) -> Split:
 
 
 def _attention_pool(pooling: Pooling) -> Readout:
-    """Return SigLIP's head by its parts: a learned probe asks, and an MLP follows."""
+    """Return what the closed form needs of SigLIP's head: attention of a learned query, an MLP."""
     head = pooling.attention
 
     def finish(heads: Float[Tensor, "n B 1 A"], _normed: Tensor, _x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def _attention_pool(pooling: Pooling) -> Readout:
 
 
 def _why_unknown_pool(head: Any) -> str:
-    """Return why running the attention pool by its parts may differ from calling it, "" if not."""
+    """Return why running an attention pool by its parts may differ from calling it, or ""."""
     if not is_own(head, "transformers"):
         return f"the head pools by a {kind_of(head)}, whose forward is not of transformers"
     return why_unknown_multihead(head.attention, "the head's attention") or why_unknown(
@@ -259,7 +259,7 @@ def _why_unknown_pool(head: Any) -> str:
 
 
 def _patch_grid(description: ModelDescription, images: Float[Tensor, "B channels H W"]) -> Grid:
-    """Return the grid of an image size, if patches do not overlap and are not merged."""
+    """Return the grid of non-overlapping patches; refuse images that the model cannot take."""
     config, (channels, height, width) = description.config, images.shape[1:]
     if channels != config.num_channels:
         raise InputError(

@@ -21,7 +21,7 @@ class ImageTower(nn.Module):
     """The image side of a model that compares images with texts: images -> features (B, E)."""
 
     def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
-        """Join an image encoder and what projects its pooled output."""
+        """Join an image encoder and the projection of its pooled output."""
         super().__init__()
         self.vision = vision
         self.projection = projection
@@ -33,7 +33,7 @@ class ImageTower(nn.Module):
 
 
 def image_tower(model: nn.Module) -> ImageTower:
-    """Return the image side of a CLIP or SigLIP model; it shares the model's modules."""
+    """Return the image side of a CLIP, SigLIP or MetaCLIP 2 model, made of the model's modules."""
     if isinstance(model, ImageTower):
         return model
     vision: Any = getattr(model, "vision_model", model)
@@ -52,7 +52,7 @@ def image_tower(model: nn.Module) -> ImageTower:
 
 
 def describe_tower(tower: Any) -> ModelDescription:
-    """Return an `ImageTower` by its parts; its features take the place of logits."""
+    """Describe an `ImageTower`; its features take the place of logits."""
     vision = tower.vision
     attention = getattr(vision, "head", None)
     pooling = Pooling(vision.post_layernorm, tower.projection, attention=attention)
