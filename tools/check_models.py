@@ -45,9 +45,9 @@ Written by `python tools/check_models.py --out docs/models.md`, with {versions}.
 Each model was built with random weights. Its logits under masks were compared with the definition:
 one whole forward pass per mask, with a hook on the model's own module.
 
-- **compared**: "cut" is a small model with few blocks and mostly few patches, if its builder can
-  make one; "whole" is the model as it is. With up to 16 masks, all are compared; with more, four:
-  the first, the last of the first row, the middle one and the last.
+- **compared**: "whole" is the model as it is; "cut" is a small model with few blocks and mostly few
+  patches, if its builder can make one. With up to 16 masks, all are compared; with more, four: the
+  first, the last of the first row, the middle one and the last.
 - **largest error**: the largest difference of a logit from the definition, divided by the largest
   difference between two masks' values of a logit. Up to 1e-3 counts as "equal", in float32, or in
   float64 if masks make too little difference for float32. If they make none, the comparison proves

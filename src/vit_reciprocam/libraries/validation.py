@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.errors import InputError, ModelError
 
-__all__ = ["check_images", "check_mode", "refuse_quantised"]
+__all__ = ["check_channels", "check_images", "check_mode", "refuse_quantised"]
 
 _QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
 
@@ -53,6 +53,12 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         if broken:
             numbers = ", ".join(map(str, broken))
             raise InputError(f"images hold NaN or infinity: image(s) {numbers} of the batch")
+
+
+def check_channels(images: Tensor, wanted: int) -> None:
+    """Refuse images (B, channels, H, W) with another number of channels than the model takes."""
+    if images.shape[1] != wanted:
+        raise InputError(f"this model takes {wanted} channel(s), got images of {images.shape[1]}")
 
 
 def check_mode(model: nn.Module) -> None:

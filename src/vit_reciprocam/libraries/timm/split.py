@@ -31,6 +31,7 @@ from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last
 from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
 from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
+from vit_reciprocam.libraries.validation import check_channels
 
 __all__ = ["count_readout_tokens", "split"]
 
@@ -133,7 +134,7 @@ def _enter(
 ) -> tuple[Grid, list[Call]]:
     """Return the patch grid of images, and the arguments of the model's calls of some modules."""
     embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
-    _check_size(model, embed, tuple(images.shape[1:]))
+    _check_size(model, embed, images)
     if isinstance(embed, HybridEmbed):  # its backbone may round up, so its output gives the grid
         ((features,), _), *calls = find_calls(model, [embed.proj, *modules], images)
         sides = zip(features.shape[2:], embed.patch_size, strict=True)
@@ -185,12 +186,10 @@ def _split_pool(model: Any) -> Split:
     )
 
 
-def _check_size(model: Any, embed: Any, shape: tuple[int, ...]) -> None:
-    """Refuse images that the model cannot take."""
-    channels, height, width = shape
-    wanted = getattr(model, "in_chans", 3)  # newer than the oldest timm supported
-    if channels != wanted:
-        raise InputError(f"this model takes {wanted} channel(s), got images of {channels}")
+def _check_size(model: Any, embed: Any, images: Float[Tensor, "B channels H W"]) -> None:
+    """Refuse images that the model, which embeds patches by `embed`, cannot take."""
+    height, width = images.shape[2:]
+    check_channels(images, getattr(model, "in_chans", 3))  # older timm does not have in_chans
     if isinstance(model, NaFlexVit):
         return
     patch_h, patch_w = embed.patch_size

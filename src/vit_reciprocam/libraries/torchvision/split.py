@@ -34,6 +34,7 @@ from vit_reciprocam.libraries.common.running import (
     find_calls,
     last_blocks,
 )
+from vit_reciprocam.libraries.validation import check_channels
 
 __all__ = ["split", "unsupported"]
 
@@ -96,7 +97,7 @@ def _split_vit(model: Any, number: int) -> Split:
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         side = model.image_size
-        _check_channels(model.conv_proj, images)
+        _check_stem(model.conv_proj, images)
         if images.shape[2:] != (side, side):
             height, width = images.shape[2:]
             raise InputError(
@@ -211,7 +212,7 @@ def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> N
     patch = model.features[0][0]
     merges = len(model.features) // 2 - 1  # between two stages, 2x2 patches are merged
     step_h, step_w = (side * 2**merges for side in patch.stride)
-    _check_channels(patch, images)
+    _check_stem(patch, images)
     height, width = images.shape[2:]
     if not height or not width or height % step_h or width % step_w:
         raise InputError(
@@ -220,11 +221,7 @@ def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> N
         )
 
 
-def _check_channels(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images with another number of channels than the model's first convolution takes."""
-    convolution: Any = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
-    if images.shape[1] != convolution.in_channels:
-        raise InputError(
-            f"this model takes {convolution.in_channels} channel(s), got images of "
-            f"{images.shape[1]}"
-        )
+def _check_stem(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
+    """Refuse images with another number of channels than the stem's first convolution takes."""
+    convolution = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
+    check_channels(images, convolution.in_channels)

@@ -46,6 +46,7 @@ from vit_reciprocam.libraries.transformers.families import (
     get_first,
 )
 from vit_reciprocam.libraries.transformers.towers import describe_tower, image_tower
+from vit_reciprocam.libraries.validation import check_channels
 
 __all__ = ["split", "split_tower", "zero_shot"]
 
@@ -260,11 +261,8 @@ def _why_unknown_pool(head: Any) -> str:
 
 def _patch_grid(description: ModelDescription, images: Float[Tensor, "B channels H W"]) -> Grid:
     """Return the grid of non-overlapping patches; refuse images that the model cannot take."""
-    config, (channels, height, width) = description.config, images.shape[1:]
-    if channels != config.num_channels:
-        raise InputError(
-            f"this model takes {config.num_channels} channel(s), got images of {channels}"
-        )
+    config, (height, width) = description.config, images.shape[2:]
+    check_channels(images, config.num_channels)
     if description.fixed_size and (height, width) != _pair(config.image_size):
         want_h, want_w = _pair(config.image_size)
         raise InputError(
