@@ -317,8 +317,8 @@ _SMALL: dict[str, dict[str, Any]] = {
 def _build_transformers(name: str, config: dict[str, Any]) -> tuple[nn.Module, tuple[int, int]]:
     """Build a model of a class with a configuration; return it and its image size."""
     model: Any = transformers_listing.build(name, num_labels=CLASSES, **config)
-    own = model.config if hasattr(model, "config") else model.tower.vision.config
-    return model, _pair(getattr(own, "vision_config", own).image_size)
+    sizes = model.config if hasattr(model, "config") else model.tower.vision.config
+    return model, _pair(getattr(sizes, "vision_config", sizes).image_size)
 
 
 def _whole_transformers(name: str) -> Built:

@@ -208,8 +208,8 @@ def _describe_parallel_things(block: Any) -> BlockDescription:
         )
 
     def finish(heads: Tensor, normed: Tensor, x: Tensor) -> Tensor:
-        own = zip(branches, heads.chunk(count, -1), normed.chunk(count, -1), strict=True)
-        attended = [b.drop_path(b.ls(project_heads(b.attn, h, f))) for b, h, f in own]
+        shares = zip(branches, heads.chunk(count, -1), normed.chunk(count, -1), strict=True)
+        attended = [b.drop_path(b.ls(project_heads(b.attn, h, f))) for b, h, f in shares]
         x = x + torch.stack(attended).sum(dim=0)
         return x + torch.stack([mlp(x) for mlp in block.ffns]).sum(dim=0)
 

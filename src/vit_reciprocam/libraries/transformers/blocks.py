@@ -51,9 +51,11 @@ def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, A
     heads = get_first(module, "num_attention_heads", "num_heads")
     # biases of relative position (1, heads, T, T): those that all blocks share, and this block's
     biases = [options.get("attention_mask"), options.get("relative_position_bias")]
-    own = get_first(block, "relative_position_bias") or get_first(module, "relative_position_bias")
-    if own is not None:
-        biases.append(own(grid))
+    make_bias = get_first(block, "relative_position_bias") or get_first(
+        module, "relative_position_bias"
+    )
+    if make_bias is not None:
+        biases.append(make_bias(grid))
     # a boolean mask hides nothing here
     given = [bias for bias in biases if bias is not None and bias.is_floating_point()]
     bias = sum(given)[0, :, :tokens].permute(2, 1, 0) if given else None

@@ -11,7 +11,6 @@ from vit_reciprocam.libraries.transformers.towers import ImageTower
 __all__ = ["check_class"]
 
 _GIVES_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
-_NO_HEAD = "has no classification head"
 _INSTEAD = {
     "TimmWrapperForImageClassification": "it wraps a timm model: pass model.timm_model",
     "Siglip2ForImageClassification": "it takes patches of images of any shape, not images. The "
@@ -38,8 +37,12 @@ def check_class(kind: type) -> None:
             + ", ".join(sorted(FAMILIES))
         )
     else:
-        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", task[1]).lower() if task else ""
-        lacks = f"is made for {words}, not to classify whole images" if words else _NO_HEAD
+        purpose = re.sub("(?<=[a-z])(?=[A-Z])", " ", task[1]).lower() if task else ""
+        lacks = (
+            f"is made for {purpose}, not to classify whole images"
+            if purpose
+            else "has no classification head"
+        )
         why = (
             f"{lacks}, so it has no class scores to explain: load it with "
             "AutoModelForImageClassification"

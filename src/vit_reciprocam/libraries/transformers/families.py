@@ -60,7 +60,7 @@ class ModelDescription:
         reads: Number of tokens that the head reads, from the first on; if it reads all of them, a
             clause that says so.
         head: The last block's output (B, T, D) -> logits (B, C).
-        pooling: The head by its parts, if it pools all tokens and `head` is not a `Pooling` itself.
+        pooling: The head as a `Pooling`, if it pools all tokens and `head` is not one itself.
         grid: The arguments of a block after X -> the patch grid; if None, it follows from
             `config.patch_size`.
         check_grid: A function that refuses a grid in which not all patches attend to each other.

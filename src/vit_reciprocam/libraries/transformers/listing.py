@@ -62,7 +62,7 @@ def build(name: str, **config: Any) -> nn.Module:
         config.setdefault("text_config", _TOKENS)
     model: nn.Module = cls(cls.config_class(**config)).eval()
     if kind in _WITH_TEXTS:
-        own: Any = model.config
-        width = getattr(own, "projection_dim", own.vision_config.hidden_size)
+        sizes: Any = model.config
+        width = getattr(sizes, "projection_dim", sizes.vision_config.hidden_size)
         return with_prompts(image_tower(model), width)
     return model

@@ -24,7 +24,7 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["load_transformers"]
 
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -51,15 +51,15 @@ def load_transformers(
         raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
     if prompts is not None:
         check_prompts(prompts, templates)
-    where = {key: options[key] for key in _WHERE if key in options}
+    hub_options = {key: options[key] for key in _HUB_OPTIONS if key in options}
     config = _fetch(name, transformers.AutoConfig, options)
     kind = _model_class(name, config)
     _refuse_early(name, kind, config, prompts)
-    preprocess = _preprocess(name, _fetch(name, transformers.AutoImageProcessor, where))
+    preprocess = _preprocess(name, _fetch(name, transformers.AutoImageProcessor, hub_options))
     model = kind(config).eval() if weights == RANDOM else _fetch_model(name, kind, options)
     if prompts is None:
         return model, preprocess, _class_names(config)
-    tokenizer = _fetch(name, transformers.AutoTokenizer, where)
+    tokenizer = _fetch(name, transformers.AutoTokenizer, hub_options)
     return zero_shot(model, tokenizer, prompts, templates), preprocess, tuple(prompts)
 
 
