@@ -103,13 +103,7 @@ def _sum_window(
 def _sum_outside(
     e: Float[Tensor, "b r k n_or_1"], grid: tuple[int, int], kernel: str
 ) -> Float[Tensor, "*b_r_k n"]:
-    """Sum e, for each patch, over the patches outside its window, a full square.
-
-    Args:
-        e: One weight per patch, or one alone where it is the same for all patches.
-        grid: (h, w) of the patches.
-        kernel: Name of the kernel.
-    """
+    """Sum e, for each patch, over the patches outside its window, a full square."""
     margin = max(place.down for place in kernel_window(kernel))
     near_rows, near_columns = (_lie_near(size, margin).to(e) for size in grid)
     if e.shape[-1] == 1:

@@ -77,11 +77,7 @@ def _run(file: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_difference(name: str, got: np.ndarray, wanted: np.ndarray) -> float:
-    """Return the largest difference of an output, relative to its largest value.
-
-    Raises:
-        ModelError: If it is too large, or the shapes differ.
-    """
+    """Return the largest difference of an output, relative to its largest value."""
     if got.shape != wanted.shape:
         raise ModelError(f"the exported file gives {name} {got.shape}, PyTorch {wanted.shape}")
     largest = float(np.abs(wanted).max()) or 1.0

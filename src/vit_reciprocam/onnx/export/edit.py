@@ -120,12 +120,6 @@ def _loop_body(
     ONNX lays down what it takes, the number of the step and whether to go on, and that it gives
     back first whether to go on, then what is to be stacked. The nodes' other inputs are found in
     the graph around it.
-
-    Args:
-        all_masks: The constant (chunks, M, T) of the graph around it.
-        masks: The input that the nodes were traced with, replaced by a chunk of `all_masks`.
-        nodes: What to run.
-        logits: What they give, (M, B, C).
     """
     number = ir.Value(
         name="chunk_number", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)

@@ -230,13 +230,7 @@ def _check_opset(opset: int) -> None:
 def _example_inputs(
     size: tuple[int, int], patch: tuple[int, int] | None, targets: str
 ) -> tuple[dict[str, Tensor], Dynamic]:
-    """Return inputs to trace with, and which of their dimensions are free.
-
-    Args:
-        size: (height, width) of the images.
-        patch: (height, width) of a patch, of which open sizes are multiples; None for a fixed size.
-        targets: Which classes are explained.
-    """
+    """Return inputs to trace with, and which of their dimensions are free."""
     inputs = {"images": torch.zeros(_TRACED, 3, *size)}
     dynamic: Dynamic = {"images": {0: _BATCH}}
     if patch is not None:
@@ -251,11 +245,7 @@ def _example_inputs(
 def _compare_at(
     sizes: Sequence[tuple[int, int]], file: Path, model: nn.Module, metadata: Metadata
 ) -> float:
-    """Return the largest difference from PyTorch at all sizes.
-
-    Raises:
-        ModelError: If one is too large.
-    """
+    """Return the largest difference from PyTorch at all sizes."""
     count = 1 if metadata.path == "direct" else _CHECKED
     try:
         return max(compare(file, model, metadata, (count, 3, *size)) for size in sizes)

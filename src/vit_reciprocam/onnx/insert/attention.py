@@ -84,11 +84,7 @@ class SelfAttention:
 
 
 def read_attention(
-    graph: Graph,
-    found: Found,
-    values: Mapping[str, np.ndarray],
-    batch: int,
-    pixels: set[str],
+    graph: Graph, found: Found, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
     """Return an attention with its operands, scale and bias.
 
@@ -97,14 +93,13 @@ def read_attention(
         found: The place of the attention.
         values: Everything from its queries, keys and values to its output, from one run.
         batch: The number of images of that run.
-        pixels: The values that depend on the images.
 
     Raises:
         ModelError: If its scores are not scale · q kᵀ + bias.
     """
     node = graph.nodes[found.number]
     if node.op_type in FUSED:
-        return _read_fused(graph, node, values, pixels)
+        return _read_fused(graph, node, values)
     if node.op_type == "QLinearSoftmax":
         raise ModelError("the last attention is computed in integers")
     _, query, key, value, output = found
@@ -160,9 +155,6 @@ def _ask_scale_and_bias(
 
     With queries and keys of zeros the scores are the bias; what is more with the real ones has to
     be a multiple of q kᵀ, and the multiple is the scale.
-
-    Raises:
-        ModelError: If it is not.
     """
     entering = graph.values_entering(graph.nodes_between([query, key], [scores]))
     given = {name: values[name] for name in entering}
@@ -189,13 +181,9 @@ def _ask_scale_and_bias(
 
 
 def _read_fused(
-    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray], pixels: set[str]
+    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> SelfAttention:
-    """Return a fused attention node: ONNX's own, or one of ONNX Runtime's optimizer.
-
-    Raises:
-        ModelError: If its kind is not known, or what it computes is more than that.
-    """
+    """Return a fused attention node: ONNX's own, or one of ONNX Runtime's optimizer."""
     flags = _attributes(node)
     given = [*node.input, *[""] * 8]  # inputs left out at the end are empty names too
     output_axes: tuple[str, ...] = ("b", "t", "hd")
@@ -218,7 +206,7 @@ def _read_fused(
     else:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
     query, key, value = operands
-    if mask in pixels:
+    if mask in graph.image_values:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: a mask that varies")
     bias = None if not mask else values[mask] if mask in values else graph.constant(mask)
     inner = values[query.name].shape[-1] if query.weight is None else query.weight.shape[1]
@@ -237,11 +225,7 @@ def _read_fused(
 def _read_standard(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
-    """Return the operands of ONNX's Attention (opset 23), in (b, h, t, d) or (b, t, h·d).
-
-    Raises:
-        ModelError: If heads share keys.
-    """
+    """Return the operands of ONNX's Attention (opset 23), in (b, h, t, d) or (b, t, h·d)."""
     shape = values[node.input[0]].shape
     if values[node.input[1]].shape != shape:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: shared keys")
@@ -252,11 +236,7 @@ def _read_standard(
 def _read_multi_head(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
-    """Return the operands of ONNX Runtime's MultiHeadAttention, with biases that lie in one input.
-
-    Raises:
-        ModelError: If they are packed: (b, t, h, 3, d) in one, or keys in (b, h, t, d).
-    """
+    """Return the operands of ONNX Runtime's MultiHeadAttention, with biases that lie in one input."""
     names, axes = list(node.input[:3]), ("b", "t", "hd")
     if any(values[name].ndim != 3 for name in names):
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
@@ -268,11 +248,7 @@ def _read_multi_head(
 def _read_projecting(
     graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]
 ) -> list[AttentionTensor]:
-    """Return the operands of ONNX Runtime's Attention, which projects its one input itself.
-
-    Raises:
-        ModelError: If its weights are not constant.
-    """
+    """Return the operands of ONNX Runtime's Attention, which projects its one input itself."""
     weight = graph.constant(node.input[1])
     if weight is None:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
@@ -286,11 +262,7 @@ def _read_projecting(
 
 
 def _to_bias(mask: np.ndarray) -> np.ndarray | None:
-    """Return a mask or bias as (h or 1, t, t) to add, or None where it adds 0.
-
-    Raises:
-        ModelError: If it is not the same for every image.
-    """
+    """Return a mask or bias as (h or 1, t, t) to add, or None where it adds 0."""
     if mask.dtype == bool:  # true where a query may look
         mask = np.where(mask, 0.0, -np.inf)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).astype(np.float32)

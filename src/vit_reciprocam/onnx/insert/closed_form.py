@@ -102,11 +102,7 @@ class _Level0:
 
 
 def _read_level_0(graph: Graph, reading: Reading, attention: SelfAttention) -> _Level0:
-    """Run the projections at levels 0, 1/2 and 1.
-
-    Raises:
-        ModelError: If values are not affine in the level, or not alike for all tokens at 0.
-    """
+    """Run the projections at levels 0, 1/2 and 1."""
     query_0, key_0, value_0 = _project(graph, reading, attention, 0.0)
     _, key_half, value_half = _project(graph, reading, attention, 0.5)
     _, key_1, value_1 = _project(graph, reading, attention, 1.0)
@@ -189,11 +185,7 @@ def _append_operands(
     *,
     rounded: bool,
 ) -> _Operands:
-    """Append the projections of F, less what level 0 gives.
-
-    Raises:
-        ModelError: If values are not projected affinely.
-    """
+    """Append the projections of F, less what level 0 gives."""
     heads, zero = attention.heads, _read_level_0(graph, reading, attention)
     mask = branch.floats(masks)
     names = {operand.name: operand.name for operand in attention.operands}

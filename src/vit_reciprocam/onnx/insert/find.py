@@ -1,7 +1,7 @@
 """Find the last attention of an ONNX graph, and the LayerNorm's output that it is computed from.
 
-Every function takes `pixels`, the values that depend on the images: what does not depend on them,
-such as masks, position tables and learned queries, leads nowhere here.
+Only values that depend on the images are followed (`Graph.image_values`): masks, position tables
+and learned queries are not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import onnx
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.insert.graph import Graph, inputs_among, node_inputs
+from vit_reciprocam.onnx.insert.graph import Graph, node_inputs
 
 __all__ = [
     "FUSED",
@@ -20,13 +20,13 @@ __all__ = [
     "find_attention",
     "find_normed",
     "has_head",
-    "refuse_others",
+    "refuse_other_attention",
 ]
 
-# The kinds of nodes below include those that ONNX Runtime's optimizers and quantisers write in
-# place of ONNX's own: Fused..., QLinear..., ...Integer, Skip..., and those of com.microsoft.
+# Besides ONNX's own kinds of nodes, these sets hold those that ONNX Runtime's optimizers and
+# quantisers write instead: Fused..., QLinear..., ...Integer, Skip..., and those of com.microsoft.
 
-# Nodes that leave every number in its place; a Relu among them is what `remove_rounding` leaves.
+# Nodes that leave every number in its place; the Relu may come from `remove_rounding`.
 _KEEP = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 # Nodes that put 0 in place of the NaN that softmax gives for rows that are masked as a whole.
 _GUARDS = frozenset({"IsNaN", "Where"})
@@ -72,7 +72,7 @@ FUSED = frozenset({"Attention", "MultiHeadAttention", "QAttention", "PackedAtten
 
 
 class Found(NamedTuple):
-    """An attention: the number of its softmax's or fused node, and its values."""
+    """An attention: the number of its fused node or its softmax, and the names of its values."""
 
     number: int
     query: str
@@ -81,33 +81,28 @@ class Found(NamedTuple):
     output: str
 
 
-def find_attention(graph: Graph, pixels: set[str]) -> Iterator[Found]:
-    """Yield the attentions whose queries depend on the images, the last one first.
-
-    One whose queries are learned vectors, as in pooling heads, is passed over.
-    """
+def find_attention(graph: Graph) -> Iterator[Found]:
+    """Yield the attentions, the last one first; not those whose queries are learned vectors."""
     for number in reversed(range(len(graph.nodes))):
         node = graph.nodes[number]
         found = None
         if node.op_type in FUSED:
             query = node.input[0]
             # ONNX Runtime's Attention, QAttention and PackedAttention project one input themselves.
-            alone = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
-            key, value = (query, query) if alone else (node.input[1], node.input[2])
+            projects = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
+            key, value = (query, query) if projects else (node.input[1], node.input[2])
             found = Found(number, query, key, value, node.output[0])
         elif node.op_type in ("Softmax", "QLinearSoftmax"):
-            found = _read_softmax(graph, number, pixels)
-        if found and found.query in pixels:
+            found = _read_softmax(graph, number)
+        if found and found.query in graph.image_values:
             yield found
 
 
-def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: set[str]) -> None:
-    """Refuse a graph in which images reach the logits through another attention beside or below.
+def refuse_other_attention(graph: Graph, found: Found, normed: str, logits: str) -> None:
+    """Refuse a graph in which images reach the logits through yet another attention.
 
-    Attention whose queries are learned vectors may stand below, and so may a softmax of the logits.
-
-    Raises:
-        ModelError: If there is another one; names it.
+    Attentions above F are meant to be there. After it there may be one whose queries are learned
+    vectors, and a softmax of the logits.
     """
     above = set(graph.nodes_above([normed]))
     for number in graph.nodes_above([logits]):
@@ -115,11 +110,11 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
         mixes = node.op_type in FUSED or node.op_type in ("Softmax", "QLinearSoftmax")
         if not mixes or number in above or number == found.number:
             continue
-        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _KEEP, pixels):
+        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _KEEP):
             continue
-        other = _read_softmax(graph, number, pixels)
+        other = _read_softmax(graph, number)
         query = node.input[0] if node.op_type in FUSED else other and other.query
-        if query is None or query in pixels:
+        if query is None or query in graph.image_values:
             raise ModelError(
                 f"besides the last attention that could be read, {graph.describe(found.output)}, "
                 f"images reach the logits through {graph.describe(node.output[0])}; target_node= "
@@ -127,7 +122,7 @@ def refuse_others(graph: Graph, found: Found, normed: str, logits: str, pixels: 
             )
 
 
-def _read_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:
+def _read_softmax(graph: Graph, number: int) -> Found | None:
     """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
     node = graph.nodes[number]
     weights, products = [node.output[0]], set()
@@ -141,36 +136,32 @@ def _read_softmax(graph: Graph, number: int, pixels: set[str]) -> Found | None:
     if len(products) != 1:
         return None
     after = graph.nodes[products.pop()]
-    if after.input[0] not in weights or _factor(after) not in pixels:
+    if after.input[0] not in weights or _factor(after) not in graph.image_values:
         return None
-    before = _find_product(graph, node.input[0], pixels)
+    before = _find_product(graph, node.input[0])
     if before is None:
         return None
     return Found(number, before.input[0], _factor(before), _factor(after), after.output[0])
 
 
-def _find_product(graph: Graph, name: str, pixels: set[str]) -> onnx.NodeProto | None:
+def _find_product(graph: Graph, name: str) -> onnx.NodeProto | None:
     """Return the product of queries and keys above a softmax, past scale, bias and casts."""
     while (node := graph.producer(name)) is not None:
-        if node.op_type in PRODUCTS and _factor(node) in pixels:
+        if node.op_type in PRODUCTS and _factor(node) in graph.image_values:
             return node
-        above = inputs_among(node, pixels)
+        above = graph.image_inputs(node)
         if len(above) != 1:
             return None
         name = above[0]
     return None
 
 
-def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
-    """Return F: the value that queries, keys and values are all projected from.
-
-    Raises:
-        ModelError: If there is none, or a LayerNorm does not make it; names the node.
-    """
+def find_normed(graph: Graph, found: Found) -> str:
+    """Return the name of F: the LayerNorm's output that queries, keys and values come from."""
     operands = [found.query, found.key, found.value]
     projects_itself = len(set(operands)) == 1
-    projected = [found.query] if projects_itself else _find_projected(graph, operands, pixels)
-    ways = [list(graph.walk_up(name, _VIEWS, pixels)) for name in projected]
+    projected = [found.query] if projects_itself else _find_projected(graph, operands)
+    ways = [list(graph.walk_up(name, _VIEWS)) for name in projected]
     if not ways:
         raise ModelError("no projection of queries, keys and values was found")
     shared = [name for name in ways[0] if all(name in way for way in ways)]
@@ -179,10 +170,10 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
             "queries, keys and values of the last attention come from different values: stopped at "
             + ", ".join(sorted({graph.describe(way[-1]) for way in ways}))
         )
-    # The uppermost shared value is what the LayerNorm makes; below it are the same tokens in other
+    # The uppermost shared value is the LayerNorm's output; below it are the same tokens in other
     # shapes, or quantised.
     normed = shared[-1]
-    if not _is_norm(graph, normed, pixels):
+    if not _is_norm(graph, normed):
         raise ModelError(
             f"the last attention's input is not a LayerNorm's output: stopped at "
             f"{graph.describe(normed)}; target_node= (--target-node) names the value to mask"
@@ -190,8 +181,8 @@ def find_normed(graph: Graph, found: Found, pixels: set[str]) -> str:
     return normed
 
 
-def _find_projected(graph: Graph, names: list[str], pixels: set[str]) -> list[str]:
-    """Return what the nearest projections above some values take."""
+def _find_projected(graph: Graph, names: list[str]) -> list[str]:
+    """Return the inputs of the nearest projections above some values."""
     waiting, seen = list(names), set()
     found: dict[str, None] = {}
     while waiting:
@@ -200,24 +191,25 @@ def _find_projected(graph: Graph, names: list[str], pixels: set[str]) -> list[st
         if name in seen or node is None:
             continue
         seen.add(name)
-        # A product of two values that depend on the images, as gates are, projects nothing. Dynamic
-        # quantisers split a value into numbers, scale and zero point: what they take is projected.
+        # A product of two values that both depend on the images, such as a gate, is no projection.
+        # A dynamic quantiser splits a value into numbers, scale and zero point, which are then
+        # projected: its input counts.
         if node.op_type == "DynamicQuantizeLinear" or (
-            node.op_type in _PROJECTIONS and _factor(node) not in pixels
+            node.op_type in _PROJECTIONS and _factor(node) not in graph.image_values
         ):
             found[node.input[0]] = None
         else:
-            waiting += inputs_among(node, pixels)
+            waiting += graph.image_inputs(node)
     return list(found)
 
 
 def _factor(node: onnx.NodeProto) -> str:
-    """Return the second factor of a product; QLinear... have scale and zero point before it."""
+    """Return the second factor of a product, input 3 for QLinear... and else input 1."""
     return str(node.input[3] if node.op_type.startswith("QLinear") else node.input[1])
 
 
-def _is_norm(graph: Graph, name: str, pixels: set[str]) -> bool:
-    """Tell whether a LayerNorm, as one node or as its single operators, makes a value."""
+def _is_norm(graph: Graph, name: str) -> bool:
+    """Tell whether a value comes from a LayerNorm, be that one node or its single operators."""
     waiting, seen = [name], 0
     while waiting and seen < 16:  # a LayerNorm of single operators has about ten
         node = graph.producer(waiting.pop(0))
@@ -226,14 +218,14 @@ def _is_norm(graph: Graph, name: str, pixels: set[str]) -> bool:
         seen += 1
         if node.op_type in _NORMS:
             return True
-        above = [each for each in node_inputs(node) if each in pixels]
+        above = [each for each in node_inputs(node) if each in graph.image_values]
         residual = node.op_type == "Add" and len(above) > 1
         if not residual and node.op_type not in _PROJECTIONS:
             waiting += above
     return False
 
 
-def has_head(graph: Graph, logits: str, pixels: set[str]) -> bool:
+def has_head(graph: Graph, logits: str) -> bool:
     """Tell whether a projection stands between the last LayerNorm and the logits."""
     waiting, seen = [logits], set()
     while waiting:
@@ -245,5 +237,5 @@ def has_head(graph: Graph, logits: str, pixels: set[str]) -> bool:
         if node.op_type in _PROJECTIONS:
             return True
         if node.op_type not in _NORMS:
-            waiting += inputs_among(node, pixels)
+            waiting += graph.image_inputs(node)
     return False

@@ -1,17 +1,17 @@
-"""An ONNX graph to look into: which nodes make and take each value, and pieces of it run alone.
+"""An ONNX graph to ask: which nodes compute and use each value, and what do pieces of it compute?
 
-Nodes stay the protobuf messages of the file. So what runs here, and what is copied later, is what
-the file holds, and nothing that a translation may have changed.
+Nodes stay the protobuf messages of the file, so that what runs here, and what is copied later, is
+exactly what the file holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 import onnx
 from onnx import helper, numpy_helper
@@ -20,22 +20,20 @@ from vit_reciprocam.onnx.run.sessions import open_onnxruntime
 
 __all__ = [
     "Graph",
-    "inputs_among",
     "node_inputs",
     "open_unoptimized",
-    "run_session",
     "subgraphs",
 ]
 
 
 def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """Return the graphs inside a node, as If and Loop have them."""
+    """Return the graphs inside a node, such as the branches of an If or the body of a Loop."""
     # An attribute without a graph gives an empty one, which every caller passes over.
     return [body for attribute in node.attribute for body in (attribute.g, *attribute.graphs)]
 
 
 def node_inputs(node: onnx.NodeProto) -> list[str]:
-    """Return the values that a node takes, with those that its subgraphs take from outside."""
+    """Return the values that a node uses, including those that its subgraphs use from outside."""
     names = [name for name in node.input if name]
     for body in subgraphs(node):
         own = {value.name for value in (*body.input, *body.initializer)}
@@ -46,36 +44,34 @@ def node_inputs(node: onnx.NodeProto) -> list[str]:
     return names
 
 
-def inputs_among(node: onnx.NodeProto, names: Collection[str]) -> list[str]:
-    """Return those of a node's inputs that are among some values, each once."""
-    return [name for name in dict.fromkeys(node_inputs(node)) if name in names]
-
-
-def open_unoptimized(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
-    """Open an ONNX Runtime session that runs each node as it stands.
-
-    Raises:
-        ModelError: If ONNX Runtime cannot run the model.
-    """
+@contextlib.contextmanager
+def _wrap_runtime_errors() -> Iterator[None]:
     try:
-        return open_onnxruntime(model.SerializeToString(), optimize=False, weights_folder=folder)
+        yield
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         raise ModelError(f"ONNX Runtime cannot run this graph: {error}") from error
 
 
-def run_session(
-    session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
-    """Run a session and return all its outputs.
+def open_unoptimized(
+    model: onnx.ModelProto, folder: Path
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Return a function from a model's inputs to its outputs; each node runs as it stands.
 
-    Raises:
-        ModelError: If a node fails.
+    The function raises a ModelError if ONNX Runtime fails, and so does this one.
     """
-    try:
-        outputs: list[np.ndarray] = session.run(None, dict(feeds))
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise ModelError(f"ONNX Runtime cannot run this graph: {error}") from error
-    return outputs
+    with _wrap_runtime_errors():
+        content = model.SerializeToString()
+        session = open_onnxruntime(content, optimize=False, weights_folder=folder)
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+
+    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        feeds = {name: given[name] for name in inputs}
+        with _wrap_runtime_errors():
+            found = session.run(None, feeds)
+        return dict(zip(outputs, found, strict=True))
+
+    return run
 
 
 def _all_names(graph: onnx.GraphProto) -> set[str]:
@@ -89,11 +85,7 @@ def _all_names(graph: onnx.GraphProto) -> set[str]:
 
 
 def _sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Return the nodes in an order in which they can run; some tools write them in another.
-
-    Raises:
-        ModelError: If there is no such order.
-    """
+    """Return the nodes in an order in which they can run; not every tool writes them so."""
     awaited = {name for node in graph.node for name in node.output if name}
     ordered: list[onnx.NodeProto] = []
     left = list(graph.node)
@@ -112,25 +104,23 @@ def _sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 class Graph:
-    """A model's main graph, its nodes in an order in which they can run.
-
-    Values are known by their names, nodes by their numbers in that order.
+    """A model's main graph. Values are known by their names, nodes by their numbers in `nodes`.
 
     Attributes:
         model: The model; never changed.
-        folder: The folder that its external data lie in.
-        nodes: The nodes of the main graph.
-        number_of: Value -> the number of the node that makes it.
+        folder: The folder of its external weights.
+        nodes: The nodes of the main graph, in an order in which they can run.
+        number_of: Value -> the number of the node that computes it.
         weights: Initializers by name.
         inputs: The graph's inputs that are not initializers.
     """
 
     def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
-        """Look into a model without functions of its own."""
+        """Index a model that has no functions of its own."""
         self.model = model
         self.folder = folder
         self.nodes = _sort(model.graph)
-        self._taken = [node_inputs(node) for node in self.nodes]
+        self._used = [node_inputs(node) for node in self.nodes]
         self.number_of = {
             name: number for number, node in enumerate(self.nodes) for name in node.output if name
         }
@@ -141,32 +131,37 @@ class Graph:
 
     @functools.cached_property
     def names(self) -> set[str]:
-        """The names of all values and nodes, also in subgraphs."""
+        """The names of all values and nodes, including those in subgraphs."""
         return _all_names(self.model.graph)
 
     @functools.cached_property
     def consumers(self) -> dict[str, list[int]]:
-        """Value -> the numbers of the nodes that take it."""
+        """Value -> the numbers of the nodes that use it."""
         consumers: dict[str, list[int]] = {}
-        for number, taken in enumerate(self._taken):
-            for name in dict.fromkeys(taken):
+        for number, used in enumerate(self._used):
+            for name in dict.fromkeys(used):
                 consumers.setdefault(name, []).append(number)
         return consumers
 
     def producer(self, name: str) -> onnx.NodeProto | None:
-        """Return the node that makes a value; None for inputs and initializers."""
+        """Return the node that computes a value; None for inputs and initializers."""
         return self.nodes[self.number_of[name]] if name in self.number_of else None
 
-    def dependents(self, source: str) -> set[str]:
-        """Return the values that depend on what a value holds, not only on its shape."""
-        found = {source}
-        for node, taken in zip(self.nodes, self._taken, strict=True):
-            if node.op_type not in ("Shape", "Size") and not found.isdisjoint(taken):
+    @functools.cached_property
+    def image_values(self) -> set[str]:
+        """The values that depend on the images; masks and learned queries, for example, do not."""
+        return self.dependents(*(value.name for value in self.inputs))
+
+    def dependents(self, *sources: str) -> set[str]:
+        """Return the values that depend on what some values hold, not only on their shapes."""
+        found = set(sources)
+        for node, used in zip(self.nodes, self._used, strict=True):
+            if node.op_type not in ("Shape", "Size") and not found.isdisjoint(used):
                 found.update(name for name in node.output if name)
         return found
 
     def nodes_above(self, names: Iterable[str], *, until: Iterable[str] = ()) -> list[int]:
-        """Return the nodes that make some values, back to given ones, in order."""
+        """Return the nodes that compute some values, as far up as the values `until`, in order."""
         stop, found, waiting = set(until), set(), list(names)
         while waiting:
             name = waiting.pop()
@@ -174,71 +169,60 @@ class Graph:
             if name in stop or number is None or number in found:
                 continue
             found.add(number)
-            waiting += self._taken[number]
+            waiting += self._used[number]
         return sorted(found)
 
     def nodes_between(self, start: Iterable[str], end: Iterable[str]) -> list[int]:
-        """Return the nodes on a way from some values to others, in order."""
+        """Return the nodes on any path from some values to others, in order."""
         start = list(start)
         values, found = set(start), []
         for number in self.nodes_above(end, until=start):
-            if not values.isdisjoint(self._taken[number]):
+            if not values.isdisjoint(self._used[number]):
                 found.append(number)
                 values.update(self.nodes[number].output)
         return found
 
     def values_entering(self, numbers: Sequence[int]) -> list[str]:
-        """Return what some nodes take from other nodes or from the graph's inputs."""
+        """Return the values that some nodes use from other nodes or from the graph's inputs."""
         made = {name for number in numbers for name in self.nodes[number].output}
-        taken = dict.fromkeys(name for number in numbers for name in self._taken[number])
+        used = dict.fromkeys(name for number in numbers for name in self._used[number])
         outside = self.number_of.keys() | {value.name for value in self.inputs}
-        return [name for name in taken if name not in made and name in outside]
+        return [name for name in used if name not in made and name in outside]
 
     def constant(self, name: str) -> np.ndarray | None:
-        """Return a value that no input of the graph changes, or None if one does."""
+        """Return the content of a value, or None if it depends on an input of the graph."""
         inputs = {value.name for value in self.inputs}
         numbers = self.nodes_above([name])
-        if any(not inputs.isdisjoint(self._taken[number]) for number in numbers):
+        if any(not inputs.isdisjoint(self._used[number]) for number in numbers):
             return None
         if name in self.weights and not self.weights[name].external_data:
             return np.asarray(numpy_helper.to_array(self.weights[name]))
         return self.run({}, [name])[name] if numbers or name in self.weights else None
 
     def run(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-        """Compute values from other values, by the nodes between them alone, in ONNX Runtime.
-
-        Raises:
-            ModelError: If ONNX Runtime cannot run these nodes.
-        """
+        """Compute values from other values in ONNX Runtime, by the nodes between them alone."""
         return self.prepare(given, wanted)(given)
 
     def prepare(
         self, given: Mapping[str, np.ndarray], wanted: Sequence[str]
     ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
         """Return what `run` does as a function, to call with other values of the same shapes."""
-        model = self._piece(given, wanted)
-        session = open_unoptimized(model, self.folder)
-        needed = [value.name for value in model.graph.input]
+        run = open_unoptimized(self._cut_out(given, wanted), self.folder)
+        return lambda given: dict(zip(wanted, run(given).values(), strict=True))
 
-        def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            outputs = run_session(session, {name: given[name] for name in needed})
-            return dict(zip(wanted, outputs, strict=True))
-
-        return run
-
-    def _piece(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> onnx.ModelProto:
-        """Return the nodes from some values to others as a model."""
+    def _cut_out(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> onnx.ModelProto:
+        """Return the nodes from some values to others as a model of their own."""
         numbers = self.nodes_above(wanted, until=given)
-        taken = {name for number in numbers for name in self._taken[number]} | set(wanted)
+        used = {name for number in numbers for name in self._used[number]} | set(wanted)
         made = {name for number in numbers for name in self.nodes[number].output}
         inputs = [
             helper.make_tensor_value_info(
                 name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
             )
             for name, value in given.items()
-            if name in taken
+            if name in used
         ]
-        # What is given, or a weight, cannot be an output of a graph by itself.
+        # An input or a weight of a graph cannot also be its output: an Identity copies it.
         ends = [name if name in made else f"{name}/seen" for name in wanted]
         seen = [
             helper.make_node("Identity", [name], [end])
@@ -250,28 +234,32 @@ class Graph:
             "piece",
             inputs,
             [onnx.ValueInfoProto(name=end) for end in ends],
-            [value for name, value in self.weights.items() if name in taken - given.keys()],
+            [value for name, value in self.weights.items() if name in used - given.keys()],
         )
         model = helper.make_model(graph, opset_imports=self.model.opset_import)
         model.ir_version = max(self.model.ir_version, 4)  # 3 asks for weights among the inputs
         return model
 
     def describe(self, name: str) -> str:
-        """Return what messages call the node that makes a value."""
+        """Return how messages name the node that computes a value."""
         node = self.producer(name)
         return f"input {name!r}" if node is None else f"{node.op_type} node {node.name or name!r}"
 
-    def walk_up(self, name: str, through: Collection[str], among: set[str]) -> Iterator[str]:
-        """Yield a value and those above it, as long as there is one way up.
+    def image_inputs(self, node: onnx.NodeProto) -> list[str]:
+        """Return the inputs of a node that depend on the images, each once."""
+        return [name for name in dict.fromkeys(node_inputs(node)) if name in self.image_values]
 
-        The way goes through nodes of the kinds `through` that have one input in `among`.
+    def walk_up(self, name: str, through: Collection[str]) -> Iterator[str]:
+        """Yield a value and those above it, as long as nodes of the kinds `through` compute them.
+
+        It ends at a node of which not exactly one input depends on the images.
         """
         while True:
             yield name
             node = self.producer(name)
             if node is None or node.op_type not in through:
                 return
-            above = inputs_among(node, among)
+            above = self.image_inputs(node)
             if len(above) != 1:
                 return
             name = above[0]

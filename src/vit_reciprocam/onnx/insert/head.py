@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import SelfAttention
-from vit_reciprocam.onnx.insert.graph import Graph, inputs_among
+from vit_reciprocam.onnx.insert.graph import Graph, node_inputs
 from vit_reciprocam.onnx.insert.layout import Layout
 
 __all__ = ["HeadReads", "SingleTokenRead", "read_head"]
@@ -57,7 +57,6 @@ def read_head(
     logits: str,
     values: Mapping[str, np.ndarray],
     layout: Layout,
-    pixels: set[str],
 ) -> HeadReads:
     """Ask the graph which tokens the head reads, and where it takes them.
 
@@ -67,7 +66,6 @@ def read_head(
         logits: The output that holds the prediction.
         values: The attention's output and all that enters after it, from one run.
         layout: The tokens' layout.
-        pixels: The values that depend on the images.
 
     Raises:
         ModelError: If the closed form does not hold; says why.
@@ -80,7 +78,11 @@ def read_head(
     inputs = [name for name in graph.values_entering(numbers) if name != output]
     given = {name: values[name] for name in (output, *inputs)}
     axes = {output: _token_axis(values[output].shape, count, attention.output.axes)}
-    axes |= {name: _token_axis(values[name].shape, count) for name in inputs if name in pixels}
+    axes |= {
+        name: _token_axis(values[name].shape, count)
+        for name in inputs
+        if name in graph.image_values
+    }
     made = [name for number in numbers for name in graph.nodes[number].output if name]
     moved_by, shapes = _prepare_changes(graph, given, axes, made)
     by_patches = moved_by(slice(prefix, count)) | axes.keys()
@@ -92,7 +94,7 @@ def read_head(
         node = graph.nodes[number]
         # A token is taken out by a node that takes a value which patches move, and makes one which
         # they do not. If no prefix token moves that one either, it is a shape or a constant.
-        sources = inputs_among(node, by_patches)
+        sources = [name for name in node_inputs(node) if name in by_patches]
         for name in node.output:
             tokens = [token for token in range(prefix) if name in by_prefix[token]]
             if not sources or name in by_patches or not tokens:
@@ -109,14 +111,7 @@ def read_head(
 def _prepare_changes(
     graph: Graph, given: Mapping[str, np.ndarray], axes: Mapping[str, int], made: Sequence[str]
 ) -> tuple[Callable[[slice], set[str]], dict[str, tuple[int, ...]]]:
-    """Return a function from tokens to the values that change with them, and all values' shapes.
-
-    Args:
-        graph: The graph.
-        given: The values that enter.
-        axes: Those of them that have tokens -> their token axis.
-        made: The values to look at.
-    """
+    """Return a function from tokens to the values that change with them, and all values' shapes."""
     run = graph.prepare(given, made)
     before = run(given)
     draw = np.random.default_rng(2)
@@ -148,11 +143,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:
-    """Return the axis of all tokens in a value; axis 1 where several are as long.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """Return the axis of all tokens in a value; axis 1 where several are as long."""
     if axes:
         axis = axes.index("t")
         found = [axis] if shape[axis] == count else []

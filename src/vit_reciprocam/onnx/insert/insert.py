@@ -1,8 +1,8 @@
-"""Put an explanation into an ONNX file from anywhere: no PyTorch, and nothing of the file changed.
+"""Insert an explanation into an ONNX file of any origin, without PyTorch and without changing it.
 
-The file keeps its nodes and outputs; a branch beside them gives scores and maps. What is inserted
-is checked before it is written: the outputs against the file's own, the scores against the graph's
-own nodes run with F masked, one mask after the other.
+The file keeps its nodes and outputs; a branch beside them computes scores and maps. Before the
+result is written, its outputs are compared with the file's own, and its scores with those of the
+file's own nodes run on masked F, one mask after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vit_reciprocam.onnx.insert.direct import append_direct
 from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph
 from vit_reciprocam.onnx.insert.outputs import append_outputs
-from vit_reciprocam.onnx.insert.read import Reading, find_images, read
+from vit_reciprocam.onnx.insert.read import Reading, read
 from vit_reciprocam.onnx.insert.rounding import remove_rounding
 from vit_reciprocam.onnx.paths import check_output
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -37,17 +37,17 @@ _LEAST_OPSET = 11
 
 @dataclass(frozen=True)
 class Inserted:
-    """What was found in a file and put into it.
+    """What `insert` found in a file, and how it explains it.
 
     Attributes:
         path: "closed-form" or "direct".
-        direct_because: Why the closed form does not hold; empty where it does.
-        grid: The patch grid (h, w).
-        prefix_tokens: P, the number of tokens before the patches.
-        normed: The name of F, the value that is masked.
-        classes: C, the number of classes.
-        difference: The largest difference between the inserted scores and those of the graph's own
-            nodes run with F masked, relative to the largest score.
+        direct_because: Why the closed form does not hold; empty if it does.
+        grid: Patch grid (h, w).
+        prefix_tokens: Number P of tokens before the patches.
+        normed: Name of F, the value that is masked.
+        classes: Number C of classes.
+        difference: Largest difference between the inserted scores and those of the graph's own
+            nodes run on masked F, relative to the largest score.
     """
 
     path: str
@@ -74,27 +74,27 @@ def insert(
     preprocess: Preprocess | str | None = None,
     name: str | None = None,
 ) -> Inserted:
-    """Write an ONNX file once more, with maps beside its own outputs.
+    """Write a copy of an ONNX file that gives maps beside its own outputs.
 
-    The cut is the paper's: the output of the last attention's LayerNorm is masked, the skip path is
-    not. The new outputs stand in `vit_reciprocam.onnx.contract`.
+    The cut is the paper's: the output of the LayerNorm before the last attention is masked, the
+    skip path is not. `vit_reciprocam.onnx.contract` describes the new outputs.
 
     Args:
-        source: A classifier's ONNX file, of any exporter.
-        destination: The file to write.
+        source: ONNX file of a classifier, written by any exporter.
+        destination: File to write.
         kernel: "gaussian" or "dirac".
-        class_token: False also masks the prefix tokens.
+        class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
         targets: Classes to explain: "all", "top1", "top2" … or "input", which adds an input
             `targets` (B, K).
-        raw: Leave out the maps scaled to [0, 1]; the scores remain.
-        grid: Patch grid (h, w), where it is not found.
-        size: Height and width of the pictures, where the graph leaves them open. The file written
-            then takes that size alone.
-        target_node: The value to mask or the node that makes it, where it is not found.
+        raw: Whether to leave out the maps scaled to [0, 1]; the scores remain.
+        grid: Patch grid (h, w), if it is not found.
+        size: Height and width of the pictures, if the graph leaves them open. The file written
+            then takes only that size.
+        target_node: Name of the value to mask, or of the node that computes it, if it is not found.
         class_names: One name per class, for the file's metadata.
-        preprocess: What stands before the model, for the file's metadata; also as text, such as
-            "imagenet" (`vit_reciprocam.pictures.preprocess`), with the graph's own size.
-        name: What the model is called; by default the file's name.
+        preprocess: Preprocessing of pictures for the model, for the file's metadata; also as text,
+            such as "imagenet" (`vit_reciprocam.pictures.preprocess`), with the graph's own size.
+        name: Name of the model; by default the file's name.
 
     Raises:
         ModelError: If the file cannot be read or cannot be explained; names the node where reading
@@ -107,7 +107,7 @@ def insert(
     graph = _open(source, destination)
     _refuse_names(graph, source, targets, raw)
     try:
-        unrounded = remove_rounding(graph, graph.dependents(find_images(graph).name))
+        unrounded = remove_rounding(graph)
         reading = read(unrounded, grid=grid, size=size, target_node=target_node)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
@@ -132,12 +132,7 @@ def insert(
 
 
 def _open(source: Path, destination: Path) -> Graph:
-    """Read a file into a graph, its functions written out.
-
-    Raises:
-        ModelError: If it cannot be read, or is of an opset that is not known here.
-        InputError: If the destination is one of the files to read.
-    """
+    """Read a file into a graph, with calls of the model's functions inlined."""
     model = load_model(source)
     files = [source, *(source.parent / place for place in external_files(model))]
     if destination.resolve() in [file.resolve() for file in files]:
@@ -158,11 +153,7 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
-    """Refuse a file that has an explanation, or values with the names of one's outputs.
-
-    Raises:
-        ModelError: If it has.
-    """
+    """Refuse a file that has an explanation, or values named like the outputs to add."""
     ours = any(entry.key == METADATA_KEY for entry in graph.model.metadata_props)
     if ours or any(name.startswith(PREFIX) for name in graph.names):
         raise ModelError(f"{source} holds an explanation already")
@@ -181,11 +172,7 @@ def _check_settings(
     class_names: Sequence[str] | None,
     preprocess: Preprocess | str | None,
 ) -> Preprocess | None:
-    """Hold settings against what was read, and return the preprocessing.
-
-    Raises:
-        InputError: If one does not fit.
-    """
+    """Refuse settings that do not fit the model, and return the preprocessing."""
     if class_names is not None and len(class_names) != reading.classes:
         raise InputError(
             f"{len(class_names)} class names given for a model of {reading.classes} classes"
@@ -206,18 +193,9 @@ def _check_settings(
 def _explain(
     graph: Graph, unrounded: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
 ) -> tuple[onnx.ModelProto, Inserted]:
-    """Return the model with an explanation, by the closed form where the graph permits.
+    """Return the model with an explanation, by the closed form if the graph permits.
 
-    Args:
-        graph: The file's graph.
-        unrounded: The same without rounding.
-        reading: What was read of that.
-        masking: What to mask.
-        targets: Which classes.
-        raw: Without maps in [0, 1].
-
-    Raises:
-        ModelError: If what is inserted proves wrong.
+    The `reading` is of `unrounded`, which is `graph` without rounding.
     """
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
@@ -242,7 +220,7 @@ def _explain(
     if not because:
         try:
             return build("")
-        except ModelError as error:  # cannot be built, does not run or proves wrong
+        except ModelError as error:  # it cannot be built, does not run, or gives wrong scores
             because = str(error)
     return build(because)
 
@@ -250,10 +228,10 @@ def _explain(
 def _add_branch(
     graph: Graph, reading: Reading, branch: Branch, logits: str, targets: str, raw: bool
 ) -> onnx.ModelProto:
-    """Return a copy of a graph's model with a branch and the outputs made of it.
+    """Return a copy of a graph's model with a branch and its outputs.
 
     Everything is appended, so that no node, weight or output of the file changes. Only the size of
-    the pictures is fixed, since the masks hold for one grid.
+    the pictures becomes fixed, since masks are made for one grid.
     """
     inputs, outputs = append_outputs(branch, reading, logits, targets=targets, raw=raw)
     model = onnx.ModelProto()

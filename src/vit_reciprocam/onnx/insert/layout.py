@@ -1,7 +1,7 @@
-"""Find where the tokens of F are: on which axes, on which grid, and whether they lie row by row.
+"""Find the token axes and the patch grid of F, and check that its tokens lie row by row.
 
 Axes and grid follow from shapes. The order of the tokens does not, so it is tested: patches of a
-picture are changed one by one, and each has to move its own token.
+picture are changed one by one, and each has to change its own token most.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from vit_reciprocam.onnx.insert.graph import Graph
 __all__ = ["Layout", "check_layout", "find_layout"]
 
 _MOST_PREFIX_TOKENS = 32
-_ENOUGH = 0.7  # share of the patches changed; in a wrong order one of eight is right by chance
+# Share of the changed patches that must have changed their own token most. In a wrong order about
+# one of eight does so by chance.
+_ENOUGH = 0.7
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of a value's tokens.
+    """The places of tokens in a value.
 
     Attributes:
-        axes: Its token axis, or the two of its grid.
+        axes: The token axis, or the two axes of a grid.
         grid: (h, w).
-        prefix: P, the number of tokens that stand before the patches.
+        prefix: Number P of tokens before the patches.
     """
 
     axes: tuple[int, ...]
@@ -36,10 +38,10 @@ class Layout:
     prefix: int
 
     def cells(self) -> list[tuple[int, int]]:
-        """Return the patches to change: up to eight, drawn at random, but the same every time.
+        """Return the (row, column) of up to eight random patches to change, the same every time.
 
-        Patches with the same number row by row and column by column, such as the first, could not
-        tell these two orders apart, so they are left out where there are others.
+        A patch that has the same number counted row by row and column by column, such as the first,
+        cannot tell these two orders apart. So it is left out if there are others.
         """
         height, width = self.grid
         every = [(y, x) for y in range(height) for x in range(width)]
@@ -50,8 +52,7 @@ class Layout:
     def count_own(self, moves: Sequence[np.ndarray]) -> int:
         """Return how many cells moved their own token more than any other cell moved it.
 
-        Args:
-            moves: By how much the value changed with each of `cells` in turn.
+        The `moves` are the changes of the value, one array for each of `cells` in turn.
         """
         others = tuple(axis for axis in range(moves[0].ndim) if axis not in self.axes)
         places = [self.prefix + y * self.grid[1] + x for y, x in self.cells()]
@@ -64,19 +65,16 @@ class Layout:
 def find_layout(
     shape: tuple[int, ...],
     batch: int,
-    maps: Sequence[tuple[int, ...]],
+    convolutions: Sequence[tuple[int, ...]],
     given: tuple[int, int] | None,
 ) -> Layout:
-    """Return F's layout.
+    """Return the layout of F, refused if it is not known or no grid fits.
 
     Args:
-        shape: The shape of F.
-        batch: The number of images that it was computed of.
-        maps: The shapes of the convolutions above it, of which one embeds the patches.
-        given: The grid, where the caller knows it.
-
-    Raises:
-        ModelError: If the layout is not known, or no grid fits.
+        shape: Shape of F.
+        batch: Number of images that F was computed from.
+        convolutions: Output shapes of the convolutions above F, one of which embeds the patches.
+        given: The grid, if the caller gives it.
     """
     if len(shape) == 4:  # (B, h, w, D)
         found = (shape[1], shape[2])
@@ -90,7 +88,7 @@ def find_layout(
     axis = 0 if shape[1] == batch and shape[0] != batch else 1
     tokens = shape[axis]
     if given is None:
-        grids = [(int(each[2]), int(each[3])) for each in maps if len(each) == 4]
+        grids = [(int(each[2]), int(each[3])) for each in convolutions if len(each) == 4]
         fitting = [
             (h, w) for h, w in grids if h * w > 1 and 0 <= tokens - h * w <= _MOST_PREFIX_TOKENS
         ]
@@ -99,7 +97,7 @@ def find_layout(
                 f"the patch grid of {tokens} tokens was not found: grid= (--grid) gives its rows "
                 "and columns"
             )
-        # the last of those that leave the fewest tokens over
+        # the last of those that leave the fewest prefix tokens
         given = min(reversed(fitting), key=lambda each: tokens - each[0] * each[1])
     prefix = tokens - given[0] * given[1]
     if prefix < 0:
@@ -109,31 +107,26 @@ def find_layout(
 
 def check_layout(
     graph: Graph,
-    pixels: set[str],
     pictures: Mapping[str, np.ndarray],
     normed: str,
     value: np.ndarray,
     layout: Layout,
 ) -> None:
-    """Refuse tokens that do not lie row by row after the prefix.
+    """Refuse a graph in which F's tokens do not lie row by row after the prefix.
 
-    Attention mixes tokens, so that a change of one patch may be seen best in another's token. The
-    test is therefore made in two steps: from pixels to the tokens before any attention, and, with a
-    whole token changed at a time, from there to F.
+    Attention mixes tokens, so a changed patch may show most in the token of another. The test is
+    therefore made in two steps: from pixels to the tokens before any attention, and from there to F
+    with a whole token changed at a time.
 
     Args:
         graph: The graph.
-        pixels: The values that depend on the images.
-        pictures: The input's name -> pictures to change.
-        normed: The name of F.
+        pictures: Name of the input -> pictures to change.
+        normed: Name of F.
         value: F of these pictures.
-        layout: The layout that F is thought to have.
-
-    Raises:
-        ModelError: If they do not.
+        layout: The layout that F seems to have.
     """
     (images,) = pictures
-    early = _find_early_tokens(graph, pixels, pictures, value)
+    early = _find_early_tokens(graph, pictures, value)
     _check_order(graph, images, pictures[images], early or normed, layout)
     if early:
         _check_places(graph, images, pictures[images], early, normed, layout)
@@ -142,11 +135,7 @@ def check_layout(
 def _check_order(
     graph: Graph, images: str, pictures: np.ndarray, tokens: str, layout: Layout
 ) -> None:
-    """Change patches of the pictures and see which tokens answer.
-
-    Raises:
-        ModelError: If they are not those that the layout says.
-    """
+    """Refuse tokens that are not changed most by the patches that should be theirs."""
     grid, cells = layout.grid, layout.cells()
     rows = [round(y * pictures.shape[2] / grid[0]) for y in range(grid[0] + 1)]
     columns = [round(x * pictures.shape[3] / grid[1]) for x in range(grid[1] + 1)]
@@ -163,11 +152,7 @@ def _check_order(
 def _check_places(
     graph: Graph, images: str, pictures: np.ndarray, early: str, normed: str, layout: Layout
 ) -> None:
-    """Change tokens before the first attention and see which tokens of F answer.
-
-    Raises:
-        ModelError: If they are others, so that tokens change places in between.
-    """
+    """Refuse tokens that change places between the first attention and F."""
     numbers = graph.nodes_between([early], [normed])
     entering = [name for name in graph.values_entering(numbers) if name != early]
     given = graph.run({images: pictures}, [early, *entering])
@@ -191,7 +176,7 @@ def _measure_moves(
     regions: Sequence[Any],
     seen: str,
 ) -> list[np.ndarray]:
-    """Return how a value moves as regions of a given one change their sign, one at a time."""
+    """Return by how much `seen` moves if regions of `changed` flip their sign, one at a time."""
     run = graph.prepare(given, [seen])
     base = run(given)[seen].astype(np.float64)
     moves = []
@@ -203,14 +188,14 @@ def _measure_moves(
 
 
 def _find_early_tokens(
-    graph: Graph, pixels: set[str], given: Mapping[str, np.ndarray], normed: np.ndarray
+    graph: Graph, given: Mapping[str, np.ndarray], normed: np.ndarray
 ) -> str | None:
-    """Return the first value of F's shape that no attention has mixed yet, if there is one."""
+    """Return the first value with F's shape before any attention, if there is one."""
     values = []
     for node in graph.nodes:
         if "Softmax" in node.op_type or "Attention" in node.op_type:
             break
-        values += [name for name in node.output if name in pixels]
+        values += [name for name in node.output if name in graph.image_values]
     found = graph.run(given, values)
     for name in values:
         if isinstance(found[name], np.ndarray) and found[name].shape == normed.shape:

@@ -1,8 +1,8 @@
-"""Read an ONNX graph as a Vision Transformer: where F stands, the grid, what the head reads.
+"""Read an ONNX graph as a Vision Transformer: find F, the patch grid, and what the head reads.
 
-Exporters and optimizers write the same model in many ways. So the graph's structure is asked only
-for what cannot vary, the last attention and the value that its queries, keys and values come from;
-the rest is found by running pieces of the graph and changing what goes in.
+Exporters and optimizers write the same model in many ways. So only what cannot vary is read from
+the graph's structure: the last attention, and the value that its queries, keys and values come
+from. The rest is found by running pieces of the graph with changed inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import onnx
+from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import SelfAttention, read_attention
 from vit_reciprocam.onnx.insert.find import (
@@ -20,13 +21,13 @@ from vit_reciprocam.onnx.insert.find import (
     find_attention,
     find_normed,
     has_head,
-    refuse_others,
+    refuse_other_attention,
 )
 from vit_reciprocam.onnx.insert.graph import Graph
 from vit_reciprocam.onnx.insert.head import HeadReads, read_head
 from vit_reciprocam.onnx.insert.layout import Layout, check_layout, find_layout
 
-__all__ = ["Reading", "find_images", "read"]
+__all__ = ["Reading", "read"]
 
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -34,21 +35,21 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DO
 
 @dataclass(frozen=True)
 class Reading:
-    """What is needed of a graph to explain it.
+    """What has to be known about a graph to explain it.
 
     Attributes:
-        images: The input that takes pictures.
-        logits: The output that holds the prediction.
-        batch: The number of pictures at a time, where the graph fixes it.
+        images: Name of the input for pictures.
+        logits: Name of the output that holds the prediction.
+        batch: Number of pictures per run; None if the graph leaves it open.
         classes: C.
-        is_softmax: Whether that output holds probabilities already.
-        normed: The name of F.
-        layout: The places of F's tokens.
-        attention: The last attention; None where it could not be taken apart.
-        head: What is read after it; None where the closed form does not hold.
-        direct_because: Why it does not; empty where it does.
-        values: The pictures of one run with random ones, F, the logits, and all that is made or
-            taken on the way from F to the logits.
+        is_softmax: Whether the prediction consists of probabilities instead of logits.
+        normed: Name of F.
+        layout: Places of F's tokens.
+        attention: The last attention; None if it could not be read.
+        head: What the head reads; None if the closed form does not hold.
+        direct_because: Why the closed form does not hold; empty if it does.
+        values: The values of one run: its random pictures, F, the logits, and all that the nodes
+            between F and the logits use and compute.
     """
 
     images: str
@@ -70,8 +71,15 @@ class Reading:
 
     @property
     def tolerance(self) -> float:
-        """How far results may be off, relative to the largest."""
+        """How much results may differ, relative to the largest."""
         return 0.01 if self.is_half else 1e-4
+
+    def masks(self, masking: Masking) -> np.ndarray:
+        """Return all masks (N, ...), each of a shape and type that F can be multiplied with."""
+        normed, layout = self.values[self.normed], self.layout
+        masks = mask_matrix(layout.grid, masking, prefix_tokens=layout.prefix)
+        shape = [size if axis in layout.axes else 1 for axis, size in enumerate(normed.shape)]
+        return masks.reshape(-1, *shape).astype(normed.dtype)
 
 
 def read(
@@ -81,29 +89,21 @@ def read(
     size: tuple[int, int] | None = None,
     target_node: str | None = None,
 ) -> Reading:
-    """Read a graph.
-
-    Args:
-        graph: A classifier's graph, images in, logits or probabilities out, without rounding.
-        grid: Patch grid (h, w), where it is not found.
-        size: Height and width of the pictures, where the graph leaves them open.
-        target_node: The value to mask, or the node that makes it; by default the LayerNorm's output
-            before the last attention.
+    """Read a classifier's graph without rounding; the options are those of `insert`.
 
     Raises:
         ModelError: If it cannot be explained; names the node where reading stopped.
     """
-    images, logits = find_images(graph), _find_logits(graph)
-    pixels = graph.dependents(images.name)
-    if logits not in pixels:
+    images, logits = _find_images(graph), _find_logits(graph)
+    if logits not in graph.image_values:
         raise ModelError(f"output {logits!r} does not depend on input {images.name!r}")
-    found, normed = _find_cut(graph, pixels, logits, target_node)
+    found, normed = _find_cut(graph, logits, target_node)
     below = graph.nodes_between([normed], [logits])
     wanted = [normed, logits, *graph.values_entering(below)]
     wanted += [name for number in below for name in graph.nodes[number].output if name]
-    convolutions = _find_convolutions(graph, normed, pixels)
+    convolutions = _find_convolutions(graph, normed)
     pictures, values = _run_once(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
-    is_softmax = _check_logits(graph, logits, values[logits], len(pictures), pixels)
+    is_softmax = _check_logits(graph, logits, values[logits], len(pictures))
     if not np.issubdtype(values[normed].dtype, np.floating):
         raise ModelError(
             f"{graph.describe(normed)} gives integers, which a mask would not scale: insert into "
@@ -111,13 +111,13 @@ def read(
         )
     shapes = [values[name].shape for name in convolutions]
     layout = find_layout(values[normed].shape, len(pictures), shapes, grid)
-    check_layout(graph, pixels, {images.name: pictures}, normed, values[normed], layout)
+    check_layout(graph, {images.name: pictures}, normed, values[normed], layout)
     attention, head, because = None, None, ""
     try:
         if found is None or found.number not in below:
             raise ModelError("no attention was found below the value to mask")
-        attention = read_attention(graph, found, values, len(pictures), pixels)
-        head = read_head(graph, attention, logits, values, layout, pixels)
+        attention = read_attention(graph, found, values, len(pictures))
+        head = read_head(graph, attention, logits, values, layout)
     except ModelError as error:
         because = str(error)
     return Reading(
@@ -135,12 +135,8 @@ def read(
     )
 
 
-def find_images(graph: Graph) -> onnx.ValueInfoProto:
-    """Return the input that takes pictures.
-
-    Raises:
-        ModelError: If there is none, or the model takes more than that.
-    """
+def _find_images(graph: Graph) -> onnx.ValueInfoProto:
+    """Return the input for images, and refuse a model that has none, or others besides."""
     found = [
         value
         for value in graph.inputs
@@ -158,11 +154,7 @@ def find_images(graph: Graph) -> onnx.ValueInfoProto:
 
 
 def _find_logits(graph: Graph) -> str:
-    """Return the output that holds the classes' logits.
-
-    Raises:
-        ModelError: If that is not clear, or the file is explained already.
-    """
+    """Return the output that holds the classes' logits."""
     outputs = list(graph.model.graph.output)
     for value in outputs:
         if value.name in ("saliency", "scores"):
@@ -180,18 +172,12 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
 
 
-def _find_cut(
-    graph: Graph, pixels: set[str], logits: str, target_node: str | None
-) -> tuple[Found | None, str]:
-    """Return the last attention and the name of F; a target node does without the attention.
-
-    Raises:
-        ModelError: If they are not found, or the images reach the logits through other attention.
-    """
+def _find_cut(graph: Graph, logits: str, target_node: str | None) -> tuple[Found | None, str]:
+    """Return the last attention, None if there is only a target node, and the name of F."""
     used = set(graph.nodes_above([logits]))
-    found = next((each for each in find_attention(graph, pixels) if each.number in used), None)
+    found = next((each for each in find_attention(graph) if each.number in used), None)
     if target_node is not None:
-        return found, _find_target(graph, target_node, pixels)
+        return found, _find_target(graph, target_node)
     if found is None:
         kinds = {graph.nodes[number].op_type for number in used}
         seems = "; it looks like a CNN" if "Conv" in kinds and "Softmax" not in kinds else ""
@@ -199,42 +185,34 @@ def _find_cut(
             f"no self-attention was found in the graph{seems}; target_node= (--target-node) names "
             "the value to mask in any graph"
         )
-    normed = find_normed(graph, found, pixels)
-    refuse_others(graph, found, normed, logits, pixels)
+    normed = find_normed(graph, found)
+    refuse_other_attention(graph, found, normed, logits)
     return found, normed
 
 
-def _find_target(graph: Graph, target: str, pixels: set[str]) -> str:
-    """Return the value that a caller names, or names the node of.
-
-    Raises:
-        ModelError: If there is none that depends on the images.
-    """
+def _find_target(graph: Graph, target: str) -> str:
+    """Return the value of that name, or the output of the node of that name."""
     outputs: list[str] = [node.output[0] for node in graph.nodes if node.name == target]
     for name in (target, *outputs):
-        if name in graph.number_of and name in pixels:
+        if name in graph.number_of and name in graph.image_values:
             return name
     raise ModelError(f"the graph has no node or value {target!r} that depends on the images")
 
 
-def _find_convolutions(graph: Graph, normed: str, pixels: set[str]) -> list[str]:
-    """Return what convolutions of the images make above F; one embeds the patches."""
+def _find_convolutions(graph: Graph, normed: str) -> list[str]:
+    """Return the outputs of convolutions above F; one of these embeds the patches."""
     nodes = [graph.nodes[number] for number in graph.nodes_above([normed])]
     return [
         node.output[0]
         for node in nodes
-        if node.op_type in _CONVOLUTIONS and node.output[0] in pixels
+        if node.op_type in _CONVOLUTIONS and node.output[0] in graph.image_values
     ]
 
 
 def _run_once(
     graph: Graph, images: onnx.ValueInfoProto, size: tuple[int, int] | None, wanted: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return random images, two where the batch is open, and the values that they give.
-
-    Raises:
-        ModelError: If the graph does not run, or not with pictures of that size.
-    """
+    """Return random images, two if the batch is open, and the values computed from them."""
     batch, _, height, width = _dims(images)
     if (height is None or width is None) and size is None:
         raise ModelError(
@@ -260,25 +238,19 @@ def _run_once(
         raise ModelError(f"the graph does not run: {error}") from error
 
 
-def _check_logits(
-    graph: Graph, name: str, logits: np.ndarray, batch: int, pixels: set[str]
-) -> bool:
-    """Tell whether an output holds probabilities instead of logits.
-
-    Raises:
-        ModelError: If it holds neither of classes that exclude each other, or no numbers.
-    """
+def _check_logits(graph: Graph, name: str, logits: np.ndarray, batch: int) -> bool:
+    """Tell whether an output holds probabilities instead of logits, and refuse any other."""
     if logits.ndim != 2 or len(logits) != batch:
         raise ModelError(f"output {name!r} is {logits.shape}, not (batch, classes): no classifier?")
-    if not has_head(graph, name, pixels):
+    if not has_head(graph, name):
         raise ModelError(
             f"output {name!r} comes from a LayerNorm with no projection after it: it has "
             "features, not classes"
         )
     if not np.isfinite(logits).all():
         raise ModelError(f"output {name!r} holds NaN or infinity for random images")
-    through = frozenset({"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Relu"})
-    ends = [graph.producer(end) for end in graph.walk_up(name, through, pixels)]
+    through = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Relu"}
+    ends = [graph.producer(end) for end in graph.walk_up(name, through)]
     kinds = {node.op_type for node in ends if node is not None}
     if "Sigmoid" in kinds:
         raise ModelError(

@@ -1,9 +1,9 @@
-"""Remove the rounding of what flows through a quantised graph.
+"""Remove the rounding of the values that a quantised graph computes from the images.
 
-Under a mask the scores of a class often differ by less than a hundredth, which int8 would drown. So
-the explanation of a graph with QuantizeLinear and DequantizeLinear nodes computes between them in
-float, with the graph's own int8 weights, from the value that is masked on. Where only numbers from
-0 on can be held, negative ones stay cut off: quantisers leave a ReLU to that.
+Under a mask the scores of a class often change by less than a hundredth, which the rounding to int8
+would drown. So in a graph with QuantizeLinear and DequantizeLinear nodes the explanation computes
+in float from the masked value on, with the graph's own int8 weights. If a QuantizeLinear can hold
+no negative numbers, they are still cut off, because quantisers let it replace a ReLU.
 """
 
 from __future__ import annotations
@@ -17,17 +17,12 @@ from vit_reciprocam.onnx.insert.graph import Graph
 __all__ = ["remove_rounding"]
 
 
-def remove_rounding(graph: Graph, pixels: set[str]) -> Graph:
-    """Return a graph that takes each rounded value as it was before; itself if none is rounded.
-
-    Args:
-        graph: The graph.
-        pixels: The values that depend on the images; weights stay rounded.
-    """
+def remove_rounding(graph: Graph) -> Graph:
+    """Return the graph without rounding, except of its weights; itself if it has none to remove."""
     rounding = {
         node.output[0]: node
         for node in graph.nodes
-        if node.op_type == "QuantizeLinear" and node.input[0] in pixels
+        if node.op_type == "QuantizeLinear" and node.input[0] in graph.image_values
     }
     if not rounding:
         return graph
@@ -42,7 +37,7 @@ def remove_rounding(graph: Graph, pixels: set[str]) -> Graph:
 
 
 def _holds_no_negative(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Tell whether the zero of a QuantizeLinear node is its least number."""
+    """Tell whether the zero point of a QuantizeLinear node is the smallest number of its type."""
     if len(node.input) < 3:
         return True  # uint8 from 0 on
     zero = graph.constant(node.input[2])

@@ -315,11 +315,7 @@ class OnnxExplainer:
         return own if given is None else given
 
     def _check_graph(self) -> tuple[int, int] | None:
-        """Return the size of images that the graph takes; None if it takes any.
-
-        Raises:
-            ModelError: If inputs and outputs are not what the metadata says.
-        """
+        """Return the size of images that the graph takes; None if it takes any."""
         about, inputs, outputs = self.metadata, self.session.inputs, self.session.outputs
         wanted, needed = {about.images}, {about.logits, "scores"}
         if about.targets == "input":

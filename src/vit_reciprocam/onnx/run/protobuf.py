@@ -97,12 +97,7 @@ Data = bytes | mmap.mmap
 
 
 def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[str]]:
-    """Read a ModelProto.
-
-    Returns:
-        Its metadata; the version of ONNX's operators; the location of each file of external weights
-        -> how many of its bytes are needed; the names of inputs and outputs.
-    """
+    """Read a ModelProto."""
     properties: dict[str, str] = {}
     opset = 1
     locations: dict[str, int] = {}
@@ -196,11 +191,7 @@ def _as_text(data: Data, value: int | Span) -> str:
 
 
 def _find_external(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
-    """Return the files of external weights.
-
-    Raises:
-        ModelError: If one lies outside the folder, is not there, or is too short.
-    """
+    """Return the files of external weights."""
     found = []
     for location, end in sorted(locations.items()):
         weights = find_weights(file, location)

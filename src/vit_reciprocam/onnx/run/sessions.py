@@ -312,11 +312,7 @@ def _compile(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> A
 
 
 def _check_device(device: str, available: Sequence[str]) -> None:
-    """Refuse a device that OpenVINO does not have here; "GPU" also names "GPU.0".
-
-    Raises:
-        InputError: If OpenVINO does not have it; the message lists the devices that it has.
-    """
+    """Refuse a device that OpenVINO does not have here; "GPU" also names "GPU.0"."""
     virtual, _, listed = device.partition(":")
     names = listed.split(",") if virtual in _VIRTUAL and listed else [device]
     for name in names:
