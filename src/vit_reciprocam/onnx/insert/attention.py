@@ -1,4 +1,4 @@
-"""Read the last self-attention of an ONNX graph, in whichever form exporter and optimizer left it.
+"""Read the last self-attention of an ONNX graph, in any form that exporters and optimizers give it.
 
 It is either a softmax between two products, whose scale and bias are found by running the nodes in
 between, or one fused node, whose inputs and attributes mean what the operator's specification says:
@@ -22,8 +22,8 @@ from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["AttentionTensor", "SelfAttention", "read_attention"]
 
-# The attributes of fused attention that are read here, or that change nothing where there are as
-# many keys as queries and no further inputs. All others have to be 0.
+# The attributes of fused attention that are read here, or that change nothing if there are as many
+# keys as queries and no further inputs. All others have to be 0.
 _HARMLESS = frozenset(
     {
         "kv_num_heads",
@@ -43,11 +43,11 @@ class AttentionTensor:
     """Queries, keys, values or the output of all heads, as a value of the graph.
 
     Attributes:
-        name: The value.
-        axes: What each of its axes is: b images, h heads, t tokens, d the width of a head; "bh" and
-            "hd" are two in one, the first of them outside.
-        bias: What is added to it before it is used, (h·d,) or None.
-        weight: What it is multiplied with before that, (D, h·d); None where the value is projected
+        name: Name of the value.
+        axes: Meaning of each of its axes: b images, h heads, t tokens, d numbers of one head; "bh"
+            and "hd" stand for two axes joined to one, the first of them the slower.
+        bias: What is added before use, (h·d,) or None.
+        weight: What the value is multiplied with before that, (D, h·d); None if it is projected
             already.
     """
 
@@ -62,11 +62,11 @@ class SelfAttention:
     """softmax(scale · q kᵀ + bias) v.
 
     Attributes:
-        query, key, value: The tensors q, k and v.
-        output: The result.
-        heads: The number of heads.
-        scale: What q kᵀ is multiplied with.
-        bias: What is added to it, (h or 1, t, t) or None.
+        query, key, value: q, k and v.
+        output: Result.
+        heads: Number of heads.
+        scale: Factor of q kᵀ.
+        bias: Bias (h or 1, t, t) or None.
     """
 
     query: AttentionTensor
@@ -86,16 +86,10 @@ class SelfAttention:
 def read_attention(
     graph: Graph, found: Found, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
-    """Return an attention with its operands, scale and bias.
+    """Return an attention with its operands, scale and bias; refuse any other kind of scores.
 
-    Args:
-        graph: The graph.
-        found: The place of the attention.
-        values: Everything from its queries, keys and values to its output, from one run.
-        batch: The number of images of that run.
-
-    Raises:
-        ModelError: If its scores are not scale · q kᵀ + bias.
+    The `values` are those of a run with `batch` images, from the attention's queries, keys and
+    values to its output.
     """
     node = graph.nodes[found.number]
     if node.op_type in FUSED:
@@ -117,7 +111,9 @@ def read_attention(
         raise ModelError(f"stopped at {graph.describe(product.output[0])}: transposed queries")
     # Keys come as (…, d, t) to be multiplied with; a FusedMatMul may transpose them itself.
     transposes = bool(flags.get("transB", 0))
-    scale, bias = _ask_scale_and_bias(graph, node.input[0], query, key, values, transposes, batch)
+    scale, bias = _measure_scale_and_bias(
+        graph, node.input[0], query, key, values, transposes, batch
+    )
     rows = (*joined, "t", "d")
     return SelfAttention(
         query=AttentionTensor(query, rows),
@@ -142,7 +138,7 @@ def _find_product(graph: Graph, scores: str, query: str, key: str) -> onnx.NodeP
     raise ModelError(f"stopped at {graph.describe(scores)}")
 
 
-def _ask_scale_and_bias(
+def _measure_scale_and_bias(
     graph: Graph,
     scores: str,
     query: str,
@@ -151,28 +147,28 @@ def _ask_scale_and_bias(
     transposes: bool,
     batch: int,
 ) -> tuple[float, np.ndarray | None]:
-    """Find what stands between q kᵀ and the softmax by running the nodes there.
+    """Find the scale and bias between q kᵀ and the softmax by running the nodes there.
 
-    With queries and keys of zeros the scores are the bias; what is more with the real ones has to
-    be a multiple of q kᵀ, and the multiple is the scale.
+    If queries and keys are zeros, the scores are the bias. With the real ones, scores less that
+    bias have to be a multiple of q kᵀ; the multiple is the scale.
     """
     entering = graph.values_entering(graph.nodes_between([query, key], [scores]))
     given = {name: values[name] for name in entering}
 
-    def ask(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    def scores_of(q: np.ndarray, k: np.ndarray) -> np.ndarray:
         return graph.run({**given, query: q, key: k}, [scores])[scores].astype(np.float64)
 
     q, k = values[query], values[key]
-    added = ask(np.zeros_like(q), np.zeros_like(k))
+    added = scores_of(np.zeros_like(q), np.zeros_like(k))
     columns = (np.swapaxes(k, -1, -2) if transposes else k).astype(np.float64)
     product = q.astype(np.float64) @ columns
-    multiplied = ask(q, k) - added
+    multiplied = scores_of(q, k) - added
     finite = np.isfinite(added) & np.isfinite(multiplied)  # a mask adds -inf
-    # least squares: the scale that comes closest, and then how close
+    # the scale by least squares, and then how well it fits
     scale = float((multiplied * product)[finite].sum() / (product[finite] ** 2).sum())
-    off = np.abs(multiplied - scale * product)[finite].max()
-    loose = 2e-2 if q.dtype == np.float16 else 1e-4
-    if not off <= loose * np.abs(multiplied[finite]).max():
+    difference = np.abs(multiplied - scale * product)[finite].max()
+    tolerance = 2e-2 if q.dtype == np.float16 else 1e-4
+    if not difference <= tolerance * np.abs(multiplied[finite]).max():
         raise ModelError(
             f"between {graph.describe(query)} and {graph.describe(scores)} stands more than a "
             "scale and a bias"
@@ -183,7 +179,7 @@ def _ask_scale_and_bias(
 def _read_fused(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> SelfAttention:
-    """Return a fused attention node: ONNX's own, or one of ONNX Runtime's optimizer."""
+    """Read a fused attention node: ONNX's own, or one that ONNX Runtime's optimizer wrote."""
     flags = _attributes(node)
     given = [*node.input, *[""] * 8]  # inputs left out at the end are empty names too
     output_axes: tuple[str, ...] = ("b", "t", "hd")
@@ -236,8 +232,9 @@ def _read_standard(
 def _read_multi_head(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
-    """Return the operands of ONNX Runtime's MultiHeadAttention, with biases that lie in one input."""
+    """Return the operands of ONNX Runtime's MultiHeadAttention, whose biases are one input."""
     names, axes = list(node.input[:3]), ("b", "t", "hd")
+    # packed: queries, keys and values in one input (b, t, h, 3, d), or keys in (b, h, t, d)
     if any(values[name].ndim != 3 for name in names):
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
     bias = graph.constant(node.input[3]) if node.input[3:] and node.input[3] else None
@@ -252,7 +249,7 @@ def _read_projecting(
     weight = graph.constant(node.input[1])
     if weight is None:
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
-    # queries', keys' and values' weights side by side, alike wide where nothing else is said
+    # weights of queries, keys and values side by side, of the same width if no widths are given
     ends = np.cumsum(flags.get("qkv_hidden_sizes") or [weight.shape[1] // 3] * 3)[:2]
     bias = graph.constant(node.input[2]) if node.input[2:] and node.input[2] else None
     biases = [None] * 3 if bias is None else np.split(bias, ends)
@@ -262,7 +259,7 @@ def _read_projecting(
 
 
 def _to_bias(mask: np.ndarray) -> np.ndarray | None:
-    """Return a mask or bias as (h or 1, t, t) to add, or None where it adds 0."""
+    """Return a mask or bias as (h or 1, t, t) to add; None if it is 0 everywhere."""
     if mask.dtype == bool:  # true where a query may look
         mask = np.where(mask, 0.0, -np.inf)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).astype(np.float32)

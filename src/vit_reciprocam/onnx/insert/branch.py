@@ -1,4 +1,4 @@
-"""Make the nodes and weights that come beside a graph's own."""
+"""Build the nodes and weights that are added to a graph."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PREFIX = "reciprocam/"
 
 
 class Branch:
-    """Nodes and weights that come beside a graph's own.
+    """Nodes and weights to add to a graph.
 
-    Every name in it begins with PREFIX, but for outputs that are named on purpose.
+    Every name in it begins with PREFIX, except those of outputs.
 
     Attributes:
         opset: The graph's version of ONNX's own operators.
-        nodes: The nodes added so far, in an order in which they can run.
-        weights: The weights added so far.
+        nodes: Nodes so far, in an order in which they can run.
+        weights: Weights so far.
     """
 
     def __init__(self, opset: int) -> None:
-        """Begin with nothing."""
+        """Start without nodes."""
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
@@ -42,7 +42,7 @@ class Branch:
         return inner
 
     def new_name(self, what: str) -> str:
-        """Return a name that nothing else has."""
+        """Return a new name that tells what it is for."""
         return f"{PREFIX}{what}_{next(self._numbers)}"
 
     def const(self, value: object, kind: type | None = None) -> str:
@@ -60,19 +60,19 @@ class Branch:
         return self.const(value, np.float32)
 
     def op(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Add a node of ONNX's own operators and return its one output."""
+        """Add a node with one of ONNX's own operators and return the name of its output."""
         output = name or self.new_name(kind)
         node_name = self.new_name(f"{kind}_node")
         self.nodes.append(helper.make_node(kind, inputs, [output], name=node_name, **attributes))
         return output
 
     def top(self, values: str, count: int, *, indices: str) -> None:
-        """Add the indices of the largest values along the last axis, the largest first."""
+        """Add a TopK whose indices, of the largest values on the last axis, have that name."""
         outputs = [self.new_name("TopK"), indices]
         self.nodes.append(helper.make_node("TopK", [values, self.ints(count)], outputs, axis=-1))
 
     def reduce(self, kind: str, value: str, *axes: int) -> str:
-        """Add ReduceMax or ReduceMin that keeps the axes; opset 18 made these an input."""
+        """Add a ReduceMax or ReduceMin that keeps the axes, which are an input since opset 18."""
         if self.opset >= 18:
             return self.op(kind, value, self.ints(*axes), keepdims=1)
         return self.op(kind, value, axes=list(axes), keepdims=1)
@@ -80,15 +80,15 @@ class Branch:
     def copy(
         self, graph: Graph, numbers: Sequence[int], given: Mapping[str, str]
     ) -> dict[str, str]:
-        """Add some of a graph's nodes once more, taking other values than they take there.
+        """Add copies of some of a graph's nodes that use other values than the originals.
 
         Args:
             graph: The graph.
-            numbers: The nodes, in order.
-            given: Value in the graph -> what the copies take for it.
+            numbers: Numbers of the nodes, in order.
+            given: Name of a value in the graph -> name of the value that copies use instead.
 
         Returns:
-            Value in the graph -> its name in the branch, for `given` and for all that is made.
+            Name in the graph -> name in the branch, for `given` and all that the copies compute.
         """
         names = dict(given)
         prefix = self.new_name("copy")
@@ -105,11 +105,11 @@ class Branch:
 
 
 def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
-    """Give a node's values, also those that its subgraphs take from outside, other names."""
+    """Rename the values of a node, including those that its subgraphs use from outside."""
     node.input[:] = [names.get(name, name) for name in node.input]
     node.output[:] = [names.get(name, name) for name in node.output]
     for body in subgraphs(node):
-        # A subgraph's own value may have the name of one outside, which it then hides.
+        # A subgraph's own value hides a value outside that has the same name.
         own = {value.name for value in (*body.input, *body.initializer)}
         own |= {name for inner in body.node for name in inner.output}
         outer = {old: new for old, new in names.items() if old not in own}

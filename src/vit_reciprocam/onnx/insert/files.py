@@ -1,4 +1,4 @@
-"""Read and write ONNX files, with weights that lie beside them."""
+"""Read and write ONNX files, with weights in files beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ __all__ = ["external_files", "load_model", "save_model"]
 
 
 def load_model(path: Path) -> onnx.ModelProto:
-    """Read a model; weights that lie beside the file stay there.
-
-    Raises:
-        ModelError: If there is no such file, it is not an ONNX file or cut short, or weights beside
-            it are missing or lie outside its folder.
-    """
+    """Read a model without the weights in files beside it, of which only the paths are checked."""
     if not path.is_file():
         raise ModelError(f"no such model file: {path}")
     try:
@@ -43,13 +38,7 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 
 def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
-    """Write a model whole or not at all; weights beside the old file are copied beside the new one.
-
-    Args:
-        model: A model whose external weights lie in `folder`.
-        path: The file to write.
-        folder: The folder of the file that it was made from.
-    """
+    """Write a model, whole or not at all, and copy its external weights from `folder` beside it."""
     places = external_files(model)
     beside = path.parent.resolve() == folder.resolve()
     names = {
@@ -60,7 +49,7 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
     try:
         for place, name in partial.items():
             shutil.copyfile(folder / place, path.parent / name)
-        if partial:  # at no moment a graph lies there with other weights
+        if partial:  # so that at no moment the old graph lies beside the new weights
             path.unlink(missing_ok=True)
         for place, name in partial.items():
             (path.parent / name).replace(path.parent / names[place])
@@ -75,7 +64,7 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:
-    """Return the files that hold weights, relative to the model's file."""
+    """Return the paths of external weights, relative to the folder of the model's file."""
     return sorted({_location(tensor) for tensor in _external(model)})
 
 

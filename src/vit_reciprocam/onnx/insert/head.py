@@ -1,8 +1,8 @@
-"""Read the head: which tokens reach the logits after the last attention, and where they are taken.
+"""Find which tokens reach the logits after the last attention, and where the head picks them.
 
-The closed form holds where these are single prefix tokens, each taken out of a value that has all
-tokens. Exporters write that in many ways (Gather, Slice, Split and others), so the kinds of nodes
-are not asked: tokens are changed, and the values that change with them are looked at.
+The closed form holds if these are single prefix tokens, each picked from a value with all tokens.
+Exporters write that in many ways (Gather, Slice, Split and others). So kinds of nodes are not
+looked at, only which values change when a token is changed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["HeadReads", "SingleTokenRead", "read_head"]
 
 @dataclass(frozen=True)
 class SingleTokenRead:
-    """A value after the last attention that is made from one token.
+    """A value after the last attention that depends on one token.
 
     Attributes:
-        token: The number of that token.
-        source: The value with all tokens that it is taken from.
-        axis: The token axis of `source`.
-        shape: The shape of the value.
+        token: Number of that token.
+        source: Name of the value with all tokens, from which the token is picked.
+        axis: Token axis of `source`.
+        shape: Shape of the value with one token.
     """
 
     token: int
@@ -39,12 +39,13 @@ class SingleTokenRead:
 
 @dataclass(frozen=True)
 class HeadReads:
-    """What is read after the last attention, where that is prefix tokens only.
+    """How the head reads prefix tokens.
 
     Attributes:
-        sides: Values of all tokens that enter besides the attention's output, such as the skip
-            path -> their token axis.
-        reads: Values that are made from one token each; the logits depend on tokens through these.
+        sides: Name -> token axis, of the values with all tokens that are used beside the
+            attention's output, such as the skip path.
+        reads: Name -> what it reads, of the values that depend on one token each. The logits
+            depend on tokens only through these.
     """
 
     sides: Mapping[str, int]
@@ -58,17 +59,9 @@ def read_head(
     values: Mapping[str, np.ndarray],
     layout: Layout,
 ) -> HeadReads:
-    """Ask the graph which tokens the head reads, and where it takes them.
+    """Return how the head reads prefix tokens; refuse one for which the closed form fails.
 
-    Args:
-        graph: The graph.
-        attention: Its last attention.
-        logits: The output that holds the prediction.
-        values: The attention's output and all that enters after it, from one run.
-        layout: The tokens' layout.
-
-    Raises:
-        ModelError: If the closed form does not hold; says why.
+    The `values` of one run are the attention's output and all others that nodes after it use.
     """
     output = attention.output.name
     prefix, count = layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1]
@@ -92,8 +85,8 @@ def read_head(
     reads: dict[str, SingleTokenRead] = {}
     for number in numbers:
         node = graph.nodes[number]
-        # A token is taken out by a node that takes a value which patches move, and makes one which
-        # they do not. If no prefix token moves that one either, it is a shape or a constant.
+        # A node that picks a token uses a value which patches change, and computes one which they
+        # do not. If no prefix token changes that one either, it is a shape or a constant.
         sources = [name for name in node_inputs(node) if name in by_patches]
         for name in node.output:
             tokens = [token for token in range(prefix) if name in by_prefix[token]]
@@ -111,17 +104,20 @@ def read_head(
 def _prepare_changes(
     graph: Graph, given: Mapping[str, np.ndarray], axes: Mapping[str, int], made: Sequence[str]
 ) -> tuple[Callable[[slice], set[str]], dict[str, tuple[int, ...]]]:
-    """Return a function from tokens to the values that change with them, and all values' shapes."""
+    """Return a function from tokens to the names of values they change, and all values' shapes.
+
+    The tokens are changed in those of the `given` values that have a token axis in `axes`, and
+    looked at are the values `made` from them.
+    """
     run = graph.prepare(given, made)
     before = run(given)
     draw = np.random.default_rng(2)
 
     def moved_by(tokens: slice) -> set[str]:
         moved: set[str] = set()
-        # A single change could miss a dependence. Where a ReLU or a clip is flat around the usual
-        # values, weak noise does not get through it, but strong noise does. And noise of any
-        # strength leaves the mean over many numbers nearly where it is, so all numbers are also
-        # moved together: once far up, once far down.
+        # One change could miss a dependence. A ReLU or a clip may be flat around the usual values:
+        # strong noise gets through it and weak noise does not. And no noise moves the mean of many
+        # numbers by much, so all numbers are also shifted together: once far up, once far down.
         for size, shift in ((1, 0), (10, 0), (1, 5), (1, -5)):
             changed = dict(given)
             for name, axis in axes.items():
@@ -143,7 +139,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:
-    """Return the axis of all tokens in a value; axis 1 where several are as long."""
+    """Return the token axis of a value: "t" in `axes` if given, else the axis of that length."""
     if axes:
         axis = axes.index("t")
         found = [axis] if shape[axis] == count else []

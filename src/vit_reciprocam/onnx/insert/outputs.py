@@ -1,4 +1,4 @@
-"""Append nodes that make an explained file's outputs of the logits under all masks."""
+"""Append nodes that turn the logits under all masks into the outputs of an explained file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,8 @@ def append_outputs(
 ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Append scores, maps and classes as `vit_reciprocam.onnx.contract` names them.
 
-    Args:
-        branch: What takes the nodes.
-        reading: What was read of the graph.
-        logits: The logits (B, N, C) under all masks, by name.
-        targets: Whose maps: "all", "top1", "top2" … or "input".
-        raw: Whether to leave out the maps scaled to [0, 1].
-
-    Returns:
-        The inputs and the outputs that come beside the graph's own.
+    The name `logits` stands for the logits (B, N, C) under all masks; `targets` and `raw` are those
+    of `insert`. Returned are the inputs and the outputs to add to the graph's own.
     """
     top = check_file_targets(targets)
     batch = reading.batch or "batch"
@@ -48,7 +41,7 @@ def append_outputs(
         index = branch.op("Expand", index, branch.ints(1, patches, 1))
         probabilities = branch.op("GatherElements", probabilities, index, axis=2)
     dims = [batch, count, *reading.layout.grid]
-    # In this order a runtime copies the scores of all classes once only, into the output.
+    # In this order a runtime copies the scores of all classes only once, into the output.
     opened = branch.op("Reshape", probabilities, branch.ints(0, *reading.layout.grid, -1))
     scores = branch.op("Transpose", opened, perm=[0, 3, 1, 2], name="scores")
     outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
@@ -59,7 +52,7 @@ def append_outputs(
 
 
 def _append_maps(branch: Branch, scores: str) -> None:
-    """Append maps in [0, 1]; one whose scores are the same but for rounding is 0 everywhere."""
+    """Append maps in [0, 1]; a map is 0 everywhere if its scores differ by rounding only."""
     low, high = (branch.reduce(each, scores, 2, 3) for each in ("ReduceMin", "ReduceMax"))
     spread = branch.op("Sub", high, low)
     least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
