@@ -1,19 +1,19 @@
-"""Append nodes that give the logits under all masks at once: the closed form as one more attention.
+"""Append the closed form: one more attention, which gives the logits under all masks at once.
 
 This attention has one row per mask, and the readout token's query in every row. The level of a
 token is the number that a mask multiplies it with. M (T, T) holds all levels: rows of ones for the
-prefix tokens, then one row per patch, its mask. A token at level l has the score s_l and the value
-v_l. If keys and values are projected affinely, these are s_0 + l (s_1 - s_0) and
+prefix tokens, then the mask of each patch as one row. A token at level l has the score s_l and the
+value v_l. If keys and values are projected affinely, these are s_0 + l (s_1 - s_0) and
 v_0 + l (v_1 - v_0), with the same v_0 for all tokens. So the output is
 
     o = v_0 + (A * M) (v_1 - v_0),    A = softmax(s_0 + M * (s_1 - s_0)),
 
-where * multiplies element by element, and one row s holds for all rows of M. If keys are not
+where * multiplies element by element, and the row s is the same for all rows of M. If keys are not
 affine, because they are normalised after the projection, each level of the masks has scores of its
 own: the argument of the softmax is s_0 + Σ over the levels l of [M = l] * (s_l - s_0).
 
-The T rows stand in the places of T tokens: a copy of the block's remaining nodes takes them as the
-block takes the attention's output.
+The T rows stand in the places of T tokens, so that a copy of the block's remaining nodes can use
+them like the attention's output.
 """
 
 from __future__ import annotations
@@ -40,16 +40,8 @@ def append_closed_form(
 ) -> str:
     """Append the logits (B, N, C) under all masks and return their name.
 
-    Args:
-        branch: What takes the nodes.
-        graph: The graph as it was read.
-        reading: What was read.
-        masking: The masks.
-        rounded: Whether the file's graph rounds; its queries, keys and values are then computed
-            anew, without rounding.
-
-    Raises:
-        ModelError: If the closed form does not hold; says why.
+    If the file is `rounded`, unlike `graph`, its queries, keys and values are computed anew,
+    without rounding.
     """
     attention, head = reading.attention, reading.head
     assert attention is not None
@@ -63,15 +55,15 @@ def append_closed_form(
         slots = branch.ints(*[token] * (prefix + patches))
         output = _append_attention(branch, attention, operands, token, masking.class_token)
         given = {attention.output.name: _join_heads(branch, output, reading, attention.output)}
-        # What enters beside the attention's output, as the skip path does, is not masked: the
-        # readout token's own, once per mask.
+        # What the nodes use beside the attention's output, such as the skip path, is not masked:
+        # every row is that of the readout token.
         for name, axis in head.sides.items():
             given[name] = branch.op("Gather", name, slots, axis=axis)
         reads = {name: read for name, read in head.reads.items() if read.token == token}
         sources = {read.source for read in reads.values()}
         copied = branch.copy(graph, graph.nodes_between(given, sources), given)
         for name, read in reads.items():
-            # Masks become images: (B, T, …) is cut to (B, N, …) and then to (B N, …).
+            # From here on each mask is an image of its own: (B, T, …) -> (B, N, …) -> (B N, …).
             chosen = branch.ints(*range(prefix, prefix + patches))
             masked = branch.op("Gather", copied[read.source], chosen, axis=read.axis)
             if read.axis == 0:  # tokens before images
@@ -86,13 +78,13 @@ def append_closed_form(
 
 @dataclass(frozen=True)
 class _Level0:
-    """What the last attention makes of a token at level 0, the same for every image.
+    """The projections of a token at level 0, the same for every image.
 
     Attributes:
         query: Queries (1, h, T, d).
-        key: Keys (1, h, T, d), or (1, h, 1, d) where they are alike for all tokens.
+        key: Keys (1, h, T, d), or (1, h, 1, d) if all tokens have the same.
         value: Values (1, h, 1, d).
-        affine: Whether keys at other levels lie on the line between level 0 and level 1.
+        affine: Whether keys at other levels lie on the line between those at levels 0 and 1.
     """
 
     query: np.ndarray
@@ -102,16 +94,16 @@ class _Level0:
 
 
 def _read_level_0(graph: Graph, reading: Reading, attention: SelfAttention) -> _Level0:
-    """Run the projections at levels 0, 1/2 and 1."""
+    """Run the projections at levels 0, 1/2 and 1, and refuse values that are not affine."""
     query_0, key_0, value_0 = _project(graph, reading, attention, 0.0)
     _, key_half, value_half = _project(graph, reading, attention, 0.5)
     _, key_1, value_1 = _project(graph, reading, attention, 1.0)
-    loose = reading.tolerance
-    if not _close(value_half, (value_0 + value_1) / 2, loose) or np.ptp(value_0, axis=2).any():
+    tolerance = reading.tolerance
+    if not _close(value_half, (value_0 + value_1) / 2, tolerance) or np.ptp(value_0, axis=2).any():
         raise ModelError("values are not projected affinely from the LayerNorm's output")
-    if not np.ptp(key_0, axis=2).any():  # else turned by the token's position, as rotary keys are
+    if not np.ptp(key_0, axis=2).any():  # rotary keys do differ, by the token's position
         key_0 = key_0[:, :, :1]
-    affine = _close(key_half, (key_0 + key_1) / 2, loose)
+    affine = _close(key_half, (key_0 + key_1) / 2, tolerance)
     return _Level0(query_0, key_0, value_0[:, :, :1], affine)
 
 
@@ -136,15 +128,15 @@ def _project(
             array = array @ operand.weight.astype(np.float32)
         if operand.bias is not None:
             array = array + operand.bias.astype(np.float32)
-        shape, axes = _open_heads(operand.axes, array.shape, attention.heads)
+        shape, axes = _give_heads_an_axis(operand.axes, array.shape, attention.heads)
         arrays.append(array.reshape(shape).transpose([axes.index(a) for a in "bhtd"])[:1])
     return arrays
 
 
-def _open_heads(
+def _give_heads_an_axis(
     axes: tuple[str, ...], shape: tuple[int, ...], heads: int
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return a shape, and its axes, with the heads as an axis of their own and the batch open."""
+    """Return a shape, and its axes, with an axis for the heads alone; -1 stands for the batch."""
     if axes[0] == "bh":
         return (-1, heads, *shape[1:]), ("b", "h", *axes[1:])
     if axes[-1] == "hd":
@@ -154,17 +146,17 @@ def _open_heads(
 
 @dataclass(frozen=True)
 class _Operands:
-    """What the attentions of all readout tokens share: float32 values of the branch, by name.
+    """What the attentions of all readout tokens share: names of float32 values in the branch.
 
     Attributes:
         query: Queries (B, h, T, d).
-        keys: Level of the masks -> keys at it less keys at level 0, (B, h, d, T); level 1 alone
-            where keys are affine.
+        keys: Level of the masks -> keys at that level minus keys at level 0, (B, h, d, T); only
+            level 1 if keys are affine.
         key_0: Keys at level 0, (1, h, d, T or 1).
-        value: Values less those at level 0, (B, h, T, d).
+        value: Values minus those at level 0, (B, h, T, d).
         mask: M (T, T).
         masks: M as an array.
-        zero: What a token at level 0 gives, as arrays.
+        level_0: The projections at level 0 as arrays.
     """
 
     query: str
@@ -173,7 +165,7 @@ class _Operands:
     value: str
     mask: str
     masks: np.ndarray
-    zero: _Level0
+    level_0: _Level0
 
 
 def _append_operands(
@@ -185,8 +177,8 @@ def _append_operands(
     *,
     rounded: bool,
 ) -> _Operands:
-    """Append the projections of F, less what level 0 gives."""
-    heads, zero = attention.heads, _read_level_0(graph, reading, attention)
+    """Append the projections of F minus those at level 0."""
+    heads, level_0 = attention.heads, _read_level_0(graph, reading, attention)
     mask = branch.floats(masks)
     names = {operand.name: operand.name for operand in attention.operands}
     if rounded:
@@ -195,41 +187,41 @@ def _append_operands(
     query = _split_heads(branch, attention.query, reading, heads, names)
     key = _split_heads(branch, attention.key, reading, heads, names, transposed=True)
     value = _split_heads(branch, attention.value, reading, heads, names)
-    if zero.value.any():
-        value = branch.op("Sub", value, branch.floats(zero.value))
+    if level_0.value.any():
+        value = branch.op("Sub", value, branch.floats(level_0.value))
     keys = {1.0: key}
-    if not zero.affine:
+    if not level_0.affine:
         for level in sorted({float(level) for level in np.unique(masks)} - {0.0, 1.0}):
             keys[level] = _append_keys(branch, graph, reading, attention, level)
-    key_0 = branch.floats(np.swapaxes(zero.key, -1, -2))
-    if zero.key.any():
+    key_0 = branch.floats(np.swapaxes(level_0.key, -1, -2))
+    if level_0.key.any():
         keys = {level: branch.op("Sub", key, key_0) for level, key in keys.items()}
-    return _Operands(query, keys, key_0, value, mask, masks, zero)
+    return _Operands(query, keys, key_0, value, mask, masks, level_0)
 
 
 def _append_attention(
     branch: Branch, attention: SelfAttention, operands: _Operands, token: int, class_token: bool
 ) -> str:
     """Append a readout token's attention under all masks, (B, h, T, d) with masks in T."""
-    zero, scale = operands.zero, np.float32(attention.scale)
+    level_0, scale = operands.level_0, np.float32(attention.scale)
     if class_token:
         ends = (branch.ints(token), branch.ints(token + 1), branch.ints(2))
         query = branch.op("Slice", operands.query, *ends)
         query = branch.op("Mul", query, branch.floats(scale))
-    else:  # the readout token is masked too, so it asks at level 0, whatever the image
-        query = branch.floats(zero.query[:, :, token : token + 1] * scale)
+    else:  # the readout token is masked too: its query is that at level 0 for every image
+        query = branch.floats(level_0.query[:, :, token : token + 1] * scale)
     scores = ""
     for level, key in operands.keys.items():
-        weight = operands.mask if zero.affine else branch.floats(operands.masks == level)
+        weight = operands.mask if level_0.affine else branch.floats(operands.masks == level)
         s = branch.op("Mul", branch.op("MatMul", query, key), weight)
         scores = branch.op("Add", scores, s) if scores else s
-    if zero.key.shape[2] > 1:  # else s_0 is alike for all tokens, which softmax does not see
+    if level_0.key.shape[2] > 1:  # else s_0 is the same for all tokens, and softmax ignores it
         scores = branch.op("Add", scores, branch.op("MatMul", query, operands.key_0))
     if attention.bias is not None:
         scores = branch.op("Add", scores, branch.floats(attention.bias[:, token : token + 1]))
     weights = branch.op("Mul", branch.op("Softmax", scores, axis=-1), operands.mask)
     output = branch.op("MatMul", weights, operands.value)
-    return branch.op("Add", output, branch.floats(zero.value)) if zero.value.any() else output
+    return branch.op("Add", output, branch.floats(level_0.value)) if level_0.value.any() else output
 
 
 def _split_heads(
@@ -241,7 +233,7 @@ def _split_heads(
     *,
     transposed: bool = False,
 ) -> str:
-    """Append an operand as (B, h, T, d) float32, or (B, h, d, T)."""
+    """Append an operand as (B, h, T, d) float32, or as (B, h, d, T) if transposed."""
     shape = reading.values[operand.name].shape
     name = names[operand.name]
     if operand.weight is not None:
@@ -251,7 +243,7 @@ def _split_heads(
         name = branch.op("Add", name, branch.const(operand.bias))
     if reading.values[operand.name].dtype != np.float32:
         name = branch.op("Cast", name, to=onnx.TensorProto.FLOAT)
-    opened, axes = _open_heads(operand.axes, shape, heads)
+    opened, axes = _give_heads_an_axis(operand.axes, shape, heads)
     if len(opened) != len(shape):
         name = branch.op("Reshape", name, branch.ints(*opened))
     perm = [axes.index(axis) for axis in ("bhdt" if transposed else "bhtd")]
@@ -270,14 +262,14 @@ def _append_keys(
     return _split_heads(branch, attention.key, reading, attention.heads, names, transposed=True)
 
 
-def _join_heads(branch: Branch, joined: str, reading: Reading, output: AttentionTensor) -> str:
-    """Append (B, h, T, d) float32 in the layout and type of the attention's output."""
-    axes, value = output.axes, reading.values[output.name]
+def _join_heads(branch: Branch, value: str, reading: Reading, output: AttentionTensor) -> str:
+    """Append a value (B, h, T, d) float32 in the layout and type of the attention's output."""
+    axes, original = output.axes, reading.values[output.name]
     if axes[0] == "bh":
-        joined = branch.op("Reshape", joined, branch.ints(-1, *value.shape[1:]))
+        value = branch.op("Reshape", value, branch.ints(-1, *original.shape[1:]))
     elif axes[-1] == "hd":
-        joined = branch.op("Transpose", joined, perm=[0, 2, 1, 3])
-        joined = branch.op("Reshape", joined, branch.ints(-1, *value.shape[1:]))
-    if value.dtype != np.float32:
-        joined = branch.op("Cast", joined, to=helper.np_dtype_to_tensor_dtype(value.dtype))
-    return joined
+        value = branch.op("Transpose", value, perm=[0, 2, 1, 3])
+        value = branch.op("Reshape", value, branch.ints(-1, *original.shape[1:]))
+    if original.dtype != np.float32:
+        value = branch.op("Cast", value, to=helper.np_dtype_to_tensor_dtype(original.dtype))
+    return value
