@@ -1,1 +1,1 @@
-"""Explanations in ONNX: files that give prediction and maps, and their runtime."""
+"""Explanations in ONNX: write files that give prediction and maps, and run them."""

@@ -1,15 +1,14 @@
-"""The contract of an explained ONNX file: its inputs and outputs, and what it says of itself.
+"""The contract of an explained ONNX file: its inputs, its outputs and its metadata.
 
-Such a file takes preprocessed pictures (B, 3, H, W) and gives the model's own outputs. With h by w
-patches and K of the model's C classes it has besides
+Such a file takes preprocessed images (B, 3, H, W) and gives the model's own outputs. For h by w
+patches and K of the model's C classes it also has
 
-    saliency  (B, K, h, w)  output: maps in [0, 1]; absent where only raw scores were asked for
+    saliency  (B, K, h, w)  output: maps in [0, 1]; absent if only raw scores were asked for
     scores    (B, K, h, w)  output: probability of each class with only that window kept
-    classes   (B, K) int64  output: which classes these are; only where they are the top classes
-    targets   (B, K) int64  input: which classes to explain; only where `Metadata.targets` is
-                            "input"
+    classes   (B, K) int64  output: which classes these are, if they are the top classes
+    targets   (B, K) int64  input: which classes to explain, if `Metadata.targets` is "input"
 
-What it says of itself is one of ONNX's metadata properties: `Metadata` as JSON.
+Its metadata is one of ONNX's metadata properties: `Metadata` as JSON.
 """
 
 from __future__ import annotations
@@ -28,28 +27,29 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 __all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
 
 METADATA_KEY = "vit_reciprocam"
-# The version of the JSON's layout. A file of another layout is refused with the version of the
-# package that wrote it. Whoever raises the number raises it in examples/browser/page/model.js too.
+# Version of the JSON's layout. A file with another is refused, by a message that names the version
+# of the package that wrote it. If you raise the number, raise it in
+# examples/browser/page/model.js too.
 _SCHEMA = 3
 _TOP = re.compile(r"top([1-9]\d*)")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an explained model is, and how its maps were made.
+    """What an explained file says of its model and maps.
 
     The names of the attributes are the keys of the JSON.
 
     Attributes:
-        name: What the model is called.
-        masking: What the maps in the graph keep, and where they cut.
+        name: Name of the model.
+        masking: What the masks keep, and where the model is cut.
         path: How the maps are computed: "closed-form" or "direct".
         targets: Which classes are explained: "all", "top3" and the like, or "input".
-        images: Name of the input that takes the preprocessed pictures.
+        images: Name of the input for preprocessed images.
         logits: Name of the output that holds the prediction.
-        probabilities: Whether that output has been through the softmax.
-        class_names: One name per class; None where they are not known.
-        preprocess: What stands before the model; None where it is not known.
+        probabilities: Whether the prediction consists of probabilities instead of logits.
+        class_names: One name per class; None if not known.
+        preprocess: Preprocessing of pictures for the model; None if not known.
         versions: Library -> its version, for the libraries that wrote the file.
     """
 
@@ -65,7 +65,7 @@ class Metadata:
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def to_properties(self) -> dict[str, str]:
-        """Return it as ONNX metadata properties."""
+        """Return the metadata as ONNX metadata properties."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values |= {
             "schema": _SCHEMA,
@@ -77,11 +77,7 @@ class Metadata:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], *, file: str) -> Metadata:
-        """Read it from a file's metadata properties.
-
-        Args:
-            properties: The file's metadata properties.
-            file: Name of the file, for messages.
+        """Read the metadata from the properties of a file, whose name appears in messages.
 
         Raises:
             ModelError: If the file holds no explanation, or one whose layout this version of the
@@ -98,7 +94,7 @@ class Metadata:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(
-                f"{file}: what it says of its explanation cannot be read ({error!r}); write it anew"
+                f"{file}: its metadata cannot be read ({error!r}); write it anew"
             ) from error
 
     @classmethod
@@ -109,7 +105,7 @@ class Metadata:
                 f"{file} was written by vit-reciprocam {writer}, in a layout that this version "
                 "does not read: write it anew, or install that version"
             )
-        known = {each.name: values[each.name] for each in dataclasses.fields(cls)}
+        fields = {each.name: values[each.name] for each in dataclasses.fields(cls)}
         names, preprocess = values["class_names"], values["preprocess"]
         check_choice("path", values["path"], ("closed-form", "direct"))
         check_file_targets(values["targets"])
@@ -120,20 +116,16 @@ class Metadata:
             texts += names if isinstance(names, list) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("name, images, logits and class_names have to be text")
-        known |= {
+        fields |= {
             "masking": Masking(**values["masking"]),
             "class_names": None if names is None else tuple(names),
             "preprocess": None if preprocess is None else Preprocess.from_dict(preprocess),
         }
-        return cls(**known)
+        return cls(**fields)
 
 
 def check_file_targets(targets: str) -> int | None:
-    """Return how many classes a file for "top3" explains, 3; None for "all" and "input".
-
-    Raises:
-        InputError: If `targets` is none of these.
-    """
+    """Return the number in "top1", "top2" …, or None for "all" and "input"; refuse all else."""
     top = _TOP.fullmatch(targets)
     if targets in ("all", "input"):
         return None

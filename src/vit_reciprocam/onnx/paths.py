@@ -1,4 +1,4 @@
-"""Paths checked before anything is done with them: the file to write, the weights beside a file."""
+"""Check paths before use: that of the file to write, and those of weights beside a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ __all__ = ["check_output", "find_weights"]
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """Return the ONNX file to write, checked before the work that makes its content.
-
-    Raises:
-        InputError: If it cannot be written there.
-    """
+    """Return the path of an ONNX file to write, or refuse it if it cannot be written there."""
     file = Path(path)
     if file.suffix != ".onnx":
         raise InputError(f"the file to write must end in .onnx; got {file}")
@@ -29,18 +25,11 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 def find_weights(file: Path, location: str) -> Path:
-    """Return the file in which an ONNX file keeps weights.
+    """Return the file that holds weights of an ONNX file, given by `external_data` in that file.
 
-    The location comes from the ONNX file, which may be hostile: whatever it says, nothing outside
-    the file's own folder is opened, on any system and however the path is written. Links in that
-    folder are followed: no file can make them.
-
-    Args:
-        file: The ONNX file.
-        location: Relative path of its weights, as `external_data` in the file says it.
-
-    Raises:
-        ModelError: If the location is outside the file's folder, or there is no such file.
+    The ONNX file may be hostile. So whatever location it gives, nothing outside its own folder is
+    opened, on any system and however the path is written. Links in that folder are followed: an
+    ONNX file cannot have made them.
     """
     readings = PurePosixPath(location), PureWindowsPath(location)
     if any(path.anchor or ".." in path.parts for path in readings):

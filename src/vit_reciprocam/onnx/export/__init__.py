@@ -1,1 +1,1 @@
-"""A PyTorch classifier exported to ONNX together with its maps."""
+"""Export a PyTorch classifier and its maps as one ONNX file."""

@@ -1,13 +1,13 @@
-"""The closed form in few standard operators: sums over the windows as convolutions of the grid.
+"""The closed form in a few standard operators: sums over windows as convolutions of the grid.
 
 With weights e = exp(s - c), for a c that is the same for every mask, the heads under mask n are
 
     o_n = v_0 + (Σ_prefix e u + Σ_levels window(e u)[n]) /
                 (Σ_prefix e + Σ_levels window(e)[n] + Σ_outside(n) e)
 
-where window(x)[n] sums x over the places of n's window that have the level: a convolution with
-ones there, of each channel by itself. All weights are positive, so nothing cancels. The stencil of
-`closed_form` is faster in PyTorch, this is faster in ONNX Runtime and OpenVINO.
+where window(x)[n] sums x over the places of n's window that have the level. It is a convolution of
+each channel by itself, with ones at these places. All weights are positive, so nothing cancels. The
+stencil of `closed_form` is faster in PyTorch, this in ONNX Runtime and OpenVINO.
 
 The letters of the shapes are those of `closed_form`; here positions come last, as convolutions want
 them.
@@ -26,7 +26,7 @@ from vit_reciprocam.core.masks import kernel_window
 __all__ = ["attend_by_convolution"]
 
 # c lies this far above the largest score that all masks share, so that the weights of these scores
-# still fit float16 where somebody converts the file.
+# still fit float16 if somebody converts the file.
 _ROOM = 8.0
 # Scores are cut off here, so that weights, and sums of weights times values, fit float32.
 _LEAST, _MOST = -80.0, 75.0
@@ -37,13 +37,8 @@ def attend_by_convolution(
 ) -> Float[Tensor, "rows b r k d"]:
     """Return the readout tokens' heads, row 0 without a mask and row 1 + n under mask n.
 
-    c is near the largest score of what all masks share, so that the denominator never vanishes.
-    Where several scores of one window lie more than 83 above that score, they count as equal.
-
-    Args:
-        parts: Scores and values from `closed_form`.
-        grid: (h, w) of the patches.
-        kernel: Name of the kernel whose window is kept.
+    c is near the largest of the scores that all masks share, so that the denominator never
+    vanishes. All scores of a window that lie more than 83 above that score count as equal.
     """
     s_prefix, s_outside = _positions_last(parts.s_prefix), _positions_last(parts.s_outside)
     shared = torch.cat([s_prefix, s_outside.expand(s_prefix.shape[0], -1, -1, -1)], dim=-1)
@@ -86,7 +81,7 @@ def _sum_window(
     level: float,
     factor: float = 1.0,
 ) -> Float[Tensor, "b *channels n"]:
-    """Sum x, for each patch, over the places of its window that have a level, times a factor."""
+    """Sum factor · x, for each patch, over those places of its window that have the level."""
     places = [place for place in kernel_window(kernel) if place.level == level]
     margin = max(max(abs(place.down), abs(place.right)) for place in places)
     if not margin:
@@ -103,20 +98,23 @@ def _sum_window(
 def _sum_outside(
     e: Float[Tensor, "b r k n_or_1"], grid: tuple[int, int], kernel: str
 ) -> Float[Tensor, "*b_r_k n"]:
-    """Sum e, for each patch, over the patches outside its window, a full square."""
+    """Sum e, for each patch, over the patches outside its window, which is a full square.
+
+    e holds one weight per patch, or a single one if all patches have the same.
+    """
     margin = max(place.down for place in kernel_window(kernel))
     near_rows, near_columns = (_lie_near(size, margin).to(e) for size in grid)
     if e.shape[-1] == 1:
         kept = near_rows.sum(dim=1)[:, None] * near_columns.sum(dim=1)
         return e * (grid[0] * grid[1] - kept).flatten()
-    # In the rows near the patch count the columns beyond its window, in all other rows everything:
-    # sums of positive numbers, where the whole minus the window would cancel.
+    # In rows that cross the window only the columns beside it count, in all other rows all columns.
+    # So only positive numbers are added; the sum of all minus that of the window would cancel.
     e = e.unflatten(-1, grid)
     sides = near_rows @ (e @ (1 - near_columns))
     return (sides + (1 - near_rows) @ e.sum(dim=-1, keepdim=True)).flatten(-2)
 
 
 def _lie_near(size: int, margin: int) -> Bool[Tensor, "size size"]:
-    """Tell for each pair of `size` rows whether they are at most a margin apart."""
+    """Tell for each pair of `size` rows whether they are at most `margin` apart."""
     numbers = torch.arange(size)
     return (numbers[:, None] - numbers).abs() <= margin

@@ -1,4 +1,4 @@
-"""An exported file run by ONNX Runtime and compared with PyTorch."""
+"""Compare what ONNX Runtime computes from an exported file with PyTorch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ _TOLERANCE = 1e-4
 
 
 def compare(file: Path, model: nn.Module, metadata: Metadata, shape: tuple[int, ...]) -> float:
-    """Compare what ONNX Runtime computes from a file with PyTorch, on random images.
-
-    Args:
-        file: An exported file.
-        model: The model that it was exported from, in float32 on the CPU.
-        metadata: What the file says of itself.
-        shape: Shape of the images, (B, 3, H, W).
+    """Run a file and the model it was exported from on random images (B, 3, H, W) of a shape.
 
     Returns:
         The largest difference of an output, relative to the largest value of that output.
@@ -55,8 +49,8 @@ def compare(file: Path, model: nn.Module, metadata: Metadata, shape: tuple[int, 
         scores = np.take_along_axis(scores, chosen[:, :, None, None], axis=1)
     wanted = {"logits": expected.logits, "scores": scores}
     if "saliency" in got:
-        # Maps are compared with those of the file's own scores, because scaling nearly flat scores
-        # to [0, 1] enlarges their rounding.
+        # The maps have to be those of the file's own scores, not of PyTorch's, because scaling
+        # nearly flat scores to [0, 1] magnifies their rounding.
         wanted["saliency"] = min_max(got["scores"])[0]
     if "classes" in got:
         ranked = np.sort(got["logits"], axis=1)[:, ::-1][:, : got["classes"].shape[1]]
@@ -77,7 +71,7 @@ def _run(file: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_difference(name: str, got: np.ndarray, wanted: np.ndarray) -> float:
-    """Return the largest difference of an output, relative to its largest value."""
+    """Return the largest difference, relative to the largest value; refuse it if too large."""
     if got.shape != wanted.shape:
         raise ModelError(f"the exported file gives {name} {got.shape}, PyTorch {wanted.shape}")
     largest = float(np.abs(wanted).max()) or 1.0

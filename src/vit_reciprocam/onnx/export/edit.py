@@ -1,4 +1,4 @@
-"""Changes to a graph that PyTorch's exporter wrote: its notes out, a loop in, weights narrowed."""
+"""Edit a graph that PyTorch's exporter wrote: remove notes, add a loop, narrow weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _SMALL = 1024  # constants of fewer numbers are not worth a conversion
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Take out the exporter's notes, which hold paths of the machine it ran on.
+    """Remove the exporter's notes, which hold paths of the machine it ran on.
 
-    Raises:
-        ModelError: If operators are left that are not ONNX's standard ones.
+    Operators other than ONNX's standard ones are refused.
     """
     custom = {f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain}
     if custom or model.functions:
         named = ", ".join(sorted(custom) or map(str, model.functions))
         raise ModelError(f"the model needs operators that are not ONNX's standard ones: {named}")
     if model.opset_imports[""] < 18:
-        # Split has num_outputs from opset 18 on; the exporter's conversion to 17 leaves it there.
+        # Split has num_outputs since opset 18; the exporter's conversion to 17 does not remove it.
         for node in model.graph.all_nodes():
             if node.op_type == "Split":
                 node.attributes.pop("num_outputs", None)
@@ -45,9 +44,9 @@ def strip_notes(model: ir.Model) -> None:
 
 
 def chunk_size(masks: int) -> int:
-    """Return how many of all masks one step of the loop takes: 8, or the next smaller divisor.
+    """Return how many masks one step of the loop runs: the largest divisor of `masks` up to 8.
 
-    It divides their number because an ONNX Loop can only stack results of one shape.
+    It has to divide the number of masks because an ONNX Loop only stacks results of one shape.
     """
     return next(size for size in range(min(_LARGEST_CHUNK, masks), 0, -1) if masks % size == 0)
 
@@ -55,28 +54,20 @@ def chunk_size(masks: int) -> int:
 def loop_over_masks(
     model: ir.Model, grid: tuple[int, int], masking: Masking, *, prefix_tokens: int, classes: int
 ) -> None:
-    """Make the graph of a `ModelWithMaps` hold its masks itself and run them chunk by chunk.
+    """Make the graph of a `ModelWithMaps`, in place, hold its masks and run them chunk by chunk.
 
-    As the exporter traced it, the graph computes one chunk of masks and takes the result of all
-    chunks from outside, so it has two inputs and one output that no user should see:
+    As traced by the exporter, the graph runs one chunk of masks and takes the result of all chunks
+    from outside, so it has two inputs and one output that no user should see:
 
         images ──> nodes before the cut ──┐
         masks (one chunk) ────────────────┴─> nodes after the cut ──> chunk's logits
         rows (all chunks' logits) ──> softmax … ──> scores
 
-    All nodes that depend on `masks` become the body of an ONNX Loop. It has one step per chunk,
-    each of which picks its masks from a constant; what the steps give, stacked, takes the place of
-    `rows`:
+    All nodes that depend on `masks` become the body of an ONNX Loop with one step per chunk. Each
+    step picks its masks from a constant. The stacked results of all steps replace `rows`:
 
         images ──> nodes before the cut ──┐
         Loop: all_masks[chunk] ───────────┴─> nodes after the cut ──> rows ──> softmax … ──> scores
-
-    Args:
-        model: The graph, changed in place.
-        grid: (h, w) of the patches.
-        masking: What the masks keep.
-        prefix_tokens: How many tokens stand before the patches.
-        classes: C.
     """
     graph = model.graph
     masks, rows = (next(i for i in graph.inputs if i.name == name) for name in ("masks", "rows"))
@@ -115,18 +106,18 @@ def _find_dependents(graph: ir.Graph, value: ir.Value) -> list[ir.Node]:
 def _loop_body(
     all_masks: ir.Value, masks: ir.Value, nodes: list[ir.Node], logits: ir.Value
 ) -> ir.Graph:
-    """Return the graph that a Loop runs in each step.
+    """Return the graph that a Loop runs in each step, with `masks` picked from `all_masks`.
 
-    ONNX lays down what it takes, the number of the step and whether to go on, and that it gives
-    back first whether to go on, then what is to be stacked. The nodes' other inputs are found in
-    the graph around it.
+    ONNX lays down its inputs, the number of the step and whether to go on, and its outputs, whether
+    to go on and what to stack, here `logits`. The nodes' other inputs are found in the graph around
+    it.
     """
     number = ir.Value(
         name="chunk_number", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
     )
     go_on = ir.Value(name="go_on", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
     pick = ir.node("Gather", [all_masks, number], {"axis": 0})
-    keep = ir.node("Identity", [go_on])  # a graph may not give an input as it is
+    keep = ir.node("Identity", [go_on])  # an input of a graph cannot also be its output
     pick.outputs[0].name, keep.outputs[0].name = "masks_of_chunk", "still_go_on"
     keep.outputs[0].shape, keep.outputs[0].type = go_on.shape, go_on.type
     ir.convenience.replace_all_uses_with(masks, pick.outputs[0])
@@ -149,7 +140,7 @@ def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def store_as_half(model: ir.Model) -> None:
-    """Store float32 constants as float16 where that loses nothing; a Cast widens them again."""
+    """Store float32 constants as float16 if that loses nothing; a Cast widens them again."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         constant = value.const_value

@@ -1,4 +1,4 @@
-"""A PyTorch model as one ONNX file that gives prediction and maps, checked before it is there."""
+"""Export a PyTorch model as one ONNX file that gives prediction and maps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = ["ExportedFile", "export", "export_prediction"]
 OPSET = 18
 _LEAST_OPSET = 17
 _LARGE = 2_000_000_000  # bytes of weights; an ONNX file itself ends at 2 GiB
-# Numbers of images. They differ, so that a batch size frozen by the trace fails the check.
+# Numbers of images. They differ, so that the check fails if the trace froze the batch size.
 _TRACED, _CHECKED = 2, 3
 _BATCH = Dim("batch")
 
@@ -57,15 +57,15 @@ class ExportedFile:
     """What `export` has written.
 
     Attributes:
-        files: The ONNX file, and the file of its weights if they are apart.
-        metadata: What the file says of itself.
-        direct_because: Why the maps go by the direct path; empty for the closed form.
+        files: The ONNX file, and the file of its weights if they are separate.
+        metadata: Metadata of the file.
+        direct_because: Why maps are computed by the direct path; empty for the closed form.
         inputs: Names of the graph's inputs.
         outputs: Names of the graph's outputs.
         opset: Version of ONNX's operators.
         bytes: Size of all files together.
-        difference: The largest difference between PyTorch and ONNX Runtime on random images,
-            relative to the largest value of the output in which it lies.
+        difference: Largest difference between PyTorch and ONNX Runtime on random images, relative
+            to the largest value of the same output.
     """
 
     files: tuple[Path, ...]
@@ -98,37 +98,36 @@ def export(
 ) -> ExportedFile:
     """Write a model with its explanation as an ONNX file.
 
-    The file takes `images` and gives `logits`, `saliency` and `scores`, of the shapes that
-    `vit_reciprocam.onnx.contract` lays down. The method is that of `ReciproCAM`, with the same
-    settings. The batch is dynamic, operators are ONNX's standard ones, and the input is float32 on
-    any device. Where the closed form does not hold, a loop runs the end of the model a few masks at
-    a time.
+    The file takes `images` and gives `logits`, `saliency` and `scores`, as described by
+    `vit_reciprocam.onnx.contract`. The method is that of `ReciproCAM`, with the same settings. The
+    batch is dynamic, operators are ONNX's standard ones, and the input is float32 on any device. If
+    the closed form does not hold, a loop runs the end of the model for a few masks at a time.
 
-    Before the file is moved to its place it is checked, and run with ONNX Runtime against PyTorch.
+    The file is moved to its place only after ONNX Runtime has run it with PyTorch's results.
 
     Args:
-        model: A supported classifier, or what `load` returns, which brings class names,
-            preprocessing and name along. It is left as it is.
-        path: The file to write; replaced if it is there.
+        model: A supported classifier, or what `load` returns, which also has class names,
+            preprocessing and name. It is left as it is.
+        path: File to write; replaced if it exists.
         class_names: One name per class, for the file's metadata.
-        preprocess: What stands before the model, for the file's metadata; it also says the size of
-            the images.
-        name: What the model is called; by default the name of its class.
-        size: (height, width) of the images in pixels, where the preprocessing does not say it or
+        preprocess: Preprocessing of pictures for the model, for the file's metadata; it also gives
+            the size of the images.
+        name: Name of the model; by default that of its Python class.
+        size: (height, width) of the images in pixels, if the preprocessing does not give it or
             another is wanted.
         kernel: "gaussian" or "dirac", as in `ReciproCAM`.
         class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
-        layer: The place where tokens are masked, as in `ReciproCAM`.
-        targets: Which classes are explained: "all"; "top1", "top3" … of each image, which the
-            output `classes` then names; or "input", which adds the input `targets`.
-        raw: Whether to leave out `saliency`: then there are only the probabilities, not scaled to
-            [0, 1].
-        half: Whether to round weights to float16 and store them so: about half the file. Runtimes
-            widen them, so it is as fast and runs wherever the other does; the input stays float32.
+        layer: Place where tokens are masked, as in `ReciproCAM`.
+        targets: Which classes are explained: "all"; "top1", "top3" … of each image, which are then
+            the output `classes`; or "input", which adds the input `targets`.
+        raw: Whether to leave out `saliency`: the probabilities scaled to [0, 1].
+        half: Whether to round weights to float16 and store them so, in about half the space.
+            Runtimes widen them, so the file is as fast and runs wherever the full one does; the
+            input stays float32.
         dynamic_size: Whether to leave the size of the images open, for models that take several.
         opset: Version of ONNX's standard operators, 17 or newer.
-        external_data: Whether weights go to a file of their own beside it, `path` + ".data". By
-            default they do where they are too large for one file, about 2 GB.
+        external_data: Whether weights go to a separate file, `path` + ".data". By default they do
+            if they take more than 2 GB, which is too large for one file.
 
     Raises:
         InputError: If an option or the image size does not fit.
@@ -151,11 +150,11 @@ def export(
 
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
     module = ModelWithMaps(work, masking, top=top, raw=raw)
-    # The second size, if there are two: at its own size a model may skip resizing its position
-    # embedding, so that the trace would lack it.
+    # If there are two sizes, the second is traced: at its own size a model may not resize its
+    # position embedding, and the trace would lack that.
     inputs, dynamic = _example_inputs(sizes[-1], patch if dynamic_size else None, targets)
     chunk = []
-    if split.direct_because:  # see `trace`: one chunk of masks, and what all chunks give
+    if split.direct_because:  # see `trace`: one chunk of masks, and the logits of all chunks
         count = cut.grid[0] * cut.grid[1]
         inputs["masks"] = torch.ones(chunk_size(count), split.prefix_tokens + count)  # (M, T)
         inputs["rows"] = torch.zeros(count, _TRACED, classes)  # (N, B, C)
@@ -179,10 +178,11 @@ def export(
         versions=library_versions(),
     )
     graph.metadata_props.update(metadata.to_properties())
-    apart = count_bytes(work) > _LARGE if external_data is None else external_data
-    with write_then_move(graph, path, external_data=apart) as file:
+    if external_data is None:
+        external_data = count_bytes(work) > _LARGE
+    with write_then_move(graph, path, external_data=external_data) as file:
         difference = _compare_at(sizes, file, work, metadata)
-    files = file_names(path, external_data=apart)
+    files = file_names(path, external_data=external_data)
     return ExportedFile(
         files=files,
         metadata=metadata,
@@ -200,15 +200,7 @@ def export_prediction(
 ) -> None:
     """Write a model without maps by the same exporter, to compare costs with.
 
-    Args:
-        model: A supported classifier.
-        path: The file to write; replaced if it is there.
-        size: (height, width) of the images in pixels.
-        opset: Version of ONNX's standard operators, 17 or newer.
-
-    Raises:
-        InputError: If the file cannot be written there.
-        ModelError: If the model cannot be written, with the reason.
+    The arguments are those of `export`.
     """
     inputs, dynamic = _example_inputs(size, None, "all")
     module = LogitsAlone(convert_to_float32(model, half=False))
@@ -230,7 +222,10 @@ def _check_opset(opset: int) -> None:
 def _example_inputs(
     size: tuple[int, int], patch: tuple[int, int] | None, targets: str
 ) -> tuple[dict[str, Tensor], Dynamic]:
-    """Return inputs to trace with, and which of their dimensions are free."""
+    """Return inputs to trace with, and their free dimensions.
+
+    If a `patch` (height, width) is given, the size of the images is free, in multiples of it.
+    """
     inputs = {"images": torch.zeros(_TRACED, 3, *size)}
     dynamic: Dynamic = {"images": {0: _BATCH}}
     if patch is not None:
@@ -245,7 +240,7 @@ def _example_inputs(
 def _compare_at(
     sizes: Sequence[tuple[int, int]], file: Path, model: nn.Module, metadata: Metadata
 ) -> float:
-    """Return the largest difference from PyTorch at all sizes."""
+    """Return the largest difference from PyTorch at any of the sizes; refuse it if too large."""
     count = 1 if metadata.path == "direct" else _CHECKED
     try:
         return max(compare(file, model, metadata, (count, 3, *size)) for size in sizes)

@@ -1,4 +1,4 @@
-"""What `export` finds out, converts and refuses before it writes: model, image size and classes."""
+"""Prepare an export: find the image size and the classes, convert the model, refuse what fails."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ def unpack_classifier(
 ) -> tuple[nn.Module, Sequence[str] | None, Preprocess | None, str]:
     """Return a module with its class names, preprocessing and name.
 
-    What is None is taken from the `Classifier`, where the model is one.
-
-    Raises:
-        ModelError: If the model is neither a module nor a classifier that holds one.
+    If the model is a `Classifier`, all that is None comes from it. A model that is neither a module
+    nor a classifier with one is refused.
     """
     if isinstance(model, nn.Module):
         return model, class_names, preprocess, name or type(model).__name__
@@ -63,11 +61,7 @@ def unpack_classifier(
 def choose_size(
     preprocess: Preprocess | None, size: tuple[int, int] | None
 ) -> tuple[Preprocess | None, tuple[int, int]]:
-    """Return the preprocessing and the (height, width) of the images, made to agree.
-
-    Raises:
-        InputError: If neither says a size, or the size is not one.
-    """
+    """Return the preprocessing and the (height, width) of the images, made to agree."""
     if size is None:
         if preprocess is None:
             raise InputError(
@@ -82,11 +76,7 @@ def choose_size(
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot run, or that may not give the same result each time.
-
-    Raises:
-        ModelError: With the reason.
-    """
+    """Refuse a model that cannot run, or that may not give the same result each time."""
     if any(tensor.is_meta for tensor in _all_tensors(model)):
         raise ModelError(
             f"the {type(model).__name__} is on the meta device, which holds shapes and no numbers: "
@@ -97,14 +87,9 @@ def check_model(model: nn.Module) -> None:
 
 
 def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
-    """Return the model in float32 on the CPU: itself where it is that already, else a copy.
+    """Return the model in float32 on the CPU; a copy, if it is not that already.
 
-    Args:
-        model: Any module.
-        half: Whether to round weight matrices to what float16 can hold, in a copy.
-
-    Raises:
-        ModelError: If the model cannot be copied, or its weights exceed float16.
+    If `half`, it is a copy whose weight matrices are rounded to numbers that float16 can hold.
     """
     floats = [tensor for tensor in _all_tensors(model) if tensor.is_floating_point()]
     fits = all(tensor.dtype == torch.float32 for tensor in floats)
@@ -147,11 +132,7 @@ def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def cut_example(split: Split, size: tuple[int, int]) -> tuple[Cut, int]:
-    """Return the cut of one black image of a size, and the number of classes.
-
-    Raises:
-        ModelError: If the model does not give one score per class.
-    """
+    """Return the model's cut for one image of zeros, and the number of classes."""
     cut = split.cut(torch.zeros(1, 3, *size))
     logits = cut.rest(cut.norm(cut.x), cut.x)
     if logits.ndim != 2:
@@ -166,13 +147,8 @@ def find_second_size(
 ) -> tuple[int, int]:
     """Return another image size that the model takes, for a file that leaves the size open.
 
-    Args:
-        split: The model's split.
-        size: (height, width) that it takes.
-        patch: (height, width) that each patch of the grid covers, in pixels.
-
-    Raises:
-        InputError: If it takes no other, with the model's reason.
+    It is one patch of (height, width) pixels higher and two wider. A model that takes only one size
+    is refused, with its own reason.
     """
     if split.direct_because:
         raise InputError(
@@ -190,11 +166,7 @@ def find_second_size(
 
 
 def check_classes(classes: int, class_names: Sequence[str] | None, top: int | None) -> None:
-    """Refuse class names or a number of top classes that do not fit the model's classes.
-
-    Raises:
-        InputError: If one does not fit.
-    """
+    """Refuse class names or a number of top classes that do not fit the model's classes."""
     if class_names is not None and len(class_names) != classes:
         raise InputError(f"{len(class_names)} class names given for a model of {classes} classes")
     if top is not None and top > classes:

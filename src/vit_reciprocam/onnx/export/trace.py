@@ -1,8 +1,8 @@
-"""A PyTorch model and its explanation as one module, and as the ONNX graph that PyTorch exports.
+"""Join a PyTorch model and its explanation to one module, and trace that into an ONNX graph.
 
 The direct path needs a loop over the masks, which the exporter cannot trace through a user's
-modules. So the module takes one chunk of masks, and the result of all chunks as another input; once
-it is a graph, `edit.loop_over_masks` joins the two by an ONNX Loop.
+modules. So the module takes one chunk of masks, and the result of all chunks as another input. In
+the traced graph `edit.loop_over_masks` connects the two by an ONNX Loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["LogitsAlone", "ModelWithMaps", "trace"]
 
 
 class LogitsAlone(nn.Module):
-    """A model that gives its logits as a tensor, whatever it wraps them in."""
+    """A model that returns only its logits, as a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         """Wrap a model."""
@@ -46,19 +46,15 @@ class LogitsAlone(nn.Module):
 class ModelWithMaps(nn.Module):
     """A model that gives logits (B, C), saliency and scores (B, K, h, w), and classes (B, K).
 
-    On the direct path it takes `masks`, one chunk of them (M, T), and as `rows` the logits that all
-    chunks give, (N, B, C), and has one output more: the logits of this chunk, (M, B, C).
+    On the direct path it also takes `masks`, one chunk of them (M, T), and `rows`, the logits of
+    all chunks (N, B, C), and has one more output: the logits of this chunk (M, B, C).
     """
 
     def __init__(self, model: nn.Module, masking: Masking, *, top: int | None, raw: bool) -> None:
         """Join a model with the way it is to be explained.
 
-        Args:
-            model: A supported classifier.
-            masking: What the masks keep, and where the model is cut.
-            top: How many of an image's most probable classes are explained; None for all classes,
-                or for those that the input `targets` names.
-            raw: Whether saliency is left out.
+        `top` is the number of most probable classes to explain; None stands for all classes, or
+        those in the input `targets`. If `raw`, saliency is left out.
         """
         super().__init__()
         self.training = model.training
@@ -74,7 +70,7 @@ class ModelWithMaps(nn.Module):
         masks: Float[Tensor, "M T"] | None = None,
         rows: Float[Tensor, "N B C"] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return the outputs in the order above, as far as they are asked for."""
+        """Return those outputs that are wanted, in the order above."""
         split = split_model(self.model, pool=self.masking.layer == "pool")
         cut = split.cut(images)
         chunk: tuple[Tensor, ...] = ()
@@ -92,7 +88,7 @@ class ModelWithMaps(nn.Module):
         if classes is not None:
             scores = scores.gather(-1, classes.expand(*cut.grid, -1, -1))
         scores = scores.permute(2, 3, 0, 1)
-        # Without this, ONNX Runtime moves the transposition behind the minima, which then are slow.
+        # Without this, ONNX Runtime moves the transposition behind the minima and slows them down.
         scores = scores.flatten(2).unflatten(2, cut.grid)
         maps = () if self.raw else (_scale(scores),)
         return (logits, *maps, scores, *(() if self.top is None else (classes,)), *chunk)
@@ -113,17 +109,14 @@ def trace(
     dynamic: Mapping[str, Mapping[int, Any]],
     opset: int,
 ) -> ir.Model:
-    """Return a module as an ONNX model.
+    """Return a module as an ONNX model, or refuse it with the exporter's reason.
 
     Args:
-        module: A module that takes the inputs by name.
-        inputs: An example of each input.
+        module: Module that takes the inputs by name.
+        inputs: Example of each input.
         outputs: Names of the outputs.
-        dynamic: Input -> its dimensions that are free, each a `torch.export.Dim`.
+        dynamic: Name of an input -> its free dimensions -> a `torch.export.Dim`, or a multiple.
         opset: Version of ONNX's standard operators.
-
-    Raises:
-        ModelError: If the exporter cannot write the module, with its reason.
     """
     try:
         with _silence_exporter(), torch.no_grad():
@@ -146,7 +139,7 @@ def trace(
         raise
     except Exception as error:  # the exporter raises many kinds, which share no base
         raise ModelError(
-            f"PyTorch's exporter cannot write this model: {_innermost_reason(error)}"
+            f"PyTorch's exporter cannot write this model: {_first_reason(error)}"
         ) from error
     assert program is not None
     model: ir.Model = program.model
@@ -158,12 +151,12 @@ def trace(
     return model
 
 
-def _innermost_reason(error: BaseException) -> str:
-    """Return the innermost of the exporter's chained messages, in one line."""
+def _first_reason(error: BaseException) -> str:
+    """Return the first of the exporter's chained messages, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     if "Constraints violated" in str(error):
-        return "its code runs for one batch or image size only, that which it was traced with"
+        return "its code runs for one batch or image size only, the one that it was traced with"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(error).__name__
 

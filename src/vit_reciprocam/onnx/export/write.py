@@ -1,4 +1,4 @@
-"""An exported graph written to its place, whole or not at all."""
+"""Write an exported graph to its place, whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,28 +16,20 @@ from vit_reciprocam.errors import ModelError
 
 __all__ = ["file_names", "write_then_move"]
 
-_SMALL = 1024  # bytes of a constant that stay in the file itself
+_SMALL = 1024  # constants of fewer bytes stay in the ONNX file
 
 
 def file_names(path: Path, *, external_data: bool) -> tuple[Path, ...]:
-    """Return the files that a model is written to: its graph, and its weights if they are apart."""
+    """Return the files of a model: its graph, and its weights if they are separate."""
     return (path, path.with_name(f"{path.name}.data")) if external_data else (path,)
 
 
 @contextlib.contextmanager
 def write_then_move(model: ir.Model, path: Path, *, external_data: bool) -> Iterator[Path]:
-    """Write a model to a hidden folder beside its place, and give the file to check it.
+    """Write a model to a hidden folder beside its place, and yield that file to check it.
 
-    When the block ends the file is moved to its place. If an error leaves the block, what was
-    written is gone, and what lay in its place before is still there.
-
-    Args:
-        model: The model to write.
-        path: The place of its file.
-        external_data: Whether the weights go to `path` + ".data".
-
-    Raises:
-        ModelError: If ONNX's checker refuses the model.
+    When the block ends, the file is moved to its place. After an error in the block the new file is
+    gone, and an older one is still in its place.
     """
     names = [file.name for file in file_names(path, external_data=external_data)]
     data = names[1] if external_data else None
@@ -56,7 +48,7 @@ def write_then_move(model: ir.Model, path: Path, *, external_data: bool) -> Iter
 
 
 def _move(names: list[str], source: Path, destination: Path) -> None:
-    """Move a graph and its weights: at no moment does a graph lie there with other weights."""
+    """Move a graph and its weights, so that at no moment a graph lies beside another's weights."""
     graph, *weights = names
     for name in names:
         with (source / name).open("rb") as file:
