@@ -103,7 +103,7 @@ def export(
     batch is dynamic, operators are ONNX's standard ones, and the input is float32 on any device. If
     the closed form does not hold, a loop runs the end of the model for a few masks at a time.
 
-    The file is moved to its place only after ONNX Runtime has run it with PyTorch's results.
+    The file is moved to its place only after ONNX Runtime has given PyTorch's results with it.
 
     Args:
         model: A supported classifier, or what `load` returns, which also has class names,
@@ -120,7 +120,7 @@ def export(
         layer: Place where tokens are masked, as in `ReciproCAM`.
         targets: Which classes are explained: "all"; "top1", "top3" … of each image, which are then
             the output `classes`; or "input", which adds the input `targets`.
-        raw: Whether to leave out `saliency`: the probabilities scaled to [0, 1].
+        raw: Whether to leave out `saliency`, the scores scaled to [0, 1].
         half: Whether to round weights to float16 and store them so, in about half the space.
             Runtimes widen them, so the file is as fast and runs wherever the full one does; the
             input stays float32.

@@ -139,7 +139,7 @@ def trace(
         raise
     except Exception as error:  # the exporter raises many kinds, which share no base
         raise ModelError(
-            f"PyTorch's exporter cannot write this model: {_first_reason(error)}"
+            f"PyTorch's exporter cannot write this model: {_root_cause(error)}"
         ) from error
     assert program is not None
     model: ir.Model = program.model
@@ -151,8 +151,8 @@ def trace(
     return model
 
 
-def _first_reason(error: BaseException) -> str:
-    """Return the first of the exporter's chained messages, in one line."""
+def _root_cause(error: BaseException) -> str:
+    """Return the message of an error's root cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     if "Constraints violated" in str(error):

@@ -1,1 +1,1 @@
-"""Explained ONNX files, run by ONNX Runtime or OpenVINO."""
+"""Run explained ONNX files in ONNX Runtime or OpenVINO."""

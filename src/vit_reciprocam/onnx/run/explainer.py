@@ -1,4 +1,4 @@
-"""Explanations from an ONNX file in ONNX Runtime or OpenVINO: NumPy in, NumPy out, no torch."""
+"""Explain by an ONNX file in ONNX Runtime or OpenVINO: NumPy in, NumPy out, no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OnnxExplainer:
 
     Attributes:
         path: Path of the file.
-        metadata: Metadata of the file, which say what its graph computes.
+        metadata: Metadata of the file, which describe what its graph computes.
         session: Session of the file in its runtime.
         preprocess: Preprocessing of pictures for the model; None if not known.
         class_names: Names of the classes; None if not known.
@@ -85,7 +85,7 @@ class OnnxExplainer:
         self.preprocess = self._check_preprocess(preprocess)
 
     def options(self) -> dict[str, Any]:
-        """Return what `OnnxExplainer` opens the same file with, as plain JSON values."""
+        """Return the arguments that open the same file again, as plain JSON values."""
         return {"path": str(self.path), "threads": self.threads, **self._options}
 
     @property
@@ -100,12 +100,12 @@ class OnnxExplainer:
     def make_explainer(
         self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Callable[..., Explanation]:
-        """Return an explainer by ReciproCAM as the graph has it, or by a null baseline.
+        """Return an explainer by the ReciproCAM in the graph, or by a null baseline.
 
         Args:
-            method: "reciprocam", or a name of `methods.null.NULLS`.
-            check: Setting without effect, since a file is checked when it is opened.
-            settings: Settings that the graph was made with, or those of the null baseline.
+            method: "reciprocam", or a name in `methods.null.NULLS`.
+            check: Without effect, since a file is checked when it is opened.
+            settings: Settings that the graph was written with, or those of the null baseline.
 
         Raises:
             InputError: If the file has no such method or setting.
@@ -127,11 +127,7 @@ class OnnxExplainer:
         self.check_settings(Masking(**masking) if masking else self.metadata.masking, score)
 
     def check_settings(self, masking: Masking, score: str) -> None:
-        """Refuse settings other than those in the graph.
-
-        Raises:
-            InputError: If one differs.
-        """
+        """Refuse settings other than those in the graph."""
         have = self.metadata.masking
         if masking != have or score != "probability":
             raise InputError(
@@ -149,19 +145,11 @@ class OnnxExplainer:
         return self
 
     def batch(self, images: np.ndarray) -> Batch:
-        """Return preprocessed images (B, 3, H, W), for several explainers of this file.
-
-        Raises:
-            InputError: If the images do not fit the model.
-        """
+        """Return preprocessed images (B, 3, H, W), for several explainers of this file."""
         return Batch(self._check_images(images))
 
     def predict(self, images: np.ndarray | Batch) -> np.ndarray:
-        """Return the logits (B, C) float32 of preprocessed images.
-
-        Raises:
-            InputError: If the images do not fit the model.
-        """
+        """Return the logits (B, C) float32 of preprocessed images."""
         batch = images if isinstance(images, Batch) else self.batch(images)
         if batch.logits is None:
             feeds = {self.metadata.images: batch.images}
@@ -175,8 +163,8 @@ class OnnxExplainer:
         """Explain preprocessed images (B, 3, H, W) float32.
 
         Args:
-            images: Images, or a `Batch` of them. If the batch holds logits, a file with an input
-                for targets needs no extra run to find each image's top classes.
+            images: Images, or a `Batch` of them. If the batch has logits already, a file with an
+                input for targets needs no extra run to find each image's top classes.
             targets: Classes, as in `ReciproCAM`. If the file explains the most probable classes
                 only, they must be among these.
 
@@ -233,7 +221,7 @@ class OnnxExplainer:
         )
 
     def _grid(self, images: np.ndarray) -> tuple[int, int]:
-        """Return the patch grid; if the graph leaves it open, the first image runs to find it."""
+        """Return the patch grid, for which the first image is run if the graph leaves it open."""
         rows, columns = self.session.outputs["scores"].shape[2:]
         if rows is None or columns is None:
             rows, columns = self(images[:1]).scores.shape[2:]
@@ -278,10 +266,7 @@ class OnnxExplainer:
         return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
 
     def _as_logits(self, prediction: np.ndarray) -> np.ndarray:
-        """Return the prediction as logits float32.
-
-        If the file predicts probabilities, they are the softmax of their own logarithms.
-        """
+        """Return the prediction as logits float32: of probabilities, these are the logarithms."""
         values = prediction.astype(np.float32, copy=False)
         if not self.metadata.probabilities:
             return values
@@ -342,7 +327,7 @@ class OnnxExplainer:
         return None if height is None or width is None else (height, width)
 
     def _count_classes(self) -> int:
-        """Return the number of classes, for which an image of zeros may have to run."""
+        """Return the number of classes; if the file does not tell it, run an image of zeros."""
         shape = self.session.outputs[self.metadata.logits].shape
         if len(shape) == 2 and shape[1] is not None:
             return shape[1]
@@ -357,7 +342,7 @@ class OnnxExplainer:
         return int(self.predict(np.zeros((1, 3, size[0], size[1]), np.float32)).shape[1])
 
     def _contradiction(self, said: str, found: str) -> ModelError:
-        """Return the error that metadata and graph differ."""
+        """Return the error for a graph that is not what its metadata says."""
         return ModelError(
             f"{self.path}: metadata and graph contradict each other: {said} by the metadata, "
             f"{found} in the graph. Write the file anew"

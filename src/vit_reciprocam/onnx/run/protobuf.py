@@ -1,14 +1,14 @@
-"""Facts about an ONNX file, read by a small protobuf reader of our own and not by the package onnx.
+"""Read facts about an ONNX file without the package onnx, by a small protobuf reader of our own.
 
 An ONNX file is one protobuf message. The package onnx is a large dependency, and would read all of
-the file, weights included. The core, which only runs explained files, does without it: the few
-fields that it needs are read here by hand, and everything else is skipped, so that a file of
-gigabytes costs a few milliseconds. They are the metadata, the opset, the names of inputs and
-outputs, and where external weights lie. A damaged file is told from one that is not an ONNX file.
+the file, weights included. The core, which only runs explained files, does without it: it reads the
+metadata, the opset, the names of inputs and outputs, and where external weights lie. Everything
+else is skipped, so that a file of gigabytes takes a few milliseconds. A damaged file is told apart
+from one that is not an ONNX file.
 
 A message is a row of fields. Each begins with an integer that holds the number of the field and how
 its value is stored: as an integer of variable length ("varint"), in 4 or 8 bytes, or as a length
-and so many bytes, which are text or another message
+followed by that many bytes, which are text or another message
 (https://protobuf.dev/programming-guides/encoding). The numbers of the fields are in onnx.proto.
 """
 
@@ -35,10 +35,10 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What an ONNX file says of itself.
+    """Facts about an ONNX file.
 
     Attributes:
-        properties: The file's metadata.
+        properties: Metadata properties.
         opset: Version of ONNX's own operators.
         external: Files beside it that hold its weights.
         ports: Names of the graph's inputs and outputs.
@@ -97,7 +97,10 @@ Data = bytes | mmap.mmap
 
 
 def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[str]]:
-    """Read a ModelProto."""
+    """Read a ModelProto: its metadata, its opset, its external weights, its inputs and outputs.
+
+    External weights are given as location of a file -> how many of its bytes are needed.
+    """
     properties: dict[str, str] = {}
     opset = 1
     locations: dict[str, int] = {}
@@ -121,7 +124,7 @@ def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[st
 
 
 def _note_external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
-    """Add to `locations` where the values of a TensorProto lie, if outside this file."""
+    """Add the file that holds the values of a TensorProto, if external, to `locations`."""
     about: dict[str, str] = {}
     for number, value in _read_fields(data, tensor):
         if number == 13:  # external_data
@@ -191,7 +194,7 @@ def _as_text(data: Data, value: int | Span) -> str:
 
 
 def _find_external(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
-    """Return the files of external weights."""
+    """Return the files of external weights, and refuse those that are missing or too short."""
     found = []
     for location, end in sorted(locations.items()):
         weights = find_weights(file, location)

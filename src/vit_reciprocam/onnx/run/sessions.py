@@ -38,16 +38,15 @@ class Port:
 
 @dataclass(frozen=True)
 class Session:
-    """A file made ready in a runtime.
+    """A file loaded into a runtime.
 
     Attributes:
-        backend: The runtime, one of `BACKENDS`.
-        device: The device it runs on, by the runtime's name.
-        inputs: Input name -> its type and shape.
-        outputs: Output name -> its type and shape.
-        run_all: Function of the names of some outputs, and of the inputs by name for each of
-            several runs. It returns a list of those outputs for each run. Runs may overlap where
-            the session has several streams.
+        backend: Runtime, one of `BACKENDS`.
+        device: Device that computes, by the runtime's name for it.
+        inputs: Name -> type and shape of each input.
+        outputs: Name -> type and shape of each output.
+        run_all: Function from the names of outputs, and a list of inputs by name, one for each run,
+            to a list of these outputs for each run.
         streams: Number of runs that may overlap.
     """
 
@@ -59,12 +58,9 @@ class Session:
     streams: int = 1
 
     def run(self, names: Sequence[str], batch: Feed) -> list[np.ndarray]:
-        """Return these outputs of a batch, each with the batch as its first axis.
+        """Return outputs of a batch, each with the batch as its first axis.
 
-        The batch is cut into pieces where the graph's own is static, or where streams share it.
-
-        Raises:
-            ModelError: If the runtime fails.
+        The batch is cut into pieces if the graph's own is static, or if streams share it.
         """
         count = len(next(iter(batch.values())))
         fixed = self.inputs[next(iter(batch))].shape[0]
@@ -73,7 +69,7 @@ class Session:
         for start in range(0, count, step):
             piece = {name: value[start : start + step] for name, value in batch.items()}
             if fixed and start + step > count:
-                # The last piece is filled up with its last image; what that gives is cut off.
+                # The last piece is filled up with its last image; those results are cut off.
                 rows = np.arange(step).clip(0, count - start - 1)
                 piece = {name: value[rows] for name, value in piece.items()}
             pieces.append(piece)
@@ -97,7 +93,7 @@ def open_session(
         path: The file.
         backend: "onnxruntime" or "openvino".
         device: For ONNX Runtime an execution provider, such as "CUDAExecutionProvider" or "cuda";
-            for OpenVINO a device, such as "GPU" or "AUTO:GPU,CPU". What is not there is refused:
+            for OpenVINO a device, such as "GPU" or "AUTO:GPU,CPU". If it is missing it is refused:
             nothing runs on another device than the one named.
         threads: Number of CPU threads inside one run; None leaves it to the runtime.
         streams: Number of runs that may overlap, in OpenVINO only.
@@ -127,20 +123,20 @@ def open_onnxruntime(
     optimize: bool = True,
     weights_folder: Path | None = None,
 ) -> Any:
-    """Return an `onnxruntime.InferenceSession`, whose errors are those of ONNX Runtime.
+    """Return an `onnxruntime.InferenceSession`; errors are ONNX Runtime's own.
 
     Args:
         model: An ONNX file, or the bytes of one.
         provider: Name of the execution provider.
         threads: Number of CPU threads inside one run; None leaves it to ONNX Runtime.
-        optimize: Whether nodes may be rearranged and fused. Without, each runs as it stands.
-        weights_folder: Folder of the external weights, where the model is given as bytes.
+        optimize: Whether nodes may be rearranged and fused. If not, each runs as it stands.
+        weights_folder: Folder of the external weights, if the model is given as bytes.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
-    # Between runs threads would go on spinning and slow down whatever runs then.
+    # Otherwise threads go on spinning between runs, and slow down whatever else runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -190,7 +186,7 @@ def _open_in_onnxruntime(path: Path, opset: int, device: str, threads: int | Non
 
 
 def _find_provider(device: str, available: Sequence[str]) -> str:
-    """Return the provider that a device names, also without "ExecutionProvider" at its end."""
+    """Return the provider of that name, which may lack "ExecutionProvider" at its end."""
     wanted = device.lower().removesuffix("executionprovider")
     for provider in available:
         if provider.lower().removesuffix("executionprovider") == wanted:
@@ -214,7 +210,7 @@ _DTYPES = {
 
 
 def _to_dtype(path: Path, name: str, type_name: str) -> np.dtype[Any]:
-    """Return NumPy's type for ONNX Runtime's name of a type, such as "tensor(float)"."""
+    """Return the NumPy type for ONNX Runtime's name of a type, such as "tensor(float)"."""
     kind = re.fullmatch(r"tensor\((\w+)\)", type_name)
     if kind is None or kind[1] not in _DTYPES:
         raise ModelError(
@@ -251,8 +247,8 @@ def _open_in_openvino(
     except RuntimeError as error:
         raise _loading_error(path, "OpenVINO", "openvino", header.opset, error) from error
 
-    # Requests in turn, and not an AsyncInferQueue: that may drop its Python callback in a thread of
-    # its own, without Python's lock, and the process with it.
+    # Requests take turns here instead of in an AsyncInferQueue, which may free its Python callback
+    # in a thread that does not hold Python's lock, and so crash the process.
     most = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     requests: list[Any] = []
     lock = threading.Lock()
@@ -290,7 +286,7 @@ def _open_in_openvino(
                 tuple(side.get_length() if side.is_static else None for side in port.partial_shape),
             )
             for port in found
-            for name in port.names & header.ports  # OpenVINO may give a port other names besides
+            for name in port.names & header.ports  # OpenVINO may add names of its own
         }
 
     inputs, outputs = ports(compiled.inputs), ports(compiled.outputs)
@@ -298,10 +294,10 @@ def _open_in_openvino(
 
 
 def _compile(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:
-    """Compile a file, without fusing element-wise nodes where OpenVINO fails at that.
+    """Compile a file, without fusing element-wise nodes if OpenVINO fails at that.
 
-    OpenVINO 2026.4 runs out of registers on some long chains of static shape ("not enough registers
-    for a snippet"). Without fusing these are the same nodes, one by one.
+    OpenVINO 2026.4 runs out of registers for some long chains of nodes with static shapes ("not
+    enough registers for a snippet"). Without fusing, the same nodes run one by one.
     """
     try:
         return core.compile_model(path, device, config)
