@@ -1,4 +1,4 @@
-// node build.mjs [FOLDER]: puts the whole page into one folder (dist) and prints what a visitor downloads.
+// node build.mjs [FOLDER]: put the whole page into one folder (by default dist) and print its size.
 import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";

@@ -31,7 +31,7 @@ MEASURE = """async (rounds) => {
       input = tensor(view(pixelsOf(picture), preprocess), preprocess);
     },
     "prediction and 12 maps": async () => {
-      found = await explain(model, input.slice());  // the worker takes its input away
+      found = await explain(model, input.slice());  // a copy, since the worker takes it away
     },
     "prediction alone": () => {
       const images = new ort.Tensor("float32", input.slice(), [1, 3, ...preprocess.size]);
@@ -64,7 +64,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Print median, fastest and slowest time of each step in milliseconds; steps take turns."""
+    """Print the median, fastest and slowest time of each step in milliseconds."""
     handler = functools.partial(_Quiet, directory=PAGE)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -5,7 +5,7 @@ import { decode, pixelsOf, region, tensor, view } from "./picture.js";
 
 const LONGER_SIDE = 560; // pixels of the picture as it is shown
 const MOST_CLASSES = 12; // in the list at a time
-const PICTURE_ALONE = -1;
+const PICTURE_ALONE = -1; // stands for no class: the picture is shown without a map
 
 const part = (id) => document.getElementById(id);
 const NO_BREAK = "\u00a0";
@@ -20,7 +20,7 @@ const finePercent = (value) =>
 
 let model; // {session, metadata, name, demo}
 let picture; // {bitmap, width, height, name}
-let shown; // {probabilities, grid, scores, order} of model and picture, once computed
+let shown; // {probabilities, grid, scores, order} of this model and picture, once computed
 let chosen = PICTURE_ALONE;
 
 const nameOf = (index) => model.metadata.class_names?.[index] ?? `class ${index}`;
@@ -42,7 +42,7 @@ function showPicture() {
   canvas.setAttribute("aria-label", `The picture ${picture.name}`);
 }
 
-/** Draw a class's map over the picture; it was computed with the prediction. */
+/** Draw the map of a class, which was computed with the prediction, over the picture. */
 function showMap(index) {
   const canvas = part("map");
   canvas.hidden = index === PICTURE_ALONE;
@@ -86,7 +86,7 @@ function classRow(index) {
   return row;
 }
 
-/** List the most probable of the classes that the search leaves. */
+/** List the most probable of the classes whose name contains the search text. */
 function showClasses() {
   const wanted = part("search").value.trim().toLowerCase();
   const found = shown.order.filter((index) => nameOf(index).toLowerCase().includes(wanted));
@@ -138,7 +138,7 @@ async function readModel(file, demo = false) {
   return { ...(await open(bytes, file.name)), name: file.name, demo };
 }
 
-/** Use a file, a model or a picture. If it cannot be used, what was there stays. */
+/** Use a model's file or a picture. If it cannot be used, the one before it stays. */
 async function take(file) {
   const before = { model, picture };
   document.body.classList.add("working");

@@ -1,4 +1,4 @@
-// From scores to a coloured map, as vit_reciprocam draws it in Python.
+// Turns scores into a coloured map, as vit_reciprocam draws it in Python.
 import { resize } from "./resize.js";
 
 /** Evenly spaced colours of matplotlib's viridis (CC0), from weak to strong. */
@@ -9,7 +9,7 @@ const VIRIDIS = (
   .split(" ")
   .map((colour) => [0, 2, 4].map((at) => parseInt(colour.slice(at, at + 2), 16)));
 
-/** Scale the scores of one class to [0, 1]; to 0 if they differ by no more than rounding. */
+/** Scale the scores of one class to [0, 1], or to 0 everywhere if they differ by rounding only. */
 export function minMax(scores) {
   const low = scores.reduce((a, b) => Math.min(a, b));
   const high = scores.reduce((a, b) => Math.max(a, b));

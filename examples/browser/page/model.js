@@ -8,8 +8,8 @@ const SCHEMA = 3;
 const [GRAPH, METADATA] = [7, 14]; // numbers of these fields in ONNX's ModelProto
 
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
-ort.env.wasm.numThreads = 1; // more would ask the server for two special headers
-ort.env.wasm.proxy = true; // in a worker: the page stays alive while a large model runs
+ort.env.wasm.numThreads = 1; // for more, the server would have to send two special headers
+ort.env.wasm.proxy = true; // runs in a worker, so that the page responds while a large model runs
 
 /** Yield [number, bytes] for each field of a protobuf message that holds bytes. */
 function* fields(bytes) {
@@ -34,10 +34,10 @@ function* fields(bytes) {
       at += length;
     } else throw new Error("not a protobuf message");
   }
-  if (at > bytes.length) throw new Error("a protobuf message cut short");
+  if (at > bytes.length) throw new Error("a truncated protobuf message");
 }
 
-/** Return what the file says of itself, or undefined if it is not an explained file. */
+/** Return the metadata of an ONNX file, or undefined if it is not an explained one. */
 function readProperty(bytes, name) {
   let [value, hasGraph] = [undefined, false];
   try {
@@ -55,9 +55,9 @@ function readProperty(bytes, name) {
 }
 
 /**
- * Return what the file says of itself, checked.
+ * Return the metadata of an explained file, checked.
  *
- * @throws {Error} in a sentence, if this page cannot explain with the file
+ * @throws {Error} with a sentence to show, if this page cannot explain with the file
  */
 function readMetadata(bytes, name) {
   const metadata = readProperty(bytes, name);
@@ -85,7 +85,7 @@ function readMetadata(bytes, name) {
 /**
  * Open a file's bytes and return {session, metadata}.
  *
- * @throws {Error} in a sentence, if this page cannot explain with it
+ * @throws {Error} with a sentence to show, if this page cannot explain with the file
  */
 export async function open(bytes, name) {
   if (typeof WebAssembly === "undefined") {

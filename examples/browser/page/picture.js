@@ -1,10 +1,10 @@
-// Turns a file into what the model takes: the same numbers as vit_reciprocam.Preprocess in Python.
+// Turns an image file into the model's input, as vit_reciprocam.Preprocess does in Python.
 import { INTERPOLATIONS, resize } from "./resize.js";
 
 const MOST_PIXELS = 80_000_000;
 const LONGEST_SIDE = 16_384; // pixels; a canvas cannot be longer
 
-/** Round to the nearest integer, halves to the even one, as Python's round does. */
+/** Round to the nearest integer, halves to the nearest even one, as Python's round does. */
 function round(value) {
   const below = Math.floor(value);
   const part = value - below;
@@ -14,7 +14,7 @@ function round(value) {
 /**
  * Decode a file to {bitmap, width, height}, upright.
  *
- * @throws {Error} in a sentence, if it is not a picture that this page can use
+ * @throws {Error} with a sentence to show, if it is not a picture that this page can use
  */
 export async function decode(file) {
   let bitmap;
@@ -102,7 +102,7 @@ export function tensor({ data, width, height }, { mean, std }) {
 /**
  * Refuse a preprocessing that this page cannot do.
  *
- * @throws {Error} in a sentence
+ * @throws {Error} with a sentence to show
  */
 export function checkPreprocess({ interpolation }) {
   if (!INTERPOLATIONS.includes(interpolation)) {

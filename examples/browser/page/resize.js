@@ -1,9 +1,9 @@
 // Resampling as Pillow does it, to the last bit: one pass across and one down, in which each output
-// is a weighted sum of inputs. Where the picture shrinks, the filter is widened with it, so that no
-// pixel is skipped. A canvas would be quicker, but every browser resamples in its own way, and
-// predictions depend on it.
+// is a weighted sum of inputs. If the picture shrinks, the filter is widened, so that no pixel is
+// skipped. A canvas would be quicker, but every browser resamples in its own way, and predictions
+// depend on it.
 // Since version 13, Pillow resamples some tall pictures downwards first, and bytes are rounded
-// between the passes: there the result may differ by a step or two.
+// between the passes: for these the result may differ by a step or two.
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 
@@ -18,7 +18,7 @@ const FILTERS = {
 };
 export const INTERPOLATIONS = Object.keys(FILTERS);
 
-/** Return, for each of `size` outputs, the first input that counts and the inputs' weights. */
+/** Return, for each of `size` outputs, its first input and the weights of its inputs. */
 function weights(inputs, size, interpolation) {
   const [reach, weight] = FILTERS[interpolation];
   const step = inputs / size;
@@ -43,7 +43,7 @@ const inSteps = ({ first, each }) => ({
   each: each.map((value) => Math.trunc(value * STEPS + Math.sign(value) / 2)),
 });
 
-/** Resample along one axis of `inputs` elements, each of `across` values that lie together. */
+/** Resample along one axis of `inputs` elements, each of which is `across` adjacent values. */
 function pass(data, table, inputs, across) {
   const bytes = data instanceof Uint8ClampedArray;
   const lines = data.length / (inputs * across);
