@@ -166,7 +166,7 @@ def huge():
         (None, {"kernel": "box"}, InputError, "kernel must be one of"),
         (None, {"layer": "pool"}, InputError, "reads its class token"),
         (None, {"targets": "best"}, InputError, "targets of a file must be"),
-        (None, {"targets": "top6"}, InputError, "'top6' of a model of 5 classes"),
+        (None, {"targets": "top6"}, InputError, "'top6', but the model has 5 classes"),
         (None, {"opset": 16}, InputError, "opset must be between 17"),
         (None, {"opset": 99}, InputError, "opset must be between 17"),
         (None, {"class_names": ["a"]}, InputError, "1 class names given for a model of 5"),

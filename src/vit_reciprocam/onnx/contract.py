@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["METADATA_KEY", "Metadata", "check_file_targets"]
+__all__ = ["METADATA_KEY", "Metadata", "check_classes", "check_file_targets"]
 
 METADATA_KEY = "vit_reciprocam"
 # Version of the JSON's layout. A file with another is refused, by a message that names the version
@@ -135,3 +135,13 @@ def check_file_targets(targets: str) -> int | None:
             f"that names the classes; got {targets!r}"
         )
     return int(top[1])
+
+
+def check_classes(classes: int, class_names: Sequence[str] | None, top: int | None = None) -> None:
+    """Refuse class names or a number of top classes that do not fit the model's classes."""
+    if class_names is not None and len(class_names) != classes:
+        raise InputError(f"{len(class_names)} class names given for a model of {classes} classes")
+    if top is not None and top > classes:
+        raise InputError(
+            f"targets is 'top{top}', but the model has {classes} classes: ask for fewer"
+        )

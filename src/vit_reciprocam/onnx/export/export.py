@@ -16,7 +16,7 @@ import onnx
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.dispatch import split_model
-from vit_reciprocam.onnx.contract import Metadata, check_file_targets
+from vit_reciprocam.onnx.contract import Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.export.check import compare
 from vit_reciprocam.onnx.export.edit import (
     chunk_size,
@@ -25,7 +25,6 @@ from vit_reciprocam.onnx.export.edit import (
     strip_notes,
 )
 from vit_reciprocam.onnx.export.prepare import (
-    check_classes,
     check_model,
     choose_size,
     convert_to_float32,

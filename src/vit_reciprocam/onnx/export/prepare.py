@@ -18,7 +18,6 @@ from vit_reciprocam.libraries.validation import check_mode
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = [
-    "check_classes",
     "check_model",
     "choose_size",
     "convert_to_float32",
@@ -163,11 +162,3 @@ def find_second_size(
             f"the size of the images cannot stay open: {error}. Leave out dynamic_size"
         ) from error
     return second
-
-
-def check_classes(classes: int, class_names: Sequence[str] | None, top: int | None) -> None:
-    """Refuse class names or a number of top classes that do not fit the model's classes."""
-    if class_names is not None and len(class_names) != classes:
-        raise InputError(f"{len(class_names)} class names given for a model of {classes} classes")
-    if top is not None and top > classes:
-        raise InputError(f"targets='top{top}' of a model of {classes} classes: ask for fewer")

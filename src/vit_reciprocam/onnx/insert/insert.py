@@ -16,7 +16,7 @@ import onnx
 from onnx import inliner
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_file_targets
+from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
@@ -173,13 +173,7 @@ def _check_settings(
     preprocess: Preprocess | str | None,
 ) -> Preprocess | None:
     """Refuse settings that do not fit the model, and return the preprocessing."""
-    if class_names is not None and len(class_names) != reading.classes:
-        raise InputError(
-            f"{len(class_names)} class names given for a model of {reading.classes} classes"
-        )
-    top = check_file_targets(targets)
-    if top and top > reading.classes:
-        raise InputError(f"targets is {targets!r}, but the model has {reading.classes} classes")
+    check_classes(reading.classes, class_names, check_file_targets(targets))
     height, width = reading.values[reading.images].shape[2:]
     if isinstance(preprocess, str):
         preprocess = Preprocess.parse(preprocess, size=(height, width))

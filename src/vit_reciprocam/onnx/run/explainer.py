@@ -15,7 +15,7 @@ from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
-from vit_reciprocam.onnx.contract import Metadata, check_file_targets
+from vit_reciprocam.onnx.contract import Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
 from vit_reciprocam.onnx.run.sessions import open_session
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -72,16 +72,11 @@ class OnnxExplainer:
         self._most = check_file_targets(self.metadata.targets)
         self.size = self._check_graph()
         self.num_classes = self._count_classes()
-        self.class_names = self.metadata.class_names if class_names is None else tuple(class_names)
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            if class_names is None:
-                raise self._contradiction(
-                    f"{len(self.class_names)} class names", f"{self.num_classes} classes"
-                )
-            raise InputError(
-                f"{len(self.class_names)} class names given for a model of {self.num_classes} "
-                "classes"
-            )
+        check_classes(self.num_classes, class_names)
+        own = self.metadata.class_names
+        if class_names is None and own is not None and len(own) != self.num_classes:
+            raise self._contradiction(f"{len(own)} class names", f"{self.num_classes} classes")
+        self.class_names = own if class_names is None else tuple(class_names)
         self.preprocess = self._check_preprocess(preprocess)
 
     def options(self) -> dict[str, Any]:
@@ -144,13 +139,13 @@ class OnnxExplainer:
         """This object: an explained file is a model that explains itself."""
         return self
 
-    def batch(self, images: np.ndarray) -> Batch:
+    def batch(self, images: np.ndarray | Batch) -> Batch:
         """Return preprocessed images (B, 3, H, W), for several explainers of this file."""
-        return Batch(self._check_images(images))
+        return images if isinstance(images, Batch) else Batch(self._check_images(images))
 
     def predict(self, images: np.ndarray | Batch) -> np.ndarray:
         """Return the logits (B, C) float32 of preprocessed images."""
-        batch = images if isinstance(images, Batch) else self.batch(images)
+        batch = self.batch(images)
         if batch.logits is None:
             feeds = {self.metadata.images: batch.images}
             if self.metadata.targets == "input":
@@ -171,7 +166,7 @@ class OnnxExplainer:
         Raises:
             InputError: If the images or targets do not fit the model or the file.
         """
-        batch = images if isinstance(images, Batch) else self.batch(images)
+        batch = self.batch(images)
         if self.metadata.targets == "input":
             logits, scores, chosen = self._run_for(batch, targets)
         else:
@@ -201,7 +196,7 @@ class OnnxExplainer:
         targets: Any = None,
     ) -> Explanation:
         """Explain by a null baseline's maps, which are the same for every target."""
-        batch = images if isinstance(images, Batch) else self.batch(images)
+        batch = self.batch(images)
         logits = self.predict(batch)
         chosen = resolve_targets(targets, logits)
         maps = null_maps(method, batch.images, self._grid(batch.images), **settings)
@@ -266,7 +261,7 @@ class OnnxExplainer:
         return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
 
     def _as_logits(self, prediction: np.ndarray) -> np.ndarray:
-        """Return the prediction as logits float32: of probabilities, these are the logarithms."""
+        """Return the prediction as logits float32; those of probabilities are their logarithms."""
         values = prediction.astype(np.float32, copy=False)
         if not self.metadata.probabilities:
             return values
