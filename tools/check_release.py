@@ -2,8 +2,8 @@
 
     python tools/check_release.py v0.1.0
 
-The release workflow runs this first, and a maintainer before tagging. It reads files alone, so it
-needs nothing installed.
+The release workflow runs this first, and a maintainer runs it before tagging. It only reads files,
+so it needs nothing installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The files that name the version, once each, and how it stands there.
+# Each file that names the version, with the pattern of the line that does so, once per file.
 PLACES = {
     "src/vit_reciprocam/__init__.py": r'^__version__ = "(.+)"$',
     "CITATION.cff": r"^version: (.+)$",
@@ -22,15 +22,15 @@ PLACES = {
 
 
 def disagreements(tag: str, root: Path = ROOT) -> list[str]:
-    """Sentences that say what does not agree with a tag such as "v0.1.0"; none if all does."""
+    """Return a sentence for each thing that disagrees with a tag such as "v0.1.0"."""
     version = re.fullmatch(r"v(\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?)", tag)
     if version is None:
         return [f"a release's tag is v and a version, such as v0.1.0 or v0.1.0rc1; got {tag!r}"]
     found = []
     for name, pattern in PLACES.items():
-        stands = re.findall(pattern, _text(root / name), re.MULTILINE)
-        if stands != [version[1]]:
-            found.append(f"{name} names {', '.join(stands) or 'no version'}, the tag {version[1]}")
+        named = re.findall(pattern, _text(root / name), re.MULTILINE)
+        if named != [version[1]]:
+            found.append(f"{name} names {', '.join(named) or 'no version'}, the tag {version[1]}")
     heading = rf"^## \[{re.escape(version[1])}\] - \d{{4}}-\d\d-\d\d$"
     changes = re.split(r"^## ", _text(root / "CHANGELOG.md"), flags=re.MULTILINE)
     if not re.search(heading, _text(root / "CHANGELOG.md"), re.MULTILINE):
@@ -45,7 +45,7 @@ def _text(file: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what does not agree; return the exit code: 1 if there is something, 2 for usage."""
+    """Print what disagrees, and return the exit code: 1 if anything does, 2 for wrong usage."""
     if len(arguments) != 1:
         print("usage: python tools/check_release.py TAG", file=sys.stderr)
         return 2
