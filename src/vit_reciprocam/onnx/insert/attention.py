@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.insert.find import FUSED, PRODUCTS, Found
+from vit_reciprocam.onnx.insert.find import FUSED, PRODUCTS, FoundAttention
 from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["AttentionTensor", "SelfAttention", "read_attention"]
@@ -84,7 +84,7 @@ class SelfAttention:
 
 
 def read_attention(
-    graph: Graph, found: Found, values: Mapping[str, np.ndarray], batch: int
+    graph: Graph, found: FoundAttention, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
     """Return an attention with its operands, scale and bias; refuse any other kind of scores.
 

@@ -16,7 +16,7 @@ from vit_reciprocam.onnx.insert.graph import Graph, node_inputs
 __all__ = [
     "FUSED",
     "PRODUCTS",
-    "Found",
+    "FoundAttention",
     "find_attention",
     "find_normed",
     "has_head",
@@ -71,7 +71,7 @@ _NORMS = frozenset(
 FUSED = frozenset({"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"})
 
 
-class Found(NamedTuple):
+class FoundAttention(NamedTuple):
     """An attention: the number of its fused node or its softmax, and the names of its values."""
 
     number: int
@@ -81,8 +81,8 @@ class Found(NamedTuple):
     output: str
 
 
-def find_attention(graph: Graph) -> Iterator[Found]:
-    """Yield the attentions, the last one first; not those whose queries are learned vectors."""
+def find_attention(graph: Graph) -> Iterator[FoundAttention]:
+    """Yield the attentions, the last one first, except those whose queries are learned vectors."""
     for number in reversed(range(len(graph.nodes))):
         node = graph.nodes[number]
         found = None
@@ -91,14 +91,14 @@ def find_attention(graph: Graph) -> Iterator[Found]:
             # ONNX Runtime's Attention, QAttention and PackedAttention project one input themselves.
             projects = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
             key, value = (query, query) if projects else (node.input[1], node.input[2])
-            found = Found(number, query, key, value, node.output[0])
+            found = FoundAttention(number, query, key, value, node.output[0])
         elif node.op_type in ("Softmax", "QLinearSoftmax"):
             found = _read_softmax(graph, number)
         if found and found.query in graph.image_values:
             yield found
 
 
-def refuse_other_attention(graph: Graph, found: Found, normed: str, logits: str) -> None:
+def refuse_other_attention(graph: Graph, found: FoundAttention, normed: str, logits: str) -> None:
     """Refuse a graph in which images reach the logits through yet another attention.
 
     Attentions above F are meant to be there. After it there may be one whose queries are learned
@@ -122,7 +122,7 @@ def refuse_other_attention(graph: Graph, found: Found, normed: str, logits: str)
             )
 
 
-def _read_softmax(graph: Graph, number: int) -> Found | None:
+def _read_softmax(graph: Graph, number: int) -> FoundAttention | None:
     """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
     node = graph.nodes[number]
     weights, products = [node.output[0]], set()
@@ -141,7 +141,7 @@ def _read_softmax(graph: Graph, number: int) -> Found | None:
     before = _find_product(graph, node.input[0])
     if before is None:
         return None
-    return Found(number, before.input[0], _factor(before), _factor(after), after.output[0])
+    return FoundAttention(number, before.input[0], _factor(before), _factor(after), after.output[0])
 
 
 def _find_product(graph: Graph, name: str) -> onnx.NodeProto | None:
@@ -156,7 +156,7 @@ def _find_product(graph: Graph, name: str) -> onnx.NodeProto | None:
     return None
 
 
-def find_normed(graph: Graph, found: Found) -> str:
+def find_normed(graph: Graph, found: FoundAttention) -> str:
     """Return the name of F: the LayerNorm's output that queries, keys and values come from."""
     operands = [found.query, found.key, found.value]
     projects_itself = len(set(operands)) == 1
@@ -191,7 +191,7 @@ def _find_projected(graph: Graph, names: list[str]) -> list[str]:
         if name in seen or node is None:
             continue
         seen.add(name)
-        # A product of two values that both depend on the images, such as a gate, is no projection.
+        # A product of two values that both depend on the images, such as a gate, is not a projection.
         # A dynamic quantiser splits a value into numbers, scale and zero point, which are then
         # projected: its input counts.
         if node.op_type == "DynamicQuantizeLinear" or (

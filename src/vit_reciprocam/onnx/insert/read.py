@@ -17,7 +17,7 @@ from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import SelfAttention, read_attention
 from vit_reciprocam.onnx.insert.find import (
-    Found,
+    FoundAttention,
     find_attention,
     find_normed,
     has_head,
@@ -172,7 +172,9 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
 
 
-def _find_cut(graph: Graph, logits: str, target_node: str | None) -> tuple[Found | None, str]:
+def _find_cut(
+    graph: Graph, logits: str, target_node: str | None
+) -> tuple[FoundAttention | None, str]:
     """Return the last attention, None if there is only a target node, and the name of F."""
     used = set(graph.nodes_above([logits]))
     found = next((each for each in find_attention(graph) if each.number in used), None)
