@@ -175,7 +175,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
 def _find_cut(
     graph: Graph, logits: str, target_node: str | None
 ) -> tuple[FoundAttention | None, str]:
-    """Return the last attention, None if there is only a target node, and the name of F."""
+    """Return the last attention, which only a target node can replace, and the name of F."""
     used = set(graph.nodes_above([logits]))
     found = next((each for each in find_attention(graph) if each.number in used), None)
     if target_node is not None:
