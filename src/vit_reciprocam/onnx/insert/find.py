@@ -191,8 +191,8 @@ def _find_projected(graph: Graph, names: list[str]) -> list[str]:
         if name in seen or node is None:
             continue
         seen.add(name)
-        # A product of two values that both depend on the images is not a projection but, for example,
-        # a gate. A dynamic quantiser splits a value into numbers, scale and zero point, which are
+        # A product of two values that both depend on the images is not a projection but a gate, or
+        # the like. A dynamic quantiser splits a value into numbers, scale and zero point, which are
         # then projected: its input counts.
         if node.op_type == "DynamicQuantizeLinear" or (
             node.op_type in _PROJECTIONS and _factor(node) not in graph.image_values
