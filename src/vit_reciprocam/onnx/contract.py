@@ -8,7 +8,7 @@ patches and K of the model's C classes it also has
     classes   (B, K) int64  output: which classes these are, if they are the top classes
     targets   (B, K) int64  input: which classes to explain, if `Metadata.targets` is "input"
 
-Its metadata is one of ONNX's metadata properties: `Metadata` as JSON.
+One of its ONNX metadata properties, METADATA_KEY, holds `Metadata` as JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 __all__ = ["METADATA_KEY", "Metadata", "check_classes", "check_file_targets"]
 
 METADATA_KEY = "vit_reciprocam"
-# Version of the JSON's layout. A file with another is refused, by a message that names the version
-# of the package that wrote it. If you raise the number, raise it in
+# Version of the JSON's layout; files with another one are refused. If you raise it, raise it in
 # examples/browser/page/model.js too.
 _SCHEMA = 3
 _TOP = re.compile(r"top([1-9]\d*)")
@@ -36,7 +35,7 @@ _TOP = re.compile(r"top([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an explained file says of its model and maps.
+    """What an explained file says about its model and maps.
 
     The names of the attributes are the keys of the JSON.
 
@@ -125,7 +124,7 @@ class Metadata:
 
 
 def check_file_targets(targets: str) -> int | None:
-    """Return the number in "top1", "top2" …, or None for "all" and "input"; refuse all else."""
+    """Return the number in "top1", "top2" …, or None for "all" and "input"; refuse the rest."""
     top = _TOP.fullmatch(targets)
     if targets in ("all", "input"):
         return None

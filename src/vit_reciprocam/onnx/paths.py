@@ -1,4 +1,4 @@
-"""Check paths before use: that of the file to write, and those of weights beside a file."""
+"""Check the path of a file to write, and the paths of weights that lie beside a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_output", "find_weights"]
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """Return the path of an ONNX file to write, or refuse it if it cannot be written there."""
+    """Return the path as a `Path`; refuse one to which no ONNX file can be written."""
     file = Path(path)
     if file.suffix != ".onnx":
         raise InputError(f"the file to write must end in .onnx; got {file}")

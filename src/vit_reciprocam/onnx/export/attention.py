@@ -115,6 +115,6 @@ def _sum_outside(
 
 
 def _lie_near(size: int, margin: int) -> Bool[Tensor, "size size"]:
-    """Tell for each pair of `size` rows whether they are at most `margin` apart."""
+    """Return, for each pair of `size` rows, whether they are at most `margin` apart."""
     numbers = torch.arange(size)
     return (numbers[:, None] - numbers).abs() <= margin

@@ -11,11 +11,11 @@ from vit_reciprocam.errors import ModelError
 __all__ = ["chunk_size", "loop_over_masks", "store_as_half", "strip_notes"]
 
 _LARGEST_CHUNK = 8  # masks in one step of the loop
-_SMALL = 1024  # constants of fewer numbers are not worth a conversion
+_SMALL = 1024  # smaller constants are not worth a conversion
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Remove the exporter's notes, which hold paths of the machine it ran on.
+    """Remove the exporter's metadata and descriptions, which hold paths of the machine it ran on.
 
     Operators other than ONNX's standard ones are refused.
     """
@@ -54,7 +54,7 @@ def chunk_size(masks: int) -> int:
 def loop_over_masks(
     model: ir.Model, grid: tuple[int, int], masking: Masking, *, prefix_tokens: int, classes: int
 ) -> None:
-    """Make the graph of a `ModelWithMaps`, in place, hold its masks and run them chunk by chunk.
+    """Change the graph of a `ModelWithMaps`, in place, to hold its masks and run them by chunks.
 
     As traced by the exporter, the graph runs one chunk of masks and takes the result of all chunks
     from outside, so it has two inputs and one output that no user should see:
@@ -108,9 +108,9 @@ def _loop_body(
 ) -> ir.Graph:
     """Return the graph that a Loop runs in each step, with `masks` picked from `all_masks`.
 
-    ONNX lays down its inputs, the number of the step and whether to go on, and its outputs, whether
-    to go on and what to stack, here `logits`. The nodes' other inputs are found in the graph around
-    it.
+    ONNX prescribes its inputs: the number of the step, and whether to go on. Its outputs are
+    whether to go on, and what the Loop stacks, here `logits`. All other values that the nodes use
+    come from the graph around the Loop.
     """
     number = ir.Value(
         name="chunk_number", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)

@@ -43,8 +43,8 @@ __all__ = ["ExportedFile", "export", "export_prediction"]
 
 OPSET = 18
 _LEAST_OPSET = 17
-_LARGE = 2_000_000_000  # bytes of weights; an ONNX file itself ends at 2 GiB
-# Numbers of images. They differ, so that the check fails if the trace froze the batch size.
+_LARGE = 2_000_000_000  # bytes of weights; an ONNX file itself cannot exceed 2 GiB
+# Batch sizes. They differ, so that the check fails if the trace froze the batch size.
 _TRACED, _CHECKED = 2, 3
 _BATCH = Dim("batch")
 
@@ -99,10 +99,10 @@ def export(
 
     The file takes `images` and gives `logits`, `saliency` and `scores`, as described by
     `vit_reciprocam.onnx.contract`. The method is that of `ReciproCAM`, with the same settings. The
-    batch is dynamic, operators are ONNX's standard ones, and the input is float32 on any device. If
-    the closed form does not hold, a loop runs the end of the model for a few masks at a time.
+    batch is dynamic, operators are ONNX's standard ones, and the input is float32. If the closed
+    form does not hold, a loop runs the end of the model for a few masks at a time.
 
-    The file is moved to its place only after ONNX Runtime has given PyTorch's results with it.
+    The file is moved to its place only after ONNX Runtime has computed PyTorch's results from it.
 
     Args:
         model: A supported classifier, or what `load` returns, which also has class names,
@@ -113,7 +113,7 @@ def export(
             the size of the images.
         name: Name of the model; by default that of its Python class.
         size: (height, width) of the images in pixels, if the preprocessing does not give it or
-            another is wanted.
+            you want another.
         kernel: "gaussian" or "dirac", as in `ReciproCAM`.
         class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
         layer: Place where tokens are masked, as in `ReciproCAM`.
@@ -140,15 +140,15 @@ def export(
     _check_opset(opset)
     preprocess, size = choose_size(preprocess, size)
     check_model(model)
-    work = convert_to_float32(model, half=half)
-    split = split_model(work, pool=layer == "pool")
+    converted = convert_to_float32(model, half=half)
+    split = split_model(converted, pool=layer == "pool")
     cut, classes = cut_example(split, size)
     patch = size[0] // cut.grid[0], size[1] // cut.grid[1]
     sizes = [size, find_second_size(split, size, patch)] if dynamic_size else [size]
     check_classes(classes, class_names, top)
 
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
-    module = ModelWithMaps(work, masking, top=top, raw=raw)
+    module = ModelWithMaps(converted, masking, top=top, raw=raw)
     # If there are two sizes, the second is traced: at its own size a model may not resize its
     # position embedding, and the trace would lack that.
     inputs, dynamic = _example_inputs(sizes[-1], patch if dynamic_size else None, targets)
@@ -178,9 +178,9 @@ def export(
     )
     graph.metadata_props.update(metadata.to_properties())
     if external_data is None:
-        external_data = count_bytes(work) > _LARGE
+        external_data = count_bytes(converted) > _LARGE
     with write_then_move(graph, path, external_data=external_data) as file:
-        difference = _compare_at(sizes, file, work, metadata)
+        difference = _compare_at(sizes, file, converted, metadata)
     files = file_names(path, external_data=external_data)
     return ExportedFile(
         files=files,
@@ -197,10 +197,7 @@ def export(
 def export_prediction(
     model: nn.Module, path: str | os.PathLike[str], *, size: tuple[int, int], opset: int = OPSET
 ) -> None:
-    """Write a model without maps by the same exporter, to compare costs with.
-
-    The arguments are those of `export`.
-    """
+    """Write a model without maps, by the same exporter, so that costs can be compared."""
     inputs, dynamic = _example_inputs(size, None, "all")
     module = LogitsAlone(convert_to_float32(model, half=False))
     graph = trace(module, inputs, outputs=["logits"], dynamic=dynamic, opset=opset)

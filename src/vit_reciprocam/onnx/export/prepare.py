@@ -33,8 +33,8 @@ def unpack_classifier(
 ) -> tuple[nn.Module, Sequence[str] | None, Preprocess | None, str]:
     """Return a module with its class names, preprocessing and name.
 
-    If the model is a `Classifier`, all that is None comes from it. A model that is neither a module
-    nor a classifier with one is refused.
+    Whatever is None is taken from the model if that is a `Classifier`. A model that is neither a
+    module nor a classifier with one is refused.
     """
     if isinstance(model, nn.Module):
         return model, class_names, preprocess, name or type(model).__name__
@@ -60,7 +60,7 @@ def unpack_classifier(
 def choose_size(
     preprocess: Preprocess | None, size: tuple[int, int] | None
 ) -> tuple[Preprocess | None, tuple[int, int]]:
-    """Return the preprocessing and the (height, width) of the images, made to agree."""
+    """Return the preprocessing, for images of the chosen size, and that size (height, width)."""
     if size is None:
         if preprocess is None:
             raise InputError(
@@ -86,7 +86,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
-    """Return the model in float32 on the CPU; a copy, if it is not that already.
+    """Return the model in float32 on the CPU, as a copy unless it is that already.
 
     If `half`, it is a copy whose weight matrices are rounded to numbers that float16 can hold.
     """
@@ -96,7 +96,7 @@ def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
         return model
     try:
         converted = copy.deepcopy(model).to("cpu").float()
-    except Exception as error:  # copying runs code of whatever the module holds
+    except Exception as error:  # copying may run code of any object inside the module
         raise ModelError(
             f"the model cannot be copied, which float32 on the CPU needs ({error}): convert it "
             "with model.float().cpu() before"
@@ -146,8 +146,8 @@ def find_second_size(
 ) -> tuple[int, int]:
     """Return another image size that the model takes, for a file that leaves the size open.
 
-    It is one patch of (height, width) pixels higher and two wider. A model that takes only one size
-    is refused, with its own reason.
+    It is one patch higher and two patches wider. A model that takes only one size is refused, with
+    its own reason.
     """
     if split.direct_because:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Join a PyTorch model and its explanation to one module, and trace that into an ONNX graph.
+"""Join a PyTorch model and its explanation into one module, and trace it into an ONNX graph.
 
 The direct path needs a loop over the masks, which the exporter cannot trace through a user's
 modules. So the module takes one chunk of masks, and the result of all chunks as another input. In
@@ -51,7 +51,7 @@ class ModelWithMaps(nn.Module):
     """
 
     def __init__(self, model: nn.Module, masking: Masking, *, top: int | None, raw: bool) -> None:
-        """Join a model with the way it is to be explained.
+        """Join a model and the settings of its explanation.
 
         `top` is the number of most probable classes to explain; None stands for all classes, or
         those in the input `targets`. If `raw`, saliency is left out.
@@ -70,7 +70,7 @@ class ModelWithMaps(nn.Module):
         masks: Float[Tensor, "M T"] | None = None,
         rows: Float[Tensor, "N B C"] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return those outputs that are wanted, in the order above."""
+        """Return the outputs that were asked for, in the order in which the class names them."""
         split = split_model(self.model, pool=self.masking.layer == "pool")
         cut = split.cut(images)
         chunk: tuple[Tensor, ...] = ()

@@ -16,7 +16,7 @@ from vit_reciprocam.errors import ModelError
 
 __all__ = ["file_names", "write_then_move"]
 
-_SMALL = 1024  # constants of fewer bytes stay in the ONNX file
+_SMALL = 1024  # smaller constants stay in the ONNX file
 
 
 def file_names(path: Path, *, external_data: bool) -> tuple[Path, ...]:
@@ -48,7 +48,7 @@ def write_then_move(model: ir.Model, path: Path, *, external_data: bool) -> Iter
 
 
 def _move(names: list[str], source: Path, destination: Path) -> None:
-    """Move a graph and its weights, so that at no moment a graph lies beside another's weights."""
+    """Move a graph and its weights, so that a graph never lies beside those of another."""
     graph, *weights = names
     for name in names:
         with (source / name).open("rb") as file:

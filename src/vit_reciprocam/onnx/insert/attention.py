@@ -44,11 +44,10 @@ class AttentionTensor:
 
     Attributes:
         name: Name of the value.
-        axes: Meaning of each of its axes: b images, h heads, t tokens, d numbers of one head; "bh"
-            and "hd" stand for two axes joined to one, the first of them the slower.
-        bias: What is added before use, (h·d,) or None.
-        weight: What the value is multiplied with before that, (D, h·d); None if it is projected
-            already.
+        axes: Meaning of each of its axes: b images, h heads, t tokens, d width of a head; "bh"
+            and "hd" stand for two axes joined into one, of which the first varies slower.
+        weight: What the value is first multiplied with, (D, h·d); None if it is projected already.
+        bias: What is then added, (h·d,); None if nothing is.
     """
 
     name: str
@@ -86,7 +85,7 @@ class SelfAttention:
 def read_attention(
     graph: Graph, found: FoundAttention, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
-    """Return an attention with its operands, scale and bias; refuse any other kind of scores.
+    """Return an attention with its operands, scale and bias; refuse scores made in another way.
 
     The `values` are those of a run with `batch` images, from the attention's queries, keys and
     values to its output.
@@ -149,8 +148,8 @@ def _measure_scale_and_bias(
 ) -> tuple[float, np.ndarray | None]:
     """Find the scale and bias between q kᵀ and the softmax by running the nodes there.
 
-    If queries and keys are zeros, the scores are the bias. With the real ones, scores less that
-    bias have to be a multiple of q kᵀ; the multiple is the scale.
+    If queries and keys are zeros, the scores are the bias. With the real ones, scores minus that
+    bias must be a multiple of q kᵀ, and the factor is the scale.
     """
     entering = graph.values_entering(graph.nodes_between([query, key], [scores]))
     given = {name: values[name] for name in entering}

@@ -67,7 +67,7 @@ class Branch:
         return output
 
     def top(self, values: str, count: int, *, indices: str) -> None:
-        """Add a TopK whose indices, of the largest values on the last axis, have that name."""
+        """Add a TopK on the last axis, and name its output of indices `indices`."""
         outputs = [self.new_name("TopK"), indices]
         self.nodes.append(helper.make_node("TopK", [values, self.ints(count)], outputs, axis=-1))
 

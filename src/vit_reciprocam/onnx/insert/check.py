@@ -72,7 +72,7 @@ def _check_outputs(
     for name, value in before.items():
         difference = np.abs(after[name].astype(np.float64) - value).max()
         if not difference <= tolerance * np.abs(value).max():
-            raise ModelError(f"the output {name!r} is not as before, by {difference:.1e}")
+            raise ModelError(f"the output {name!r} has changed by {difference:.1e}")
 
 
 def _compare(scores: np.ndarray, expected: np.ndarray, reading: Reading) -> float:

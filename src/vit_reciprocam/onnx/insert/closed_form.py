@@ -40,8 +40,8 @@ def append_closed_form(
 ) -> str:
     """Append the logits (B, N, C) under all masks and return their name.
 
-    If the file is `rounded`, unlike `graph`, its queries, keys and values are computed anew,
-    without rounding.
+    If the file rounds its values (`rounded`), its queries, keys and values are computed anew by the
+    nodes of `graph`, which does not round.
     """
     attention, head = reading.attention, reading.head
     assert attention is not None
@@ -177,7 +177,7 @@ def _append_operands(
     *,
     rounded: bool,
 ) -> _Operands:
-    """Append the projections of F minus those at level 0."""
+    """Append queries, keys and values, the last two minus those at level 0, and the masks."""
     heads, level_0 = attention.heads, _read_level_0(graph, reading, attention)
     mask = branch.floats(masks)
     names = {operand.name: operand.name for operand in attention.operands}

@@ -15,7 +15,7 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "QLinearMatMul")
 
 
 def cut_out_prediction(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Write only those nodes of an explained file that its logits need to another file.
+    """Write to another file only those nodes of an explained file that its logits need.
 
     They are the untouched model if the explanation was inserted. A file in which prediction and
     maps come from the same operations, as in those that `export` writes, is refused.

@@ -49,7 +49,7 @@ def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
     try:
         for place, name in partial.items():
             shutil.copyfile(folder / place, path.parent / name)
-        if partial:  # so that at no moment the old graph lies beside the new weights
+        if partial:  # so that the old graph never lies beside the new weights
             path.unlink(missing_ok=True)
         for place, name in partial.items():
             (path.parent / name).replace(path.parent / names[place])

@@ -30,7 +30,7 @@ __all__ = [
 _KEEP = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 # Nodes that put 0 in place of the NaN that softmax gives for rows that are masked as a whole.
 _GUARDS = frozenset({"IsNaN", "Where"})
-# Nodes that only move numbers, between a value, its projections and their heads.
+# Nodes that only rearrange numbers, on the way from a value to its projections and their heads.
 _VIEWS = _KEEP | {
     "DynamicQuantizeLinear",
     "Reshape",
@@ -101,8 +101,8 @@ def find_attention(graph: Graph) -> Iterator[FoundAttention]:
 def refuse_other_attention(graph: Graph, found: FoundAttention, normed: str, logits: str) -> None:
     """Refuse a graph in which images reach the logits through yet another attention.
 
-    Attentions above F are meant to be there. After it there may be one whose queries are learned
-    vectors, and a softmax of the logits.
+    Attentions above F are allowed. So are, after it, those whose queries are learned vectors, and a
+    softmax of the logits.
     """
     above = set(graph.nodes_above([normed]))
     for number in graph.nodes_above([logits]):
@@ -126,7 +126,7 @@ def _read_softmax(graph: Graph, number: int) -> FoundAttention | None:
     """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
     node = graph.nodes[number]
     weights, products = [node.output[0]], set()
-    for name in weights:  # the list grows inside the loop, behind each cast and guard
+    for name in weights:  # each cast and guard adds its output to the list
         for consumer in graph.consumers.get(name, []):
             after = graph.nodes[consumer]
             if after.op_type in PRODUCTS:
@@ -191,9 +191,9 @@ def _find_projected(graph: Graph, names: list[str]) -> list[str]:
         if name in seen or node is None:
             continue
         seen.add(name)
-        # A product of two values that both depend on the images is not a projection but a gate, or
-        # the like. A dynamic quantiser splits a value into numbers, scale and zero point, which are
-        # then projected: its input counts.
+        # A product of two values that both depend on the images, such as a gate, does not project.
+        # A dynamic quantiser splits a value into numbers, scale and zero point, which are then
+        # projected: its input counts.
         if node.op_type == "DynamicQuantizeLinear" or (
             node.op_type in _PROJECTIONS and _factor(node) not in graph.image_values
         ):
@@ -209,7 +209,7 @@ def _factor(node: onnx.NodeProto) -> str:
 
 
 def _is_norm(graph: Graph, name: str) -> bool:
-    """Tell whether a value comes from a LayerNorm, be that one node or its single operators."""
+    """Tell whether a value comes from a LayerNorm, written as one node or as single operators."""
     waiting, seen = [name], 0
     while waiting and seen < 16:  # a LayerNorm of single operators has about ten
         node = graph.producer(waiting.pop(0))

@@ -1,4 +1,4 @@
-"""An ONNX graph to ask: which nodes compute and use each value, and what do pieces of it compute?
+"""An ONNX graph that tells which nodes compute and use each value, and runs pieces of itself.
 
 Nodes stay the protobuf messages of the file, so that what runs here, and what is copied later, is
 exactly what the file holds.
@@ -57,7 +57,7 @@ def open_unoptimized(
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Return a function from a model's inputs to its outputs; each node runs as it stands.
 
-    The function raises a ModelError if ONNX Runtime fails, and so does this one.
+    Both that function and this one raise a ModelError if ONNX Runtime fails.
     """
     with _wrap_runtime_errors():
         content = model.SerializeToString()
@@ -237,7 +237,7 @@ class Graph:
             [value for name, value in self.weights.items() if name in used - given.keys()],
         )
         model = helper.make_model(graph, opset_imports=self.model.opset_import)
-        model.ir_version = max(self.model.ir_version, 4)  # 3 asks for weights among the inputs
+        model.ir_version = max(self.model.ir_version, 4)  # 3 wants weights among the inputs
         return model
 
     def describe(self, name: str) -> str:

@@ -1,8 +1,8 @@
 """Find which tokens reach the logits after the last attention, and where the head picks them.
 
 The closed form holds if these are single prefix tokens, each picked from a value with all tokens.
-Exporters write that in many ways (Gather, Slice, Split and others). So kinds of nodes are not
-looked at, only which values change when a token is changed.
+Exporters write that in many ways (Gather, Slice, Split and others). So the kinds of nodes do not
+count, only which values change when a token is changed.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class HeadReads:
     """How the head reads prefix tokens.
 
     Attributes:
-        sides: Name -> token axis, of the values with all tokens that are used beside the
-            attention's output, such as the skip path.
-        reads: Name -> what it reads, of the values that depend on one token each. The logits
-            depend on tokens only through these.
+        sides: The values with all tokens that are used beside the attention's output, such as the
+            skip path: name -> token axis.
+        reads: The values that depend on one token each: name -> which token, and where it is
+            picked. The logits depend on tokens only through these values.
     """
 
     sides: Mapping[str, int]
@@ -61,7 +61,7 @@ def read_head(
 ) -> HeadReads:
     """Return how the head reads prefix tokens; refuse one for which the closed form fails.
 
-    The `values` of one run are the attention's output and all others that nodes after it use.
+    The `values`, all of one run, are the attention's output and what else nodes after it use.
     """
     output = attention.output.name
     prefix, count = layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1]
@@ -106,8 +106,8 @@ def _prepare_changes(
 ) -> tuple[Callable[[slice], set[str]], dict[str, tuple[int, ...]]]:
     """Return a function from tokens to the names of values they change, and all values' shapes.
 
-    The tokens are changed in those of the `given` values that have a token axis in `axes`, and
-    looked at are the values `made` from them.
+    The function changes these tokens in the `given` values that have a token axis in `axes`, and
+    returns which of the values `made` from them are different then.
     """
     run = graph.prepare(given, made)
     before = run(given)

@@ -87,10 +87,11 @@ def insert(
         targets: Classes to explain: "all", "top1", "top2" … or "input", which adds an input
             `targets` (B, K).
         raw: Whether to leave out the maps scaled to [0, 1]; the scores remain.
-        grid: Patch grid (h, w), if it is not found.
+        grid: Patch grid (h, w), if it cannot be found.
         size: Height and width of the pictures, if the graph leaves them open. The file written
             then takes only that size.
-        target_node: Name of the value to mask, or of the node that computes it, if it is not found.
+        target_node: Name of the value to mask, or of the node that computes it, if it cannot be
+            found.
         class_names: One name per class, for the file's metadata.
         preprocess: Preprocessing of pictures for the model, for the file's metadata; also as text,
             such as "imagenet" (`vit_reciprocam.pictures.preprocess`), with the graph's own size.
@@ -189,7 +190,7 @@ def _explain(
 ) -> tuple[onnx.ModelProto, Inserted]:
     """Return the model with an explanation, by the closed form if the graph permits.
 
-    The `reading` is of `unrounded`, which is `graph` without rounding.
+    The `reading` describes `unrounded`, which is `graph` without rounding.
     """
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:

@@ -68,7 +68,7 @@ def find_layout(
     convolutions: Sequence[tuple[int, ...]],
     given: tuple[int, int] | None,
 ) -> Layout:
-    """Return the layout of F, refused if it is not known or no grid fits.
+    """Return the layout of F; refuse one that is not known or that no grid fits.
 
     Args:
         shape: Shape of F.
@@ -114,9 +114,9 @@ def check_layout(
 ) -> None:
     """Refuse a graph in which F's tokens do not lie row by row after the prefix.
 
-    Attention mixes tokens, so a changed patch may show most in the token of another. The test is
-    therefore made in two steps: from pixels to the tokens before any attention, and from there to F
-    with a whole token changed at a time.
+    Attention mixes tokens, so a changed patch may change the token of another patch most. So the
+    test has two steps: from pixels to the tokens before any attention, and from there to F with a
+    whole token changed at a time.
 
     Args:
         graph: The graph.
@@ -176,7 +176,7 @@ def _measure_moves(
     regions: Sequence[Any],
     seen: str,
 ) -> list[np.ndarray]:
-    """Return by how much `seen` moves if regions of `changed` flip their sign, one at a time."""
+    """Return the change of `seen` after each region of `changed` in turn has its sign flipped."""
     run = graph.prepare(given, [seen])
     base = run(given)[seen].astype(np.float64)
     moves = []

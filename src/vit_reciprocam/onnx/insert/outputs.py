@@ -18,8 +18,8 @@ def append_outputs(
 ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     """Append scores, maps and classes as `vit_reciprocam.onnx.contract` names them.
 
-    The name `logits` stands for the logits (B, N, C) under all masks; `targets` and `raw` are those
-    of `insert`. Returned are the inputs and the outputs to add to the graph's own.
+    `logits` is the name of the logits (B, N, C) under all masks; `targets` and `raw` are those of
+    `insert`. The result is the inputs and the outputs to add to the graph's own.
     """
     top = check_file_targets(targets)
     batch = reading.batch or "batch"

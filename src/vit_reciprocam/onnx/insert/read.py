@@ -41,7 +41,7 @@ class Reading:
         images: Name of the input for pictures.
         logits: Name of the output that holds the prediction.
         batch: Number of pictures per run; None if the graph leaves it open.
-        classes: C.
+        classes: Number C of classes.
         is_softmax: Whether the prediction consists of probabilities instead of logits.
         normed: Name of F.
         layout: Places of F's tokens.
@@ -241,7 +241,7 @@ def _run_once(
 
 
 def _check_logits(graph: Graph, name: str, logits: np.ndarray, batch: int) -> bool:
-    """Tell whether an output holds probabilities instead of logits, and refuse any other."""
+    """Tell whether an output holds probabilities; refuse one that holds no logits either."""
     if logits.ndim != 2 or len(logits) != batch:
         raise ModelError(f"output {name!r} is {logits.shape}, not (batch, classes): no classifier?")
     if not has_head(graph, name):

@@ -3,7 +3,7 @@
 Under a mask the scores of a class often change by less than a hundredth, which the rounding to int8
 would drown. So in a graph with QuantizeLinear and DequantizeLinear nodes the explanation computes
 in float from the masked value on, with the graph's own int8 weights. If a QuantizeLinear can hold
-no negative numbers, they are still cut off, because quantisers let it replace a ReLU.
+no negative numbers, they are still cut off, because quantisers fold a ReLU into such a node.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __all__ = ["OnnxExplainer"]
 
 
 class OnnxExplainer:
-    """Explains with a file that `export` or `insert` wrote; the maps' settings are in its graph.
+    """An explainer that runs a file written by `export` or `insert`; its graph fixes the settings.
 
     Attributes:
         path: Path of the file.
@@ -56,8 +56,7 @@ class OnnxExplainer:
             device: Device that computes, as in `open_session`.
             threads: Number of threads, as in `open_session`.
             streams: Number of streams, over which a batch is spread, as in `open_session`.
-            preprocess: Preprocessing instead of the file's own, also as text, see
-                `Preprocess.parse`.
+            preprocess: Preprocessing instead of the file's own, or text for `Preprocess.parse`.
             class_names: Names of the classes, instead of the file's own.
 
         Raises:
@@ -69,7 +68,7 @@ class OnnxExplainer:
         self.threads = threads
         self._options: dict[str, Any] = {"backend": backend, "device": device, "streams": streams}
         self.session = open_session(path, threads=threads, **self._options)
-        self._most = check_file_targets(self.metadata.targets)
+        self._top = check_file_targets(self.metadata.targets)
         self.size = self._check_graph()
         self.num_classes = self._count_classes()
         check_classes(self.num_classes, class_names)
@@ -95,11 +94,11 @@ class OnnxExplainer:
     def make_explainer(
         self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Callable[..., Explanation]:
-        """Return an explainer by the ReciproCAM in the graph, or by a null baseline.
+        """Return an explainer for the ReciproCAM in the graph, or for a null baseline.
 
         Args:
             method: "reciprocam", or a name in `methods.null.NULLS`.
-            check: Without effect, since a file is checked when it is opened.
+            check: Has no effect, since a file is checked when it is opened.
             settings: Settings that the graph was written with, or those of the null baseline.
 
         Raises:
@@ -140,7 +139,7 @@ class OnnxExplainer:
         return self
 
     def batch(self, images: np.ndarray | Batch) -> Batch:
-        """Return preprocessed images (B, 3, H, W), for several explainers of this file."""
+        """Return preprocessed images (B, 3, H, W) as a `Batch`, which several explainers share."""
         return images if isinstance(images, Batch) else Batch(self._check_images(images))
 
     def predict(self, images: np.ndarray | Batch) -> np.ndarray:
@@ -216,7 +215,7 @@ class OnnxExplainer:
         )
 
     def _grid(self, images: np.ndarray) -> tuple[int, int]:
-        """Return the patch grid, for which the first image is run if the graph leaves it open."""
+        """Return the patch grid; if the graph leaves it open, run the first image to find it."""
         rows, columns = self.session.outputs["scores"].shape[2:]
         if rows is None or columns is None:
             rows, columns = self(images[:1]).scores.shape[2:]
@@ -237,7 +236,7 @@ class OnnxExplainer:
         self, images: np.ndarray, targets: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return logits, scores and targets of a file whose graph chooses the classes."""
-        names = [self.metadata.logits, "scores"] + ["classes"] * (self._most is not None)
+        names = [self.metadata.logits, "scores"] + ["classes"] * (self._top is not None)
         logits, scores, *classes = self.session.run(names, {self.metadata.images: images})
         logits = self._as_logits(logits)
         chosen = resolve_targets(targets, logits)
@@ -251,17 +250,17 @@ class OnnxExplainer:
             if len(missing):
                 image, column = missing[0]
                 raise InputError(
-                    f"class {chosen[image, column]} is not among the {self._most} most probable of "
+                    f"class {chosen[image, column]} is not among the {self._top} most probable of "
                     f"image {image}, {classes[0][image].tolist()}, and {self.path} explains no "
                     "others: ask for these (top=, on the command line --target top"
-                    f"{self._most}), or write the file anew for all classes or with them as an "
+                    f"{self._top}), or write the file anew for all classes or with them as an "
                     "input"
                 )
             places = found.argmax(axis=2)
         return logits, np.take_along_axis(scores, places[:, :, None, None], axis=1), chosen
 
     def _as_logits(self, prediction: np.ndarray) -> np.ndarray:
-        """Return the prediction as logits float32; those of probabilities are their logarithms."""
+        """Return the prediction as float32 logits; probabilities become their logarithms."""
         values = prediction.astype(np.float32, copy=False)
         if not self.metadata.probabilities:
             return values
@@ -300,7 +299,7 @@ class OnnxExplainer:
         wanted, needed = {about.images}, {about.logits, "scores"}
         if about.targets == "input":
             wanted.add("targets")
-        if self._most is not None:
+        if self._top is not None:
             needed.add("classes")
         if set(inputs) != wanted:
             raise self._contradiction(f"inputs {sorted(wanted)}", f"{sorted(inputs)}")
@@ -313,7 +312,7 @@ class OnnxExplainer:
                 f"{images.dtype} of {images.shape}",
             )
         classes = outputs[about.logits].shape[-1]
-        kept = {"all": classes, "input": None}.get(about.targets, self._most)
+        kept = {"all": classes, "input": None}.get(about.targets, self._top)
         if len(scores.shape) != 4 or (
             kept is not None and scores.shape[1] is not None and scores.shape[1] != kept
         ):

@@ -1,4 +1,4 @@
-"""Read facts about an ONNX file without the package onnx, by a small protobuf reader of our own.
+"""Read facts about an ONNX file without the package onnx, with a small protobuf reader.
 
 An ONNX file is one protobuf message. The package onnx is a large dependency, and would read all of
 the file, weights included. The core, which only runs explained files, does without it: it reads the
@@ -6,9 +6,9 @@ metadata, the opset, the names of inputs and outputs, and where external weights
 else is skipped, so that a file of gigabytes takes a few milliseconds. A damaged file is told apart
 from one that is not an ONNX file.
 
-A message is a row of fields. Each begins with an integer that holds the number of the field and how
-its value is stored: as an integer of variable length ("varint"), in 4 or 8 bytes, or as a length
-followed by that many bytes, which are text or another message
+A message is a sequence of fields. Each begins with an integer that holds the number of the field
+and how its value is stored: as an integer of variable length ("varint"), in 4 or 8 bytes, or as a
+length followed by that many bytes, which are text or another message
 (https://protobuf.dev/programming-guides/encoding). The numbers of the fields are in onnx.proto.
 """
 
@@ -99,7 +99,7 @@ Data = bytes | mmap.mmap
 def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[str]]:
     """Read a ModelProto: its metadata, its opset, its external weights, its inputs and outputs.
 
-    External weights are given as location of a file -> how many of its bytes are needed.
+    The external weights are the location of each file -> how many of its bytes are needed.
     """
     properties: dict[str, str] = {}
     opset = 1
@@ -124,7 +124,7 @@ def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[st
 
 
 def _note_external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
-    """Add the file that holds the values of a TensorProto, if external, to `locations`."""
+    """If the values of a TensorProto are in another file, add that file to `locations`."""
     about: dict[str, str] = {}
     for number, value in _read_fields(data, tensor):
         if number == 13:  # external_data
@@ -144,7 +144,7 @@ def _read_entry(data: Data, span: Span) -> dict[str, str]:
 
 
 def _read_fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
-    """Yield number and value of each field of a message: an integer, or where its bytes lie."""
+    """Yield the number and value of each field; a value is an integer, or where its bytes lie."""
     at, end = span
     while at < end:
         key, at = _read_varint(data, at, end)
@@ -166,7 +166,7 @@ def _read_fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
 
 
 def _read_varint(data: Data, at: int, end: int) -> tuple[int, int]:
-    """Read an integer and where the next byte lies: 7 bits per byte, the lowest first."""
+    """Return an integer, stored as 7 bits per byte, the lowest first, and the place after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO behind one function: a file in, a `Session` out, without torch."""
+"""Open an ONNX file in ONNX Runtime or OpenVINO as a `Session`, without torch."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def open_onnxruntime(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.log_severity_level = 4  # log nothing, since errors are raised
     # Otherwise threads go on spinning between runs, and slow down whatever else runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
@@ -247,8 +247,8 @@ def _open_in_openvino(
     except RuntimeError as error:
         raise _loading_error(path, "OpenVINO", "openvino", header.opset, error) from error
 
-    # Requests take turns here instead of in an AsyncInferQueue, which may free its Python callback
-    # in a thread that does not hold Python's lock, and so crash the process.
+    # OpenVINO's own AsyncInferQueue is not used: it may free its Python callback in a thread that
+    # does not hold Python's lock, and so crash the process.
     most = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     requests: list[Any] = []
     lock = threading.Lock()
@@ -327,7 +327,7 @@ def _loading_error(
 ) -> ModelError:
     return ModelError(
         f"{path}, of opset {opset}, cannot be loaded by {runtime} {version(package)}: "
-        f"{_one_line(error)}. Where an operator or opset is too new for it, upgrade {package}, "
+        f"{_one_line(error)}. If an operator or opset is too new for it, upgrade {package}, "
         "take the other backend, or write the file with a lower opset"
     )
 
