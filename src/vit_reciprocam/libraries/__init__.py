@@ -1,4 +1,4 @@
-"""What is known about each model library: one folder per library, with one record in each."""
+"""What is known about the model libraries: one folder with one record per library."""
 
 from __future__ import annotations
 

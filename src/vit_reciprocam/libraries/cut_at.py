@@ -1,4 +1,4 @@
-"""Functions for `split=` that cut a model at an encoder block, or at a module of the user's."""
+"""Functions for `split=` that cut a model at an encoder block, or at a module of your choice."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def cut_at(
         prefix_tokens: Number of tokens before the patches.
 
     Raises:
-        InputError: If grid or prefix_tokens make no sense; later, when a model is cut, if `module`
-            is not one of its modules.
+        InputError: If grid or prefix_tokens make no sense. The function that is returned raises it
+            if `module` is not one of the model's modules.
     """
     sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
     if grid is not None and not (len(sides) == 2 and all(_is_whole(side, 1) for side in sides)):
@@ -71,7 +71,7 @@ def _split(
     def cut(images: Tensor) -> Cut:
         tokens = _tokens(model, tap, images)
         patch_grid, channels_first = _layout(tokens, module, grid, prefix_tokens)
-        if tokens.shape[1] == len(images):  # with one more image (T, B, D) is told from (B, T, D)
+        if tokens.shape[1] == len(images):  # may be (T, B, D), which one more image shows
             _tokens(model, tap, torch.cat([images, images[:1]]))
 
         def rest(normed: Tensor, _x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class Library:
     """A model library: its names, and the functions that know its models.
 
     Reading a record imports neither PyTorch nor the library: each function is imported when it is
-    called. The functions refuse with a `ModelError` what cannot be explained, and say why.
+    called. For a model that cannot be explained they raise a `ModelError` that says why.
 
     Attributes:
         spec: The form of its models' names, such as "open_clip:NAME/TAG". The part before the colon

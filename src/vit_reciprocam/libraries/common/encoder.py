@@ -23,8 +23,7 @@ from vit_reciprocam.libraries.common.changes import has_hooks, runs_as, why_not_
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "no_encoder", "step_without_rule", "steps"]
 
 Step = Callable[[Tensor], Tensor]
-"""A function of tokens (..., D): a linear layer as a `Projection`, or a function that acts on each
-number alone or normalises."""
+"""A function of tokens (..., D): a linear layer as a `Projection`, an activation, or a norm."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def multihead_attention(
 ) -> Attention:
     """Return the attention up to the joined heads.
 
-    A pool has learned queries, which take the place of the readout tokens before their projection.
+    A pool has learned `queries`. They are projected in place of the readout tokens.
     """
     a: Any = attention
     if a.in_proj_weight is not None:

@@ -20,7 +20,7 @@ RANDOM = "random"
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only.
 
-    In a training checkpoint it is that of the averaged weights, if there are any.
+    A training checkpoint may hold several; the averaged weights come first.
     """
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}")

@@ -1,4 +1,4 @@
-"""Loading of open_clip's models by name, with their preprocessing, and prompts as classes."""
+"""Load open_clip's models by name, with their preprocessing, and prompts as classes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_open_clip(
     """Load an open_clip model with prompts as classes, its preprocessing, and the prompts as names.
 
     Args:
-        name: "NAME/TAG", in which NAME is the model's name in `open_clip.create_model`, and TAG
-            names published weights. With local weights, the tag tells how they were trained: with
+        name: "NAME/TAG": NAME is the model's name in `open_clip.create_model`, and TAG names
+            published weights. With local weights, the tag tells how they were trained: with
             which preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has
             no tag, because its weights come from there.
         weights: A local file, "random", or None for the published weights.
@@ -81,7 +81,7 @@ def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str,
     if not trained and (tag or (path is None and not random)):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         what = f"has no weights {tag!r} for {name!r}" if tag else f"needs a tag for {name!r}"
-        raise ModelError(f"open_clip {what}: it publishes {tags}. A file goes by weights=")
+        raise ModelError(f"open_clip {what}: it publishes {tags}. For a local file pass weights=")
     return trained
 
 
@@ -144,7 +144,7 @@ def _not_fetched(what: str, error: Exception) -> DownloadError:
 
 
 def _silence() -> contextlib.AbstractContextManager[None]:
-    """Mute even the errors of open_clip, which logs through the root logger, and what it calls."""
+    """Mute open_clip, which logs through the root logger, and what it calls, errors included."""
     return quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL)
 
 

@@ -17,7 +17,7 @@ __all__ = ["encoder"]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Describe a model whose head reads its class token, or class and distillation token."""
+    """Describe a model whose head reads its class token, and a distillation token if it has one."""
     m: Any = model
     if not isinstance(model, VisionTransformer):
         raise no_encoder(model, "the parts of this architecture are not known")

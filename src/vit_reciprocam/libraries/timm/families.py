@@ -190,9 +190,9 @@ def _gcvit(m: Any) -> LastBlock:
 
 @_family("Hiera")
 def _hiera(m: Any) -> LastBlock:
-    """Put the tokens, which stand in the order of mask units, into the order of the image."""
+    """Put the tokens into the order of the image; the block keeps them in that of mask units."""
     block, number = m.blocks[-1], len(m.blocks) - 1
-    number -= block.do_expand  # such a block pools inside, which is after the cut
+    number -= block.do_expand  # such a block pools only after the cut
     grid = m.reroll.schedule[number][1]
     # reroll puts tokens into the order of the image, so it turns their numbers into that order
     order = m.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), number).flatten()
@@ -216,7 +216,7 @@ def _levit(m: Any) -> LastBlock:
 
 @_family("MaxxVit")
 def _maxxvit(m: Any) -> LastBlock:
-    """Find the attention in a block of CoAtNet or MaxViT, or with two attentions side by side."""
+    """Find the attention in a block of CoAtNet, MaxViT, or a model with parallel attentions."""
     block = _last_of_stages(m)
     if type(block).__name__ == "TransformerBlock2d":
         norm = getattr(block.norm1, "norm", block.norm1)  # norm1 may pool after its norm
@@ -245,7 +245,7 @@ def _mvit(m: Any) -> LastBlock:
 
 @_family("Nest")
 def _nest(m: Any) -> LastBlock:
-    """Take the last level, whose tokens are one block of patches: (B, 1, T, D)."""
+    """Remove the axis of the blocks of patches, (B, 1, T, D): the last level has only one."""
     block = m.levels[-1].transformer_encoder[-1]
     finish = call_each(m.norm, rows_to_channels)
     return at_reordered_norm1(block, finish, lambda x: x[:, 0], lambda x: x[:, None])

@@ -38,8 +38,8 @@ Finish = Callable[[Any, Grid], Any]
 class MethodInputTap(Tap):
     """The place of F in a block whose attention is called window by window.
 
-    No module there takes all of F. But a method of the block takes it before cutting the windows,
-    so F is the method's argument.
+    No module there takes all of F. But a method of the block takes it, and cuts it into windows, so
+    F is the method's argument.
 
     Attributes:
         method: The method's name.

@@ -1,4 +1,4 @@
-"""timm's models, transformers and others."""
+"""All of timm's models, whether transformers or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["architectures"]
 
 
 def architectures() -> Iterator[Architecture]:
-    """Return every model, module by module."""
+    """Yield every model, module by module."""
     for module in timm.list_modules():
         listed = _is_listed(module)
         for name in timm.list_models(module=module):

@@ -1,4 +1,4 @@
-"""Loading of timm's models by name, with their preprocessing and class names."""
+"""Load timm's models by name, with their preprocessing and class names."""
 
 from __future__ import annotations
 

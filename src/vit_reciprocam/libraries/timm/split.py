@@ -1,4 +1,4 @@
-"""The split of timm's Vision Transformers; hierarchical.py makes that of its other transformers.
+"""The split of timm's Vision Transformers; hierarchical.py splits its other transformers.
 
 Letters of the shapes: B images, T tokens, h and w rows and columns of patches, R readout tokens,
 D width, A width of the joined heads, C classes.
@@ -59,7 +59,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
         because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
     elif len(blocks) > 1:
         because = "the cut is not in the last block"
-    elif not is_own(model, "timm", *_HEAD_METHODS):  # a user's may read more tokens
+    elif not is_own(model, "timm", *_HEAD_METHODS):  # a user's head may read more tokens
         because = f"{name} has a head of its own"
     else:
         because = description.why_unknown or why_unknown(

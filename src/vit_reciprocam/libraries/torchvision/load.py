@@ -1,4 +1,4 @@
-"""Loading of torchvision's models by name, with their preprocessing and class names."""
+"""Load torchvision's models by name, with their preprocessing and class names."""
 
 from __future__ import annotations
 

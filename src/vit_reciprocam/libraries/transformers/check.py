@@ -1,4 +1,4 @@
-"""The refusal of transformers' classes that are not supported."""
+"""Refuse those classes of transformers that are not supported."""
 
 from __future__ import annotations
 

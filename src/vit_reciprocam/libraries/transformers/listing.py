@@ -28,7 +28,7 @@ _SETTINGS = {
 
 _WITH_TEXTS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
-"""SigLIP's default tokens are outside its default vocabulary, of which transformers warns."""
+"""SigLIP's default tokens are outside its default vocabulary, and transformers warns about that."""
 
 
 def architectures() -> Iterator[Architecture]:
@@ -50,7 +50,7 @@ def _outline(name: str) -> nn.Module:
 def build(name: str, **config: Any) -> nn.Module:
     """Build a model from a class's name, to which a setting may be added in brackets.
 
-    Of a model that compares images with texts it is the image tower with random prompts as classes.
+    If the model compares images with texts, build its image tower with random prompts as classes.
     """
     kind, _, setting = name.rstrip(")").partition("(")
     cls: Any = getattr(transformers, kind)

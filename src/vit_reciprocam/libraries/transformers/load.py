@@ -1,4 +1,4 @@
-"""Loading of transformers' models from the hub or a folder, with preprocessing and class names."""
+"""Load transformers' models from the hub or a folder, with preprocessing and class names."""
 
 from __future__ import annotations
 
