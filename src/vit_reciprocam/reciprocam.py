@@ -79,8 +79,8 @@ class ReciproCAM:
         """Prepare to explain a supported model.
 
         Args:
-            model: A classifier in evaluation mode, on any device; any module with `target` or
-                `split`.
+            model: A supported classifier in evaluation mode, on any device; with `target` or
+                `split`, any module.
             kernel: Window kept around each patch: "gaussian", 3x3 (the paper's default), or
                 "dirac".
             class_token: False also masks the prefix tokens (the paper's ablation, Table 3).

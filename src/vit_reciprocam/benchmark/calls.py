@@ -46,7 +46,7 @@ def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> C
         batch: Number of images.
 
     Raises:
-        InputError: If an ONNX file cannot do that, or there is no such method or setting.
+        InputError: If an ONNX file lacks what is asked for, or there is no such method or setting.
         ModelError: If ReciproCAM does not support the model.
     """
     images = np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)

@@ -33,7 +33,7 @@ __all__ = ["benchmark", "environment"]
 
 _DEFAULT_METHODS = ("relevance",)
 _SLOW = 10  # number of forward passes; a call that takes longer is made in fewer rounds
-_FEWEST = 5  # number of rounds in which a slow call is made at least
+_FEWEST = 5  # least number of rounds in which a slow call is made
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +45,7 @@ class _Case:
     Attributes:
         row: What is known about it so far.
         call: The call, or None if it cannot be made.
-        every: Step between the rounds that time it: rounds 0, every, 2 every and so on.
+        every: Step between the rounds that time it: rounds 0, every, 2 · every and so on.
         trial: Seconds that it took in its last warm-up.
         seconds: Round -> the seconds that it took.
     """
@@ -157,7 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 class _Ticks:
-    """Counts the calls made, and reports each."""
+    """Counts the calls made, and reports the count after each."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.done, self.total = progress, 0, total

@@ -19,7 +19,7 @@ class Explainer(Protocol):
     """Explains preprocessed images by one method with fixed settings."""
 
     def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
-        """Explain images (B, 3, H, W) float32, or a `Batch`, for targets as `ReciproCAM` has."""
+        """Explain images (B, 3, H, W) float32, or a `Batch`; targets are those of `ReciproCAM`."""
 
 
 class Backend(Protocol):

@@ -41,8 +41,8 @@ def explain(
         targets: Classes to explain, instead of `top`: one by name or index, "top3" for the three
             most probable, a list of these, or "all". Classes that are named come first, and "top3"
             then means three others.
-        settings: Settings of the method, and as `method` its name in `METHODS`; by default
-            "reciprocam".
+        settings: Settings of the method; the one called `method` is its name in `METHODS`, by
+            default "reciprocam".
 
     Raises:
         ImageError: If a picture cannot be read.

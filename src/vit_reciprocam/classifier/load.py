@@ -39,7 +39,7 @@ def load(
             "open_clip:NAME/TAG"; or an ONNX file with an explanation, which needs no torch either.
         weights: A local `.safetensors` or `.pth` file (read with `weights_only=True`); by default
             the model's published weights from the hub. "random" leaves them untrained, to measure
-            time and memory; then nothing but the configuration of a model of the hub is fetched.
+            time and memory; then only the configuration of a hub model is fetched.
         class_names: Names of the classes, one per class; by default those of the ImageNet variant
             that the model was trained on.
         prompts: Texts as classes, such as ["a photo of a dog", "a photo of a cat"], for models that

@@ -69,10 +69,7 @@ class TorchBackend:
     def make_explainer(
         self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Explainer:
-        """Return a method of `METHODS` with its settings, to be called with images and targets.
-
-        If `check` is false, ReciproCAM refuses a model that it does not support only when called.
-        """
+        """Return a method of `METHODS` with its settings, as `Backend` describes it."""
         check_settings(method, settings)
         if method == "reciprocam":
             reciprocam = ReciproCAM(self.model, check=check, **settings)

@@ -37,7 +37,7 @@ __all__ = [
     "say",
 ]
 
-_PIPED = 160  # columns; a file or a pipe has no width, for which Rich would take 80
+_PIPED = 160  # columns for a file or a pipe, which has no width; Rich would take 80
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 err = Console(stderr=True)
 
@@ -90,7 +90,7 @@ def describe_path(path: str, because: str) -> str:
 
 
 def command_line(*options: str) -> str:
-    """Return this process's command line, to be typed again, with the options that it lacks."""
+    """Return the command line to type again: this process's own, and the options that it lacks."""
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vit_reciprocam"] if name == "__main__.py" else ["vit-reciprocam"]
     given = sys.argv[1:]

@@ -81,8 +81,8 @@ def explain_command(
     """Explain what a model predicts for pictures.
 
     The results are one explanations.json, and for each picture a folder with overlays, maps and a
-    manifest. Overlays show the region that the model saw, mostly the centre crop. Bright yellow is
-    strong, dark purple is weak, and each map is scaled for itself.
+    manifest. Overlays show the region that the model saw, usually the centre crop. Bright yellow is
+    strong, dark purple is weak, and each map is scaled on its own.
 
     Exit code 0: all was done. 1: some pictures failed; they are listed, and the others were done.
     2: nothing could be done.

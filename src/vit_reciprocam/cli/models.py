@@ -59,7 +59,7 @@ def models_command(
 
 
 def _rows(pattern: str) -> list[dict[str, str]]:
-    """Look at each model that fits the pattern; for "*" only at those listed as transformers."""
+    """Return a row per model that fits the pattern; for "*" only of those listed by default."""
     rows = []
     if fnmatch.fnmatch("demo", pattern):
         rows = [{"model": "demo", "path": "closed-form", "why": ""}]

@@ -140,7 +140,9 @@ Backends = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Number of CPU threads for ONNX files; default: the runtime's own."),
+    typer.Option(
+        min=1, help="Number of CPU threads for ONNX files; default: the runtime's choice."
+    ),
 ]
 Preprocess = Annotated[
     str | None,
@@ -290,7 +292,7 @@ def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | No
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read the class names of a text file, one per line, each maybe after a synset and a tab."""
+    """Read the class names of a text file, one per line, each perhaps after a synset and a tab."""
     try:
         return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:

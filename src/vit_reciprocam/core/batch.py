@@ -1,4 +1,4 @@
-"""A batch of images, and what explainers of one model share about it."""
+"""A batch of images, with results that explainers of one model share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Batch:
         images: Images (B, ch, H, W): a tensor on the model's device, or an array for an ONNX file.
         logits: Logits (B, C) float32 of the unmasked images; None until a method has asked for
             them.
-        cuts: `Cut` of these images for each pair of a model and the function that splits it.
+        cuts: (model, function that splits it) -> `Cut` of these images.
     """
 
     images: Any

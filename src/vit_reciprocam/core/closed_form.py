@@ -45,7 +45,7 @@ def closed_form_rows(
 
     Row 0 is the unmasked image, row 1 + n the image under mask n. The cut's `readout` must not be
     None. `attend`, a function of parts, grid and kernel, returns the readout tokens' heads
-    (rows, b, r, k, d) for row 0 and every mask; the default is what is fast in PyTorch.
+    (rows, b, r, k, d) for row 0 and every mask; the default is the form that is fast in PyTorch.
     """
     readout = cut.readout
     assert readout is not None
@@ -114,11 +114,11 @@ class Parts:
 
     Attributes:
         v_0: Value of any token at level 0: (1, 1, k, d).
-        u: Relative values u_l = v_l - v_0 of the tokens as they are: (b, t, k, d).
+        u: Relative values u_1 = v_1 - v_0 of all tokens, unmasked: (b, t, k, d).
         u_levels: For each level, the relative values of the patches at that level: (b, n, k, d).
             If `linear`, only level 1.0 is there.
         linear: Whether relative values at a level are that level times those at level 1.
-        s: Scores of the tokens as they are, for row 0: (b, t, r, k).
+        s: Scores of all tokens, unmasked, for row 0: (b, t, r, k).
         s_prefix: Scores of the prefix under the masks: (b, p, r, k).
         s_levels: For each level, the scores of the patches at that level: (b, n, r, k).
         s_outside: Scores of the patches at level 0, (b or 1, 1 or n, r, k): one for all patches,
@@ -138,14 +138,14 @@ class Parts:
 
 
 def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Masking) -> Parts:
-    """Return scores and values of all tokens at the levels that they have under some mask."""
+    """Return the scores and values of all tokens, at every level that a mask gives them."""
     attention, prefix = readout.attention, tokens.prefix
     levels = sorted({place.level for place in kernel_window(masking.kernel)})
     prefix_bias = None if attention.bias is None else attention.bias[:prefix]
     patch_bias = None if attention.bias is None else attention.bias[prefix:]
     rotated = attention.rotate is not None
     # Scores scale with the level if the keys do, up to a constant for each query. A key norm undoes
-    # the scale, and a rotated bias differs from patch to patch, so it is no such constant.
+    # the scale, and a rotated bias differs from patch to patch, so it is not constant.
     linear_scores = (
         tokens.linear
         and attention.key_norm is None
@@ -201,7 +201,7 @@ def _parts(readout: Readout, tokens: _Tokens, grid: tuple[int, int], masking: Ma
 
 
 def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "rows b r k d"]:
-    """Return the readout tokens' heads for row 0, which is ordinary attention, and every mask."""
+    """Return the readout tokens' heads for row 0, by ordinary attention, and for every mask."""
     window = kernel_window(kernel)
     row_0 = parts.v_0 + torch.einsum("btrk,btkd->brkd", parts.s.softmax(dim=1), parts.u)
     prefix = parts.s_prefix.shape[1]
@@ -221,7 +221,7 @@ def _attend(parts: Parts, grid: tuple[int, int], kernel: str) -> Float[Tensor, "
 def _masked_weights(
     parts: Parts, grid: tuple[int, int], kernel: str
 ) -> Float[Tensor, "entries b y x r k"]:
-    """Return the attention weights under each mask: prefix tokens, places of the window, the rest.
+    """Return the attention weights under each mask: of prefix, window places and the rest.
 
     The softmax is over these few entries. A place beyond the border has the score -inf. The patches
     outside the window share one value, so they are one entry, the log of the sum of their exp(s).
@@ -247,7 +247,7 @@ def _biased(s: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
-    """Return joined heads (..., k * d) apart, (..., k, d)."""
+    """Split joined heads (..., k * d) into (..., k, d)."""
     return joined.view(*joined.shape[:-1], attention.heads, -1)
 
 

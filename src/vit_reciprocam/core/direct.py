@@ -35,7 +35,7 @@ def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
     tokens = cut.norm(x) if at_norm else x
 
     def run(masks: Float[Tensor, "M T"]) -> Tensor:
-        masked = (tokens * _shaped(masks, cut)).flatten(0, 1)
+        masked = (tokens * _shape_masks(masks, cut)).flatten(0, 1)
         if at_norm:
             logits = cut.rest(masked, x.repeat(masks.shape[0], *(1,) * (x.ndim - 1)))
         else:
@@ -46,8 +46,8 @@ def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _shaped(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
-    """Return masks (M, 1, ...) in the shape that multiplies the tokens of all images."""
+def _shape_masks(masks: Float[Tensor, "M T"], cut: Cut) -> Tensor:
+    """Return masks in the shape (M, 1, ...) that multiplies the tokens of all images."""
     if cut.x.ndim == 3:
         return masks[:, None, :, None]
     masks = masks.unflatten(1, cut.grid)[:, None]

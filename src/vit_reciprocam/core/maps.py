@@ -20,7 +20,7 @@ FLAT = float(4 * np.finfo(np.float32).eps)
 
 
 def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return maps, each (h, w) of the scores scaled to [0, 1], and which of them are degenerate.
+    """Scale each (h, w) of the scores to [0, 1], and return these maps and which are degenerate.
 
     Constant scores do not say where to look, so their map is zeros and is marked as degenerate.
     Scores count as constant if they differ by no more than the rounding of float32. Scores
@@ -57,7 +57,7 @@ def upsample(maps: np.ndarray, size: Size, mode: str = "bilinear") -> np.ndarray
 
 
 def cubic_weights(distance: np.ndarray) -> np.ndarray:
-    """Return the weights that bicubic interpolation gives to cells at distances of 0 or more cells.
+    """Return the weights of bicubic interpolation for distances of 0 or more, counted in cells.
 
     Keys 1981, "Cubic convolution interpolation for digital image processing", with a = -0.75 as
     PyTorch has it.
@@ -77,7 +77,7 @@ _WEIGHTS = {"bilinear": _linear_weights, "bicubic": cubic_weights}
 
 @functools.lru_cache(maxsize=32)
 def _interpolation(pixels: int, cells: int, mode: str) -> np.ndarray:
-    """Return the weights (pixels, cells) that bring a row of cells to a number of pixels."""
+    """Return the weights (pixels, cells) that turn a row of cells into a row of pixels."""
     place = (np.arange(pixels) + 0.5) * cells / pixels - 0.5  # each pixel's centre, in cells
     if mode == "bilinear":
         place = place.clip(0)

@@ -59,7 +59,7 @@ class Masking:
 
 @functools.cache
 def kernel_window(kernel: str) -> tuple[Place, ...]:
-    """Return the places of a kernel's weights other than zero, row by row."""
+    """Return the places at which a kernel's weight is not zero, row by row."""
     weights = KERNELS[kernel]
     middle_row, middle_column = weights.shape[0] // 2, weights.shape[1] // 2
     return tuple(

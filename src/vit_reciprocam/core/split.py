@@ -108,7 +108,7 @@ class Projection:
 def projections(weights: Sequence[Tensor], bias: Tensor | None) -> list[Projection]:
     """Return the layers that a joint linear layer holds, such as query, key and value.
 
-    The weights (out, in) are already apart; the joint bias is split as they are.
+    There is one weight (out, in) per layer; the joint bias is split to match.
     """
     biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     return [Projection(*share) for share in zip(weights, biases, strict=True)]
@@ -174,7 +174,7 @@ class MeanPool:
 
 @dataclass(frozen=True)
 class Cut:
-    """One batch of images, cut in two.
+    """The computation for one batch of images, cut in two.
 
     Shapes: images B, patch grid h·w = N, prefix tokens P, all tokens T = P + N in the order prefix,
     patches row by row; width D, classes C, readout tokens R, joined heads A.
@@ -223,7 +223,7 @@ Splitter = Callable[[nn.Module], Split]
 
 
 def widen(values: Tensor) -> Tensor:
-    """Return values in at least float32, so that half precision costs no more than it must."""
+    """Return values in at least float32, so that half precision loses no further digits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Measure methods on a data set, in a run that can be resumed at any moment."""
+"""Measure methods on a data set, in a run that can be stopped at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Progress:
     """How far a run has got. A picture counts once per model.
 
     Attributes:
-        done: Number of pictures measured or failed, with those measured by earlier processes.
+        done: Number of pictures measured or failed, including those of earlier processes.
         total: Number of pictures in the run.
         records: Records that have just been written.
     """
@@ -59,13 +59,13 @@ def evaluate(
     boxes: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure methods on every picture of a data set, into a run's folder.
+    """Measure methods on every picture of a data set, and keep the records in a run's folder.
 
-    For each picture, model and method, the map A of the protocol's class c masks the picture. From
-    A, the probability of c before and after, and the map of c on the masked picture come drop,
-    increase, coherency, complexity and ADCC. If the data set has boxes or masks of the label's
-    objects and c is the label, the pointing game and the share of A inside are measured too.
-    `METRICS` has all of them.
+    For each picture, model and method, the map A of the protocol's class c masks the picture.
+    Drop, increase, coherency, complexity and ADCC are computed from A, the probability of c before
+    and after, and the map of c on the masked picture. If the data set has boxes or masks of the
+    label's objects and c is the label, the pointing game and the share of A inside are measured
+    too. `METRICS` has all of them.
 
     Args:
         data: Data set, see `read_dataset`.
@@ -140,7 +140,7 @@ def evaluate(
 def summaries(folder: Path) -> list[dict[str, Any]]:
     """Return one row per model and method of a run.
 
-    Its keys are "model", "method", "images", which is their number, and the metrics, in percent.
+    Its keys are "model", "method", "images" (their number) and the metrics (in percent).
 
     Raises:
         InputError: If it is not a run.
@@ -164,7 +164,7 @@ def _describe(
     models: Mapping[str, Classifier],
     methods: Mapping[str, MethodSpec],
 ) -> dict[str, Any]:
-    """Return the settings of a run, in all of which a resumed run must agree, as JSON values."""
+    """Return a run's settings as JSON values; a resumed run must agree in all of them."""
     return {
         "protocol": protocol.to_dict(),
         "insertion": insertion,

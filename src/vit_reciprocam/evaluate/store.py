@@ -253,7 +253,7 @@ def _list_problems(rows: Sequence[Mapping[str, Any]], column: str) -> list[dict[
 
 
 def _read_parts(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Read the keys and some columns of all records; of records with one key the last counts."""
+    """Read the keys and some columns of all records; for each key the last record counts."""
     columns = list(dict.fromkeys([*_KEY, *columns]))
     tables = []
     for part in _parts(path):

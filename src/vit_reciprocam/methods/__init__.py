@@ -5,7 +5,7 @@
 Maps are floats in [0, 1], each scaled on its own, on the model's device and patch grid, not
 upsampled. The values before scaling come from `ReciproCAM.scores`, `methods.baselines` and
 `methods.peers`. Nothing heavy is imported before a method is called. The methods take a PyTorch
-model; null baselines also do without one for ONNX files, see `methods.null`.
+model; for ONNX files, null baselines run without one, see `methods.null`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class MethodSpec:
         return cls(name, {key: read_value(value) for key, value in settings.items()})
 
     def __str__(self) -> str:
-        """The text that `parse` reads, settings in alphabetical order."""
+        """Return the text that `parse` reads, with settings in alphabetical order."""
         pairs = [f"{key}={write_value(value)}" for key, value in sorted(self.settings.items())]
         return f"{self.name}:{','.join(pairs)}" if pairs else self.name
 
@@ -124,7 +124,7 @@ def _import(name: str, module: str) -> Callable[..., Any]:
 
 
 def _min_max(values: Any) -> Any:
-    """Return maps (..., h, w) of a tensor, scaled to [0, 1] each as by `core.maps.min_max`."""
+    """Scale each map of a tensor (..., h, w) to [0, 1], as `core.maps.min_max` does."""
     maps = values.detach().float()
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     flat = high - low <= FLAT * low.abs().maximum(high.abs())

@@ -63,7 +63,7 @@ def rollout(
         images: Preprocessed images.
         targets: Classes, as in `ReciproCAM`; only their number matters.
         head_fusion: Fusion of the heads: "mean", "max" or "min".
-        discard_ratio: Share of each image's fused weights, the smallest, that become 0 first.
+        discard_ratio: Share of each image's fused weights, the smallest ones, that is set to 0.
         start_layer: First layer of the product, counted from 0.
         memory_limit: Bytes that a chunk of images may take, roughly.
 
@@ -177,7 +177,7 @@ def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> 
 
 
 def _drop_smallest(weights: Tensor, ratio: float) -> Tensor:
-    """Return weights (b, T, T) with the smallest of each image, a share `ratio` of them, at 0."""
+    """Set the smallest weights (b, T, T) of each image to 0, a share `ratio` of them."""
     flat = weights.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * ratio), dim=1, largest=False).indices
     return flat.scatter(1, smallest, 0.0).view_as(weights)
@@ -197,7 +197,7 @@ def _maps_by_layer(
     memory_limit: int,
     method: str,
 ) -> Tensor:
-    """Return maps from `rows_and_logits`, a function of an encoder's tokens and of targets (b, K).
+    """Return maps from `rows_and_logits`, a function of an encoder, tokens and targets (b, K).
 
     The function returns rows (b, K or 1, T) of a matrix over tokens, and the logits, which must be
     those of the model itself.
@@ -218,7 +218,7 @@ def _maps_by_layer(
         tokens = find_call(model, encoder.entry, images)[0][0]
         chosen = torch.from_numpy(resolved).to(tokens.device)
         found = []
-        at_once = max(1, memory_limit // _bytes(encoder, tokens))
+        at_once = max(1, memory_limit // _bytes_per_image(encoder, tokens))
         for part in torch.arange(len(images)).split(at_once):
             rows, own_logits = rows_and_logits(encoder, tokens[part], chosen[part])
             if part[0] < len(logits):
@@ -251,7 +251,7 @@ def _check_same(model: nn.Module, method: str, own_logits: Tensor, logits: Tenso
         )
 
 
-def _bytes(encoder: Encoder, tokens: Tensor) -> int:
+def _bytes_per_image(encoder: Encoder, tokens: Tensor) -> int:
     """Return roughly the bytes that relevance keeps per image."""
     count, width = tokens.shape[1:]
     heads = sum(layer.attention.heads for layer in encoder.layers)
@@ -276,7 +276,7 @@ def null_baseline(
 
 
 def _split_and_check(model: nn.Module, images: Tensor) -> Split:
-    """Return the split of a supported model in evaluation mode, if the images fit it."""
+    """Return a model's split; refuse a wrong model or mode, and images that do not fit."""
     split = split_model(model)
     check_mode(model)
     check_images(model, images)

@@ -1,4 +1,4 @@
-"""The grid, the targets and the logits that methods beside ReciproCAM start from."""
+"""The grid, the targets and the logits that methods other than ReciproCAM start from."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def linear_rule(
 ) -> Float[Tensor, "*batch in"]:
     """Propagate the relevance r of a linear layer's output to its input x.
 
-    Only products that add to the output count: Z = x⁺W⁺ + x⁻W⁻, the αβ rule with α = 1, β = 0.
+    Only positive products count: Z = x⁺W⁺ + x⁻W⁻, the αβ rule with α = 1, β = 0.
     """
     x, weight = x.to(r), weight.to(r)
     over, under = x.clamp(min=0), x.clamp(max=0)
@@ -72,7 +72,7 @@ def matmul_rule(
 ) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k n"]]:
     """Propagate the relevance r of a product of matrices, Z = A B, to A and B.
 
-    By the formula each factor gets all of the relevance, so each gets half of that.
+    By the formula alone each factor would get all of the relevance, so both shares are halved.
     """
     a, b = a.to(r), b.to(r)
     s = _ratio(r, a @ b)
@@ -172,7 +172,7 @@ def _trace(layer: Layer, x: Tensor) -> Trace:
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
-    """Return joined heads (b, T, A) apart, (b, heads, T, head dimension)."""
+    """Split joined heads (b, T, A) into (b, heads, T, head dimension)."""
     apart: Tensor = joined.unflatten(-1, (attention.heads, -1))
     return apart.transpose(1, 2)
 
@@ -217,7 +217,7 @@ def relevance_matrices(
 def _heads_relevance(
     encoder: Encoder, tokens: Tensor, heads: Sequence[list[Tensor]], r: Tensor
 ) -> Tensor:
-    """Propagate relevance from the logits (b, C), the heads' mean, to the tokens (b, T, D)."""
+    """Propagate relevance from the logits (b, C), the classifier heads' mean, to (b, T, D)."""
     each = [r] if len(heads) == 1 else add_rule(heads[0][-1] / 2, heads[1][-1] / 2, r)
     found = torch.zeros_like(tokens, dtype=r.dtype)
     for at, (steps, values, one) in enumerate(zip(encoder.heads, heads, each, strict=True)):

@@ -37,8 +37,8 @@ def random(images: np.ndarray, grid: Size, *, seed: int = 0, cells: int = 4) -> 
 
     Uniform noise on `cells` x `cells` is upsampled bicubically, with its corner cells on the grid's
     corner patches. It is drawn from the seed and the picture's bytes, so it is the same in every
-    run and batch, and differs for a picture with parts masked: ADCC would call a map coherent that
-    stayed the same there.
+    run and batch, but changes if parts of the picture are masked: a map that stayed the same would
+    count as coherent in ADCC.
 
     Args:
         images: Images (B, ch, H, W), from whose bytes the noise is seeded.

@@ -1,4 +1,4 @@
-"""Peers' methods through their own libraries, with the signature of `METHODS`.
+"""Other published methods, run by public libraries, with the signature of `METHODS`.
 
 Grad-CAM, LayerCAM, EigenCAM and Score-CAM come from pytorch-grad-cam, Integrated Gradients and
 Occlusion from captum. Layer and token grid are found, and the model is left as it was.

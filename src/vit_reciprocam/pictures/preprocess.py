@@ -79,7 +79,7 @@ class Preprocess:
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
     def view(self, image: Image.Image) -> Image.Image:
-        """Return the pixels that the model sees, before normalisation: (height, width)."""
+        """Return the picture of `size` that the model sees, before normalisation."""
         width, height = self._resized(image)
         resized = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         top, left = self._corner(width, height)

@@ -103,7 +103,7 @@ def _decode(source: Path | Image.Image, name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture in a format that Pillow can read") from error
-    except Exception as error:  # damaged data makes Pillow's decoders raise all kinds
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged data
         raise ImageError(f"{name} is damaged or cannot be read: {error}") from error
 
 

@@ -104,7 +104,7 @@ def panels(
     """
     gap, text = height // 32, max(11, height // 18)
     font = ImageFont.load_default(text)
-    sizes = [_fitted(picture, height) for picture in pictures]
+    sizes = [_panel_size(picture, height) for picture in pictures]
     width = max(size[0] for size in sizes)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -115,24 +115,24 @@ def panels(
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = gap + number % columns * cell_w, gap + number // columns * cell_h
         sheet.paste(picture.resize(sizes[number], Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + height + gap // 2), _fit(caption, font, width), fill=_INK, font=font)
+        draw.text((x, y + height + gap // 2), _shorten(caption, font, width), fill=_INK, font=font)
     bar = Image.fromarray(colorize(np.tile(np.linspace(0, 1, 8 * text), (text, 1)), colormap))
     left = gap + round(font.getlength("weak  "))
     right = left + bar.width + gap
-    strong = _fit("strong; each map is scaled for itself", font, sheet.width - right)
+    strong = _shorten("strong; each map is scaled for itself", font, sheet.width - right)
     sheet.paste(bar, (left, bottom + text // 8))
     draw.text((gap, bottom), "weak", fill=_INK, font=font)
     draw.text((right, bottom), strong, fill=_INK, font=font)
     return sheet
 
 
-def _fitted(picture: Image.Image, height: int) -> tuple[int, int]:
+def _panel_size(picture: Image.Image, height: int) -> tuple[int, int]:
     """Return width and height of a panel: `height` high, but at most four times as wide."""
     scale = min(height / picture.height, 4 * height / picture.width)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
-def _fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def _shorten(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """Return the text, cut with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text

@@ -17,7 +17,9 @@ from vit_reciprocam.errors import InputError
 __all__ = ["CLASSES", "Scene", "draw_scene"]
 
 Points = np.ndarray  # (n, 2), x to the right and y down, in a square from -1 to 1
-Shape = tuple[str, Points]  # a role that picks the colour (body, accent, light, dark); corners
+Shape = tuple[
+    str, Points
+]  # the role that picks its colour (body, accent, light, dark); its corners
 Colour = tuple[int, int, int]
 
 _SUPERSAMPLE = 2  # drawn larger and scaled down, for smooth edges
@@ -43,7 +45,7 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
     """Draw the scene of a seed; the same seed, size and count give the same pixels.
 
     The picture is a square of at least 16 pixels per side, with 1 to 3 objects, a number that is
-    drawn too if `objects` is None. Others are an `InputError`.
+    drawn too if `objects` is None. Other values raise `InputError`.
     """
     if objects is not None and not 1 <= objects <= _MAX_OBJECTS:
         raise InputError(f"objects must be 1 to {_MAX_OBJECTS} or None, got {objects}")
@@ -69,7 +71,7 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
 
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[Points, float]]:
-    """Draw centres and radii, as fractions of the side, of objects that overlap little."""
+    """Draw the centres and radii of objects that overlap little, as fractions of the side."""
     while True:
         radii = rng.uniform(0.19, {1: 0.36, 2: 0.27, 3: 0.22}[count], size=count)
         centres = [rng.uniform(0.9 * r, 1 - 0.9 * r, size=2) for r in radii]
@@ -350,4 +352,4 @@ CLASSES: dict[str, Callable[[], list[Shape]]] = {
     "tree": _tree,
     "umbrella": _umbrella,
 }
-"""Class name -> the drawing of one object; the order is the class index."""
+"""Class name -> function that returns the shapes of one object; the order is the class index."""

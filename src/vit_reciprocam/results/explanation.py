@@ -47,9 +47,9 @@ class Explanation:
     """Saliency maps of B images for K classes each, and the prediction they explain; read-only.
 
     Attributes:
-        scores: Scores (B, K, h, w) float32: the target's softmax probability with only that window
-            kept, or its logit, see `settings["score"]`. They can be compared between classes and
-            images, unlike `maps`. For other methods they are the maps themselves.
+        scores: Scores (B, K, h, w) float32: the target's softmax probability with only that
+            patch's window kept, or its logit, see `settings["score"]`. They can be compared between
+            classes and images, unlike `maps`. For other methods they are the maps themselves.
         logits: Logits (B, C) float32 of the unmasked images.
         probs: Softmax (B, C) float32 of the logits.
         targets: Explained classes (B, K) int64.
@@ -57,7 +57,7 @@ class Explanation:
             methods.
         settings: Method, model and the method's settings.
         class_names: Names of the C classes; None if not known.
-        pictures: Region that the model saw of each image, RGB; None if not known.
+        pictures: Region of each image that the model saw, RGB; None if not known.
         sources: File name of each image; None if not known.
         preprocess: Preprocessing that cut these regions out of the pictures; None if not known.
         scores_are_maps: Whether `scores` are maps already, as for other methods.
@@ -84,7 +84,7 @@ class Explanation:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what a pickle needs to build this again; it cannot hold a read-only mapping."""
+        """Return what a pickle needs to build this again; pickles hold no read-only mappings."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return functools.partial(Explanation, **values | {"settings": dict(self.settings)}), ()
 
@@ -104,7 +104,7 @@ class Explanation:
 
     @property
     def degenerate(self) -> np.ndarray:
-        """Whether each score is the same for every patch, so that its map says nothing: (B, K)."""
+        """Whether a target's score is the same for all patches, so its map says nothing: (B, K)."""
         return self._min_max[1]
 
     @property

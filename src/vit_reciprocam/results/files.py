@@ -52,7 +52,7 @@ def is_ours(path: Path) -> bool:
 
 
 def holds_results(folder: Path) -> bool:
-    """Return whether `write_folder` wrote a folder, or began to."""
+    """Return whether `write_folder` wrote to a folder, or began to."""
     return is_ours(folder / MANIFEST) or is_ours(folder / PARTIAL)
 
 

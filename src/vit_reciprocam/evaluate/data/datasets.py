@@ -41,7 +41,7 @@ class Item:
         boxes: Boxes of the label's objects, (xmin, ymin, xmax, ymax) in pixels; the pixels at xmax
             and ymax still belong to the object.
         mask: File with the label's objects, a picture of the same size that is 0 elsewhere; or "".
-        problem: Reason why it cannot be read, if one is known before it is tried; or "".
+        problem: Reason why it cannot be read, if one is known in advance; or "".
     """
 
     index: int

@@ -22,7 +22,7 @@ from vit_reciprocam.results.files import holds_results, is_ours
 __all__ = ["CORNERS", "rows_of", "rows_of_scenes"]
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_FIRST_SCENE = 800_000  # the bundled model was trained and tested on others
+_FIRST_SCENE = 800_000  # seeds of scenes on which the bundled model was neither trained nor tested
 _GROUND_TRUTH = (
     "LOC_val_solution.csv",
     "val.txt",
@@ -151,7 +151,7 @@ def _ilsvrc(
 
 
 def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[str, Any]]:
-    """Return stem of a file -> its label, or its synset and maybe boxes."""
+    """Return file name without ending -> label, or synset and perhaps boxes."""
     lines = path.read_text(encoding="utf-8").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     found: dict[str, dict[str, Any]] = {}
@@ -187,7 +187,7 @@ def _read_ground_truth(path: Path, files: Sequence[Path]) -> Mapping[str, dict[s
 
 
 def _xml_boxes(path: Path, synset: str) -> dict[str, Any]:
-    """Return the boxes in an annotation file of Pascal VOC's format: of a synset, or all if ""."""
+    """Return the boxes of a synset in a Pascal VOC annotation file; all boxes if it is ""."""
     try:
         objects = list(ElementTree.parse(path).getroot().iter("object"))
     except ElementTree.ParseError as error:

@@ -74,7 +74,7 @@ def _load(item: Item, preprocess: Preprocess) -> Picture:
         return Picture(item, digest, pixels)
     grey = np.asarray(linear.view(drawn))
     mask = grey > 127
-    if not mask.any():  # objects too small to cover half of a pixel get all that they touch
+    if not mask.any():  # objects too small to cover half of a pixel get every pixel they touch
         mask = grey > 0
     if not mask.any():
         note = "the objects lie outside the part that the model sees"

@@ -33,7 +33,7 @@ def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
     """Return maps (..., h, w) as float64.
 
     Raises:
-        InputError: If they are empty, NaN or outside [0, 1]; it calls them `name`.
+        InputError: If they are empty, NaN or outside [0, 1]; the message calls them `name`.
     """
     maps = np.asarray(maps, np.float64)
     if maps.ndim < 2 or maps.size == 0:
@@ -58,7 +58,7 @@ def check_pictures(images: np.ndarray) -> np.ndarray:
 
 
 def check_pairs(images: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (..., 3, H, W) and a map (..., h, w) for each.
+    """Check images (..., 3, H, W) and one map (..., h, w) for each, and return both.
 
     Raises:
         InputError: If `check_pictures` or `check_maps` refuse them, or leading dimensions differ.
@@ -94,7 +94,7 @@ def check_range(name: str, values: np.ndarray) -> None:
     """Refuse values that are NaN, or outside [0, 1] by more than rounding.
 
     Raises:
-        InputError: If there is such a value; it calls them `name`.
+        InputError: If there is such a value; the message calls them `name`.
     """
     if np.isnan(values).any():
         raise InputError(f"{name} must be numbers in [0, 1]; {np.isnan(values).sum()} are NaN")

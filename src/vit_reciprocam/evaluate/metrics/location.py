@@ -24,7 +24,7 @@ def pointing_game(
     tolerance: float = 0,
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Return 1.0 where the map's maximum lies in the object and 0.0 elsewhere. Higher is better.
+    """Return 1.0 for each map whose maximum lies in its object, else 0.0. Higher is better.
 
     Zhang et al. 2016. If several pixels have the maximum, the first counts, row by row from the top
     left.

@@ -1,4 +1,4 @@
-"""Measure metrics: the values of each picture, and the figures of a data set."""
+"""Compute metrics: the values of each picture, and the figures of a data set."""
 
 from __future__ import annotations
 

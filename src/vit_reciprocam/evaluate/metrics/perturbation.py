@@ -88,7 +88,7 @@ def transition_images(
         mode: One of `MODES`, for pixels.
 
     Returns:
-        Pairs for each step: the share of cells that have changed, from 0 to 1, and the pictures
+        One pair per step: the share of cells that have changed, from 0 to 1, and the pictures
         (..., 3, H, W).
 
     Raises:

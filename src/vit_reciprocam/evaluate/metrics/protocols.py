@@ -91,7 +91,7 @@ class Protocol:
         """Return the class c that is explained, (B,).
 
         Args:
-            probs: Probabilities (B, C).
+            probs: Probabilities or logits (B, C).
             labels: True classes (B,), needed if c is the label.
 
         Raises:
@@ -117,7 +117,7 @@ class Protocol:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """Return the protocol with settings of `to_dict`, of which all but the name may be missing.
+        """Return the protocol that `to_dict` described; all settings but the name may be missing.
 
         Raises:
             InputError: If a field does not exist, the name is missing, or a value is not one of its

@@ -15,7 +15,7 @@ def box_masks(boxes: np.ndarray, size: Size) -> np.ndarray:
 
     Args:
         boxes: Left, top, right and bottom in pixels of the picture that the model sees; right and
-            bottom are the first pixel outside, so that (0, 0, W, H) is the whole picture.
+            bottom are the first pixels outside, so that (0, 0, W, H) is the whole picture.
         size: Height and width (H, W) of the picture.
 
     Raises:

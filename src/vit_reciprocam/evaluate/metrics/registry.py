@@ -1,7 +1,7 @@
 """METRICS: one record per metric.
 
 The measuring of a run, the store's columns, summaries, bootstrap intervals, tables, plots and the
-table in docs/evaluation.md all read these records, so that a new metric is one more of them.
+table in docs/evaluation.md all read these records, so that a new metric is one more record.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ class Metric:
         source: Paper that defines it.
         terms: Columns that it is computed from: "p", "o", or those of metrics that stand before it
             in `METRICS`. Empty if it is computed from an `Observation`.
-        aggregate: Way to the figure of the data set. "mean": the mean over the pictures. "means":
-            `compute` of the figures of its terms; such a metric has no value per picture and no
-            column in the store. "protocol": whichever of these `Protocol.adcc` names.
+        aggregate: Way to compute the data set's figure. "mean": the mean over the pictures.
+            "means": `compute` of the figures of its terms; such a metric has no value per picture
+            and no column in the store. "protocol": whichever of these `Protocol.adcc` names.
     """
 
     column: str
@@ -175,10 +175,10 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 def _locate(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
 ) -> Callable[[Observation], np.ndarray]:
-    """Return `compute` of a measure of a map (h, w) and its object's mask (H, W).
+    """Return `compute` of a metric that measures a map (h, w) by its object's mask (H, W).
 
-    It gives NaN if the object is not known. With `from_boxes` only masks that were made from boxes
-    count, with False only others.
+    It gives NaN if the object is not known. If `from_boxes` is true, only masks made from boxes
+    count; if it is false, only other masks.
     """
 
     def compute(seen: Observation) -> np.ndarray:

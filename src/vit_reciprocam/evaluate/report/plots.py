@@ -39,7 +39,8 @@ _STYLE: Any = {
 def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
     """Return an SVG of each method's difference to the reference on one metric, with its interval.
 
-    If there is no difference, return "". The key sets names in this SVG apart from those in others.
+    If there is no difference, return "". The key keeps the names in this SVG different from those
+    in others.
     """
     rows = [row for row in model.rows if metric in row.differences]
     if not rows:
@@ -58,7 +59,7 @@ def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
 def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) -> str:
     """Return an SVG with the histogram and the median of one metric over pictures per method.
 
-    Every picture must have the metric. The key sets names in this SVG apart from those in others.
+    Every picture must have the metric. The key is that of `difference_plot`.
     """
     figure, axes = _axes(model.rows)
     edges = np.linspace(0, 100, _BINS + 1)
@@ -78,7 +79,7 @@ def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) 
 
 
 def _axes(rows: Sequence[Row]) -> tuple[Figure, Any]:
-    """Return a figure with space for a line per method, each under the method's name."""
+    """Return a figure and its axes, which have a row per method under the method's name."""
     with matplotlib.rc_context(_STYLE):
         height = _ROW * len(rows) + _MARGIN
         figure = Figure(figsize=(_WIDTH, height))

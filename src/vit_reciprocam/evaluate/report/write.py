@@ -87,7 +87,7 @@ def notes(table: Table) -> list[str]:
 
 
 def _missing(table: Table) -> list[str]:
-    """Return the sentences on what is missing in a table, and why it is one of its own."""
+    """Return the sentences on what is missing in a table, and on why it stands apart."""
     of_models = [note for model in table.models for note in model.notes]
     return [*filter(None, [table.apart]), *table.notes, *of_models]
 
