@@ -122,6 +122,16 @@ def test_arrows_go_down(module):
             assert row_of(name) < row_of(module), f"{module} imports {name}, which lies above it"
 
 
+def test_imports_are_absolute_and_name_their_module():
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module} imports by a relative name"
+                if node.module == "vit_reciprocam" and module != "__main__":
+                    names = {alias.name for alias in node.names}
+                    assert all(own(f"vit_reciprocam.{name}") for name in names), (module, names)
+
+
 def test_no_module_imports_itself_by_a_detour():
     for module in MODULES:
         seen, ahead = set(), list(arrows(module))

@@ -20,7 +20,7 @@ def small():
 
 
 def test_peak_memory_is_that_of_a_fresh_process(small):
-    ballast = b"x" * 2**29  # of this process, which the other one's peak must not count
+    ballast = b"x" * 2**29  # held by this process, and no part of the other one's peak
     own = memory._watch_memory(None)()
     peaks = {}
     with memory.store_model(small.model) as where:

@@ -60,3 +60,9 @@ def test_models_without_a_wildcard_or_without_torch(monkeypatch):
     assert printed.exit_code == 0
     assert "demo" in printed.stdout
     assert "[torch]" in printed.stderr
+
+
+def test_the_check_says_where_it_went():
+    result = run("models", "deit*", "--check")
+    assert result.exit_code == 2
+    assert "run python tools/check_models.py 'PATTERN' in a clone" in result.stderr

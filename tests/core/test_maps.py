@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from vit_reciprocam.core.maps import cubic_weights, upsample
 
-SHAPES = [  # of a map, and of a picture
+SHAPES = [  # a map's, and a picture's
     ((2, 2), (5, 7)),
     ((3, 5), (48, 80)),
     ((14, 14), (224, 224)),

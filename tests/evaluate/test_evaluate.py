@@ -152,7 +152,7 @@ def test_methods_side_by_side_share_p_and_have_their_own_maps(small, pictures, t
 
 
 def test_settings_of_one_method_share_what_comes_before_the_mask(small, pictures, tmp_path):
-    """Of M settings: G once on each picture and once on each of its M masked pictures."""
+    """M settings run G once on each picture and once on each of its M masked pictures."""
     methods = ["reciprocam", "reciprocam:kernel=dirac", "reciprocam:layer=block"]
     calls = []
     hook = small.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))

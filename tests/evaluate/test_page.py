@@ -150,7 +150,7 @@ def test_best_worst_and_most_disputed(run):
     (table,) = read_tables([run], resamples=5)
     (model,) = table.models
     found = gallery.choose(table, model, 4)
-    adcc = figures(np.random.default_rng(1), 40)["adcc"]  # of the first method
+    adcc = figures(np.random.default_rng(1), 40)["adcc"]  # the first method's
     order = np.argsort(adcc)
     assert found["Best"] == order[::-1][:4].tolist()
     assert found["Worst"] == order[:4].tolist()

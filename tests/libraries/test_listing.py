@@ -54,7 +54,7 @@ def test_the_list_has_every_library():
         "hf:Dinov2WithRegistersForImageClassification",
     }
     assert all(path == "direct" for path, _ in classes.values())
-    assert listed("test_resnet") == {  # of timm, found by name only
+    assert listed("test_resnet") == {  # timm's, found by name only
         "timm:test_resnet": (
             "-",
             "it has no attention, which is where this method cuts",

@@ -24,7 +24,7 @@ from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.pictures.preprocess import Preprocess
-from vit_reciprocam.pictures.render import colorize, upsample
+from vit_reciprocam.pictures.render import colorize, enlarge
 from vit_reciprocam.pictures.scenes import draw_scene
 
 expect.set_options(timeout=60_000)
@@ -187,7 +187,7 @@ def canvas(page, name):
 
 
 def expected_colours(e, index, size):
-    return colorize(upsample(e.maps[0, index], size)).astype(int)
+    return colorize(enlarge(e.maps[0, index], size)).astype(int)
 
 
 # --- the same numbers as in Python ---------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_a_file_of_ones_own_explains_by_its_metadata(open_page, targets, probabi
     got = canvas(page, "map")
     left, top, right, bottom = preprocess.box(picture)
     assert abs(got.shape[1] / got.shape[0] - (right - left) / (bottom - top)) < 0.01
-    assert np.abs(got - colorize(upsample(map_, got.shape[:2])).astype(int)).max() <= 3
+    assert np.abs(got - colorize(enlarge(map_, got.shape[:2])).astype(int)).max() <= 3
 
 
 # --- pointing, keys, and a phone -----------------------------------------------------------------

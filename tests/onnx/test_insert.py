@@ -54,7 +54,7 @@ def test_files_are_explained_as_pytorch_would(name, writer, source_of, tmp_path)
         assert off <= 1e-5 * largest
     low, high = (f(expected(name, count), axis=(2, 3), keepdims=True) for f in (np.min, np.max))
     maps = (expected(name, count) - low) / (high - low)
-    rounding = 1e-6 * largest / (high - low)  # of scores, enlarged where they are nearly flat
+    rounding = 1e-6 * largest / (high - low)  # the scores', enlarged if they are nearly flat
     assert (np.abs(after["saliency"] - maps) <= np.maximum(1e-4, rounding)).all()
 
 

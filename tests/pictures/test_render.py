@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.pictures.render import COLORMAPS, colorize, overlay, panels, upsample
+from vit_reciprocam.pictures.render import COLORMAPS, colorize, enlarge, overlay, panels
 
 
 @pytest.mark.needs_extras
@@ -35,7 +35,7 @@ def test_overlay_by_hand():
 def test_upsampling_keeps_the_place_and_the_interval():
     saliency = np.zeros((4, 6))
     saliency[1, 4] = 1
-    large = upsample(saliency, (40, 60))
+    large = enlarge(saliency, (40, 60))
     assert large.shape == (40, 60)
     assert 0 <= large.min() <= large.max() <= 1
     row, column = np.unravel_index(large.argmax(), large.shape)

@@ -70,7 +70,7 @@ def one(spec):
     return candidate
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries' own builders
+@pytest.mark.filterwarnings("ignore")  # the libraries' own builders warn
 @pytest.mark.parametrize("spec", SAMPLE)
 def test_the_table_says_what_the_code_does(spec):
     found = checks.check(one(spec))

@@ -89,7 +89,7 @@ def benchmark(
             was loaded with. PyTorch's number is set back at the end.
         naive: Whether to measure "naive H", which takes long with many patches.
         memory: Whether to measure peak memory too, in a fresh process for each row.
-        untouched: For each classifier that is an ONNX file, the file of the untouched model, which
+        untouched: File of the untouched model for each classifier that is an ONNX file, which
             "forward" then runs; None for the others. By default it is what `cut_out_prediction`
             makes of the file, which needs the package onnx; the demo model brings its own.
         clock: Function that returns the time in seconds.

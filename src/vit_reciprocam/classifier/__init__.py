@@ -1,1 +1,1 @@
-"""From a name to a classifier, and from a picture to its explanation."""
+"""Classifiers by name, and explanations of pictures by them."""

@@ -1,4 +1,4 @@
-"""From a name to a classifier: its model, preprocessing and class names."""
+"""Load a classifier by name: its model, preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def load(
         names = tuple(class_names)
     from vit_reciprocam.classifier.torch_backend import TorchBackend
 
-    classifier = Classifier(spec, TorchBackend(spec, model, device=device), prepared, names)
+    torch_backend = TorchBackend(spec, model, device=device, size=prepared.size)
+    classifier = Classifier(spec, torch_backend, prepared, names)
     if names is not None and len(names) != classifier.num_classes:
         raise InputError(
             f"{len(names)} class names given for a model of {classifier.num_classes} classes"

@@ -31,8 +31,11 @@ class TorchBackend:
         device: Device that computes.
     """
 
-    def __init__(self, name: str, model: nn.Module, *, device: str) -> None:
-        """Move a classifier to a device, and refuse a device that it cannot go to."""
+    def __init__(self, name: str, model: nn.Module, *, device: str, size: tuple[int, int]) -> None:
+        """Move a classifier to a device, and refuse a device that it cannot go to.
+
+        A model that does not say how many classes it has is run on an empty picture of that size.
+        """
         try:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:
@@ -40,10 +43,10 @@ class TorchBackend:
                 f"the model cannot go to device {device!r}: {first_line(error)}"
             ) from error
         self.name = name
-        classes = "num_labels" if hasattr(model, "num_labels") else "num_classes"
-        self.num_classes: int = getattr(self.model, classes)
         self._like = next(model.parameters())
         self.device = str(self._like.device)
+        said = getattr(model, "num_labels", getattr(model, "num_classes", None))
+        self.num_classes: int = said or self.predict(np.zeros((1, 3, *size), np.float32)).shape[1]
 
     def batch(self, images: np.ndarray) -> Batch:
         """Return preprocessed images (B, 3, H, W) on the device, for explainers to share."""

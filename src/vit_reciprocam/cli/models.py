@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress
-from vit_reciprocam.errors import MissingDependencyError
+from vit_reciprocam.errors import InputError, MissingDependencyError
 
 __all__ = ["models_command"]
 
@@ -25,6 +25,9 @@ def models_command(
     pattern: Annotated[
         str, typer.Argument(help="Names to look at, such as 'deit*' or 'torchvision:*'.")
     ] = "*",
+    check: Annotated[
+        bool, typer.Option("--check", hidden=True, help="Say where the check is.")
+    ] = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -37,6 +40,11 @@ def models_command(
     explained; --json has all, with reasons.
     """
     with errors_in_one_line(debug):
+        if check:
+            raise InputError(
+                "--check has moved: run python tools/check_models.py 'PATTERN' in a clone of the "
+                "repository"
+            )
         rows = _rows(pattern)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

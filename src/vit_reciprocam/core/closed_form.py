@@ -115,12 +115,12 @@ class Parts:
     Attributes:
         v_0: Value of any token at level 0: (1, 1, k, d).
         u: Relative values u_1 = v_1 - v_0 of all tokens, unmasked: (b, t, k, d).
-        u_levels: For each level, the relative values of the patches at that level: (b, n, k, d).
+        u_levels: Relative values of the patches at each level: level -> (b, n, k, d).
             If `linear`, only level 1.0 is there.
         linear: Whether relative values at a level are that level times those at level 1.
         s: Scores of all tokens, unmasked, for row 0: (b, t, r, k).
         s_prefix: Scores of the prefix under the masks: (b, p, r, k).
-        s_levels: For each level, the scores of the patches at that level: (b, n, r, k).
+        s_levels: Scores of the patches at each level: level -> (b, n, r, k).
         s_outside: Scores of the patches at level 0, (b or 1, 1 or n, r, k): one for all patches,
             unless their position matters.
         prefix: Whether the masks keep the prefix, at level 1.

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_reciprocam.errors import InputError, check_choice
 
-__all__ = ["COLORMAPS", "colorize", "overlay", "panels", "png", "upsample"]
+__all__ = ["COLORMAPS", "colorize", "enlarge", "overlay", "panels", "png"]
 
 
 def _anchors(*rows: str) -> np.ndarray:
@@ -59,7 +59,7 @@ def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def upsample(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def enlarge(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a map (h, w) at the size (height, width) of a picture: bicubic, kept in [0, 1]."""
     image = Image.fromarray(saliency.astype(np.float32))
     smooth = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
@@ -78,7 +78,7 @@ def overlay(
     """
     if not 0 <= opacity <= 1:
         raise InputError(f"opacity must be between 0 and 1; got {opacity}")
-    colours = colorize(upsample(saliency, (picture.height, picture.width)), colormap)
+    colours = colorize(enlarge(saliency, (picture.height, picture.width)), colormap)
     return Image.blend(picture, Image.fromarray(colours), opacity)
 
 

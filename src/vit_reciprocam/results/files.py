@@ -108,7 +108,8 @@ def library_versions() -> dict[str, str]:
     packages = [
         *("vit-reciprocam", "numpy", "pillow", "torch"),
         *(library.package for library in LIBRARIES.values()),
-        *("onnx", "onnxruntime", "openvino", "grad-cam", "captum"),
+        *("safetensors", "onnx", "onnx-ir", "onnxscript", "protobuf", "onnxruntime", "openvino"),
+        *("pyarrow", "grad-cam", "captum"),
     ]
     found = {}
     for package in packages:

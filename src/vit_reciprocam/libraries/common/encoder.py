@@ -51,7 +51,7 @@ class Encoder:
         entry: The first block, which the model calls with the tokens (B, T, D).
         layers: The encoder blocks, from the first to the last.
         norm: The steps on the last layer's output.
-        heads: For each readout token, from the first token on, the steps to its logits; the model's
+        heads: Steps from each readout token, in the order of the tokens, to its logits; the model's
             logits are their mean. Empty if the head reads more than these tokens.
         logits: The last layer's output (B, T, D) -> logits (B, C), by the model's own modules.
     """

@@ -92,7 +92,7 @@ def open_session(
     Args:
         path: The file.
         backend: "onnxruntime" or "openvino".
-        device: For ONNX Runtime an execution provider, such as "CUDAExecutionProvider" or "cuda";
+        device: Execution provider of ONNX Runtime, such as "CUDAExecutionProvider" or "cuda";
             for OpenVINO a device, such as "GPU" or "AUTO:GPU,CPU". If it is missing it is refused:
             nothing runs on another device than the one named.
         threads: Number of CPU threads inside one run; None leaves it to the runtime.
