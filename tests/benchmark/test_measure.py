@@ -11,8 +11,8 @@ from stage import FIXED, SMALL
 import onnx
 import vit_reciprocam as vr
 from vit_reciprocam.benchmark import calls, measure
+from vit_reciprocam.benchmark.calls import OnnxFiles
 from vit_reciprocam.benchmark.measure import benchmark
-from vit_reciprocam.benchmark.models import OnnxFiles
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 

@@ -7,7 +7,7 @@ from stage import SMALL, Stage
 
 import vit_reciprocam as vr
 from vit_reciprocam.benchmark import memory
-from vit_reciprocam.benchmark.models import OnnxFiles
+from vit_reciprocam.benchmark.calls import OnnxFiles
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.errors import ModelError
 

@@ -1,25 +1,37 @@
-"""The calls that are measured: a prediction, a prediction with maps, or another method's maps."""
+"""The calls that are measured, and what they run on: PyTorch models, ONNX files, threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.benchmark.models import OnnxFiles
-from vit_reciprocam.errors import InputError
+from vit_reciprocam.classifier.classifier import Classifier
+from vit_reciprocam.classifier.load import ASSETS
+from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
+from vit_reciprocam.onnx.insert.cut_out import cut_out_prediction
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
+from vit_reciprocam.onnx.run.sessions import Session, open_session
 
 __all__ = [
-    "ALL_MAPS",
-    "ALL_SCORES",
     "FIXED",
     "FORWARD",
     "NAIVE",
     "RECIPROCAM",
     "Call",
+    "OnnxFiles",
+    "device_name",
     "make_call",
+    "prepare_model",
+    "set_threads",
 ]
 
 FORWARD = "forward"
@@ -120,3 +132,135 @@ def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
         return getattr(explanation, result), explanation.path
 
     return call
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFiles:
+    """Two ONNX files of one model, with and without maps, each opened on first use.
+
+    Attributes:
+        options: Arguments of `OnnxExplainer` for the file with maps, as plain JSON values.
+        untouched: Path of the file without maps.
+    """
+
+    options: dict[str, Any]
+    untouched: str
+
+    @functools.cached_property
+    def explainer(self) -> OnnxExplainer:
+        """The file with maps, open."""
+        return OnnxExplainer(**self.options)
+
+    @functools.cached_property
+    def untouched_session(self) -> Session:
+        """The file without maps, open in the same runtime."""
+        options = {name: value for name, value in self.options.items() if name != "path"}
+        return open_session(self.untouched, **options)
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuse two files that hold different models.
+
+        Raises:
+            InputError: If their predictions for a random image of that size differ.
+        """
+        image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
+        ours, theirs = self.explainer.predict(image), self.forward(image)()
+        if ours.shape != theirs.shape or abs(ours - theirs).max() > 0.1 * abs(ours).max():
+            raise InputError(
+                f"{self.untouched} is not the model that {self.explainer.path} explains: their "
+                "predictions differ"
+            )
+
+    def forward(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Return a call that predicts the images with the untouched model.
+
+        Raises:
+            ModelError: If that model does not have one input and one output.
+        """
+        session = self.untouched_session
+        if len(session.inputs) != 1 or len(session.outputs) != 1:
+            raise ModelError(
+                f"{self.untouched} must be the untouched model, with one input and one output; it "
+                f"has {sorted(session.inputs)} and {sorted(session.outputs)}"
+            )
+        ((name, port),) = session.inputs.items()
+        (output,) = session.outputs
+        pixels = images.astype(port.dtype)
+        return lambda: session.run([output], {name: pixels})[0]
+
+
+def prepare_model(
+    classifier: Classifier,
+    untouched: str | os.PathLike[str] | None,
+    threads: int | None,
+    cut_file: Path,
+) -> Any:
+    """Return a classifier's PyTorch model, or the `OnnxFiles` that `make_call` takes instead.
+
+    Args:
+        classifier: The classifier.
+        untouched: File of the model without maps. None stands for the demo model's own, or for what
+            `cut_out_prediction` makes of another file with maps and writes to `cut_file`.
+        threads: Number of CPU threads of an ONNX file; None for as many as it was loaded with.
+        cut_file: File that may be written.
+
+    Raises:
+        InputError: If the two files hold different models.
+        ModelError: If the untouched model cannot be cut out, or has other inputs or outputs.
+        MissingDependencyError: If it must be cut out, and onnx is not installed.
+    """
+    backend = classifier.backend
+    if not isinstance(backend, OnnxExplainer):
+        return classifier.model
+    options = backend.options() if threads is None else backend.options() | {"threads": threads}
+    if untouched is None and backend.path == ASSETS / "demo.onnx":
+        untouched = ASSETS / "demo-plain.onnx"
+    if untouched is None:
+        cut_out_prediction(backend.path, cut_file)
+        untouched = cut_file
+    files = OnnxFiles(options, str(untouched))
+    files.check(classifier.preprocess.size)
+    return files
+
+
+@contextlib.contextmanager
+def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
+    """Set PyTorch's number of threads until the context ends, and yield the number in use.
+
+    If all classifiers are ONNX files, that is their number, and PyTorch is not imported.
+    """
+    onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
+    if len(onnx) == len(classifiers):
+        yield wanted or onnx[0].threads or os.cpu_count() or 1
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_name(model: Any) -> str:
+    """Return the name of the processor that a PyTorch model or `OnnxFiles` runs on.
+
+    None stands for the CPU.
+    """
+    if isinstance(model, OnnxFiles):
+        if "CPU" not in model.explainer.session.device:
+            return model.explainer.session.device
+    elif model is not None:
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            import torch
+
+            return torch.cuda.get_device_name(device)
+        if device.type != "cpu":
+            return str(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

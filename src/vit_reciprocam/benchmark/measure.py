@@ -14,28 +14,92 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vit_reciprocam.benchmark.calls import FIXED, FORWARD, NAIVE, RECIPROCAM, Call, make_call
+import numpy as np
+
+from vit_reciprocam.benchmark.calls import (
+    FIXED,
+    FORWARD,
+    NAIVE,
+    RECIPROCAM,
+    Call,
+    OnnxFiles,
+    device_name,
+    make_call,
+    prepare_model,
+    set_threads,
+)
 from vit_reciprocam.benchmark.memory import measure_peak, store_model
-from vit_reciprocam.benchmark.models import OnnxFiles, device_name, prepare_model, set_threads
-from vit_reciprocam.benchmark.rows import Row, Spread, ratio, spread
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.errors import InputError, ReciproCAMError, first_line
 from vit_reciprocam.methods import MethodSpec, check_settings
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.results.files import library_versions
 
-__all__ = ["benchmark", "environment"]
+__all__ = ["Row", "Spread", "benchmark", "environment"]
 
 _DEFAULT_METHODS = ("relevance",)
 _SLOW = 10  # number of forward passes; a call that takes longer is made in fewer rounds
 _FEWEST = 5  # least number of rounds in which a slow call is made
 
 Progress = Callable[[int, int], None]
+
+
+class Spread(NamedTuple):
+    """A median, and the quartiles, between which the middle half of the values lies."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cost of one call. Figures that were not measured are None, and `note` says why.
+
+    Attributes:
+        model: Spec of the model, as `load` takes it.
+        method: "forward", the prediction alone; "reciprocam", the map of each image's top class;
+            "reciprocam, all scores", the scores of all classes; "reciprocam, all maps", these
+            scaled to [0, 1] too; "naive H", the map of each image's top class with H, the rest of
+            the network, run once per mask; or a method of `METHODS`.
+        path: "closed-form" or "direct" if the call ran ReciproCAM, else "".
+        batch: Number of images in one call.
+        size: (height, width) of the images in pixels.
+        device: Name of the processor.
+        threads: Number of CPU threads.
+        rounds: Number of rounds in which the call was timed.
+        ms: Milliseconds per call.
+        fps: Images per second, from the median.
+        to_forward: Time ÷ that of "forward" in the same round.
+        to_reciprocam: Time ÷ that of "reciprocam" in the same round.
+        peak_bytes: Peak memory of a fresh process that made this one call; on a GPU, the most that
+            PyTorch held there.
+        added_bytes: Part of the peak that the call added to the loaded model.
+        note: Reason why something was not measured, or "".
+        backend: "torch", or the runtime of an ONNX file, "onnxruntime" or "openvino".
+    """
+
+    model: str
+    method: str
+    path: str
+    batch: int
+    size: tuple[int, int]
+    device: str
+    threads: int
+    rounds: int = 0
+    ms: Spread | None = None
+    fps: float | None = None
+    to_forward: Spread | None = None
+    to_reciprocam: Spread | None = None
+    peak_bytes: int | None = None
+    added_bytes: int | None = None
+    note: str = ""
+    backend: str = "torch"
 
 
 @dataclass
@@ -272,15 +336,30 @@ def _make_row(case: _Case, group: Sequence[_Case]) -> Row:
     if not case.seconds:
         return case.row
     by_label = {other.row.method: other.seconds for other in group}
-    seconds = spread(case.seconds.values())
+    seconds = _spread(case.seconds.values())
     return replace(
         case.row,
         rounds=len(case.seconds),
         ms=Spread(*(1000 * value for value in seconds)),
         fps=case.row.batch / seconds.median,
-        to_forward=ratio(case.seconds, by_label[FORWARD]),
-        to_reciprocam=ratio(case.seconds, by_label[RECIPROCAM]),
+        to_forward=_ratio(case.seconds, by_label[FORWARD]),
+        to_reciprocam=_ratio(case.seconds, by_label[RECIPROCAM]),
     )
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    """Return the median of values and their quartiles."""
+    low, median, high = np.percentile(list(values), [25, 50, 75])
+    return Spread(float(median), float(low), float(high))
+
+
+def _ratio(seconds: Mapping[int, float], reference: Mapping[int, float]) -> Spread | None:
+    """Return the spread of seconds ÷ reference over rounds; None if they share no round.
+
+    Both have the number of a round -> the seconds that a call took in it.
+    """
+    shared = seconds.keys() & reference.keys()
+    return _spread(seconds[number] / reference[number] for number in shared) if shared else None
 
 
 def _add_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_reciprocam.benchmark.calls import make_call
-from vit_reciprocam.benchmark.models import OnnxFiles
+from vit_reciprocam.benchmark.calls import OnnxFiles, make_call
 from vit_reciprocam.errors import ModelError, first_line
 
 __all__ = ["Peak", "measure_peak", "store_model"]

@@ -15,8 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vit_reciprocam.benchmark.measure import benchmark, environment
-from vit_reciprocam.benchmark.rows import Row, Spread
+from vit_reciprocam.benchmark.measure import Row, Spread, benchmark, environment
 from vit_reciprocam.classifier.load import is_onnx
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import errors_in_one_line, out, progress_bar, say
