@@ -1,7 +1,5 @@
 """Peak memory, measured in fresh processes."""
 
-from pathlib import Path
-
 import pytest
 from stage import SMALL, Stage
 
@@ -19,21 +17,18 @@ def small():
     return vr.load(SMALL, weights="random")
 
 
-def test_peak_memory_is_that_of_a_fresh_process(small):
+def test_peak_memory_is_that_of_a_fresh_process(small, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     ballast = b"x" * 2**29  # held by this process, and no part of the other one's peak
     own = memory._watch_memory(None)()
-    peaks = {}
-    with memory.store_model(small.model) as where:
-        for label in ("forward", "naive H"):
-            options = {"size": (160, 160), "batch": 2, "threads": 1}
-            peaks[label] = memory.measure_peak(where, label, **options)
-        assert Path(where["file"]).exists()
-    assert not Path(where["file"]).exists()
-    forward, naive = peaks["forward"], peaks["naive H"]
-    assert 2**25 < forward.total < own - len(ballast) / 2
-    assert 0 < forward.added < forward.total
-    assert forward.total <= naive.total
-    assert forward.added + 2**24 < naive.added, "of 100 masks for two images at once"
+    options = {"size": (160, 160), "batch": 2, "threads": 1}
+    forward, added = memory.measure_peak(small.model, "forward", **options)
+    naive, added_by_naive = memory.measure_peak(small.model, "naive H", **options)
+    assert list(tmp_path.iterdir()) == [], "the model's file is removed"
+    assert 2**25 < forward < own - len(ballast) / 2
+    assert 0 < added < forward
+    assert forward <= naive
+    assert added + 2**24 < added_by_naive, "of 100 masks for two images at once"
 
 
 def test_what_hinders_measuring_memory_is_said(monkeypatch, small):
@@ -42,8 +37,5 @@ def test_what_hinders_measuring_memory_is_said(monkeypatch, small):
     rows = stage.run(memory=True)
     assert all("cannot be handed to a fresh process" in row.note for row in rows)
     assert all(row.ms is not None and row.peak_bytes is None for row in rows)
-    with (
-        memory.store_model(DEMO) as where,
-        pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's maps"),
-    ):
-        memory.measure_peak(where, "relevance", size=(112, 112), batch=1, threads=1)
+    with pytest.raises(ModelError, match=r"its process failed: .*holds ReciproCAM's maps"):
+        memory.measure_peak(DEMO, "relevance", size=(112, 112), batch=1, threads=1)

@@ -47,19 +47,10 @@ Call = Callable[[], tuple[Any, str]]
 
 
 def make_call(model: Any, label: str, *, size: tuple[int, int], batch: int) -> Call:
-    """Return a call on random images, the same in every run, that lie on the model's device.
+    """Return a call of a PyTorch classifier or `OnnxFiles` on random images of that size.
 
-    The call returns logits, and the results of ReciproCAM, as NumPy arrays.
-
-    Args:
-        model: A PyTorch classifier, or `OnnxFiles`.
-        label: One of `FIXED`, or a method as `MethodSpec.parse` reads it.
-        size: (height, width) of the images in pixels.
-        batch: Number of images.
-
-    Raises:
-        InputError: If an ONNX file lacks what is asked for, or there is no such method or setting.
-        ModelError: If ReciproCAM does not support the model.
+    The images are the same in every run and lie on the model's device. The label is one of `FIXED`,
+    or a method as `MethodSpec.parse` reads it.
     """
     images = np.random.default_rng(0).standard_normal((batch, 3, *size), dtype=np.float32)
     if isinstance(model, OnnxFiles):
@@ -136,15 +127,10 @@ def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFiles:
-    """Two ONNX files of one model, with and without maps, each opened on first use.
+    """Two ONNX files of one model, with and without maps, each opened on first use."""
 
-    Attributes:
-        options: Arguments of `OnnxExplainer` for the file with maps, as plain JSON values.
-        untouched: Path of the file without maps.
-    """
-
-    options: dict[str, Any]
-    untouched: str
+    options: dict[str, Any]  # arguments of `OnnxExplainer` for the file with maps, JSON values
+    untouched: str  # path of the file without maps
 
     @functools.cached_property
     def explainer(self) -> OnnxExplainer:
@@ -152,17 +138,13 @@ class OnnxFiles:
         return OnnxExplainer(**self.options)
 
     @functools.cached_property
-    def untouched_session(self) -> Session:
+    def _untouched_session(self) -> Session:
         """The file without maps, open in the same runtime."""
         options = {name: value for name, value in self.options.items() if name != "path"}
         return open_session(self.untouched, **options)
 
     def check(self, size: tuple[int, int]) -> None:
-        """Refuse two files that hold different models.
-
-        Raises:
-            InputError: If their predictions for a random image of that size differ.
-        """
+        """Refuse two files whose predictions for a random image of that size differ."""
         image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)
         ours, theirs = self.explainer.predict(image), self.forward(image)()
         if ours.shape != theirs.shape or abs(ours - theirs).max() > 0.1 * abs(ours).max():
@@ -172,12 +154,8 @@ class OnnxFiles:
             )
 
     def forward(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Return a call that predicts the images with the untouched model.
-
-        Raises:
-            ModelError: If that model does not have one input and one output.
-        """
-        session = self.untouched_session
+        """Return a call that predicts the images with the untouched model."""
+        session = self._untouched_session
         if len(session.inputs) != 1 or len(session.outputs) != 1:
             raise ModelError(
                 f"{self.untouched} must be the untouched model, with one input and one output; it "
@@ -197,17 +175,8 @@ def prepare_model(
 ) -> Any:
     """Return a classifier's PyTorch model, or the `OnnxFiles` that `make_call` takes instead.
 
-    Args:
-        classifier: The classifier.
-        untouched: File of the model without maps. None stands for the demo model's own, or for what
-            `cut_out_prediction` makes of another file with maps and writes to `cut_file`.
-        threads: Number of CPU threads of an ONNX file; None for as many as it was loaded with.
-        cut_file: File that may be written.
-
-    Raises:
-        InputError: If the two files hold different models.
-        ModelError: If the untouched model cannot be cut out, or has other inputs or outputs.
-        MissingDependencyError: If it must be cut out, and onnx is not installed.
+    If no untouched file is given, it is the demo model's own, or what `cut_out_prediction` makes of
+    another file with maps and writes to `cut_file`.
     """
     backend = classifier.backend
     if not isinstance(backend, OnnxExplainer):
@@ -244,10 +213,7 @@ def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterat
 
 
 def device_name(model: Any) -> str:
-    """Return the name of the processor that a PyTorch model or `OnnxFiles` runs on.
-
-    None stands for the CPU.
-    """
+    """Return the name of the processor that a model runs on; None stands for the CPU."""
     if isinstance(model, OnnxFiles):
         if "CPU" not in model.explainer.session.device:
             return model.explainer.session.device

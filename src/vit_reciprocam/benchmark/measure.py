@@ -33,7 +33,7 @@ from vit_reciprocam.benchmark.calls import (
     prepare_model,
     set_threads,
 )
-from vit_reciprocam.benchmark.memory import measure_peak, store_model
+from vit_reciprocam.benchmark.memory import measure_peak
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.errors import InputError, ReciproCAMError, first_line
 from vit_reciprocam.methods import MethodSpec, check_settings
@@ -104,21 +104,14 @@ class Row:
 
 @dataclass
 class _Case:
-    """A call while it is measured.
+    """A call while it is measured."""
 
-    Attributes:
-        row: What is known about it so far.
-        call: The call, or None if it cannot be made.
-        every: Step between the rounds that time it: rounds 0, every, 2 · every and so on.
-        trial: Seconds that it took in its last warm-up.
-        seconds: Round -> the seconds that it took.
-    """
-
-    row: Row
-    call: Call | None = None
-    every: int = 1
-    trial: float = 0.0
-    seconds: dict[int, float] = field(default_factory=dict)
+    row: Row  # what is known about it so far
+    model: Any
+    call: Call | None = None  # None if it cannot be made
+    every: int = 1  # it is timed in rounds 0, every, 2 · every and so on
+    trial: float = 0.0  # seconds that its last warm-up took
+    seconds: dict[int, float] = field(default_factory=dict)  # round -> seconds that it took
 
 
 def benchmark(
@@ -174,12 +167,12 @@ def benchmark(
     files = [None] * len(classifiers) if untouched is None else list(untouched)
     numbers = {"rounds": rounds, "warmup": warmup, "threads": threads}
     _check(classifiers, batch_sizes, files, numbers)
-    specs = [MethodSpec.parse(one) for one in (_DEFAULT_METHODS if methods is None else methods)]
-    for spec in specs if methods is not None else ():
+    specs = [MethodSpec.parse(one) for one in methods or ()]
+    for spec in specs:
         check_settings(spec.name, spec.settings)
+    optional = _DEFAULT_METHODS if methods is None else ()
     fixed = [label for label in FIXED if naive or label != NAIVE]
-    labels = list(dict.fromkeys((*fixed, *map(str, specs))))
-    optional = () if methods is not None else _DEFAULT_METHODS
+    labels = list(dict.fromkeys((*fixed, *map(str, specs), *optional)))
     with contextlib.ExitStack() as stack:
         used_threads = stack.enter_context(set_threads(threads, classifiers))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -199,14 +192,14 @@ def benchmark(
         timed = sum(math.ceil(rounds / case.every) for group in groups for case in group)
         tick.total = tick.done + timed + memory * sum(map(len, groups))
         _time_in_turn(groups, rounds, clock, tick)
-        rows = [[_make_row(case, group) for case in group] for group in groups]
-        if memory:
-            model_of_each = [model for model in models for _ in batch_sizes]
-            rows = [
-                _add_memory(group, model, tick)
-                for group, model in zip(rows, model_of_each, strict=True)
-            ]
-    return [row for group in rows for row in group]
+        rows = []
+        for group in groups:
+            for case in group:
+                rows.append(_make_row(case, group))
+                if memory:
+                    rows[-1] = _add_memory(rows[-1], case.model)
+                    tick()
+    return rows
 
 
 def environment() -> dict[str, Any]:
@@ -287,13 +280,13 @@ def _warm_up(
                 began = clock()
                 _, path = call()
                 trial = clock() - began
-            cases[label] = _Case(replace(row, path=path), call, trial=trial)
+            cases[label] = _Case(replace(row, path=path), model, call, trial=trial)
         except ReciproCAMError as error:
             if label not in optional:
-                cases[label] = _Case(replace(row, note=str(error)))
+                cases[label] = _Case(replace(row, note=str(error)), model)
         except (RuntimeError, MemoryError) as error:  # for instance because memory runs out
-            reason = first_line(error)
-            cases[label] = _Case(replace(row, note=f"{type(error).__name__}: {reason}"))
+            note = f"{type(error).__name__}: {first_line(error)}"
+            cases[label] = _Case(replace(row, note=note), model)
         tick()
     return list(cases.values())
 
@@ -362,25 +355,14 @@ def _ratio(seconds: Mapping[int, float], reference: Mapping[int, float]) -> Spre
     return _spread(seconds[number] / reference[number] for number in shared) if shared else None
 
 
-def _add_memory(rows: Sequence[Row], model: Any, tick: _Ticks) -> list[Row]:
-    """Return the rows of one model with their peak memory, or with a note that says why not."""
-    found = []
-    with contextlib.ExitStack() as stack:
-        problem, stored = "", {}
-        try:
-            stored = stack.enter_context(store_model(model))
-        except ReciproCAMError as error:
-            problem = str(error)
-        for row in rows:
-            tick()
-            if row.ms is None or problem:
-                found.append(replace(row, note=row.note or problem))
-                continue
-            try:
-                peak = measure_peak(
-                    stored, row.method, size=row.size, batch=row.batch, threads=row.threads
-                )
-                found.append(replace(row, peak_bytes=peak.total, added_bytes=peak.added))
-            except ReciproCAMError as error:
-                found.append(replace(row, note=str(error)))
-    return found
+def _add_memory(row: Row, model: Any) -> Row:
+    """Return the row with its peak memory, or with a note that says why not."""
+    if row.ms is None:
+        return row
+    try:
+        peak, added = measure_peak(
+            model, row.method, size=row.size, batch=row.batch, threads=row.threads
+        )
+    except ReciproCAMError as error:
+        return replace(row, note=str(error))
+    return replace(row, peak_bytes=peak, added_bytes=added)

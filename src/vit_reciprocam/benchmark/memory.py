@@ -11,63 +11,48 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vit_reciprocam.benchmark.calls import OnnxFiles, make_call
 from vit_reciprocam.errors import ModelError, first_line
 
-__all__ = ["Peak", "measure_peak", "store_model"]
-
-
-class Peak(NamedTuple):
-    """Peak memory of a process during a call in bytes, and how much of it was not held before."""
-
-    total: int
-    added: int
-
-
-@contextlib.contextmanager
-def store_model(model: Any) -> Iterator[dict[str, Any]]:
-    """Keep a model in files, and yield the JSON values by which `measure_peak` finds it there.
-
-    Raises:
-        ModelError: If it cannot be written, for instance because a hook is a local function.
-    """
-    if isinstance(model, OnnxFiles):
-        yield {"options": model.options, "untouched": model.untouched}
-        return
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.pt"
-        try:
-            torch.save(model, file)
-        except Exception as error:  # pickling raises errors of many unrelated kinds
-            reason = first_line(error)
-            raise ModelError(f"the model cannot be handed to a fresh process: {reason}") from error
-        yield {"file": str(file)}
+__all__ = ["measure_peak"]
 
 
 def measure_peak(
-    stored: dict[str, Any], label: str, *, size: tuple[int, int], batch: int, threads: int
-) -> Peak:
-    """Return the peak memory of a fresh process that makes one call of `make_call`.
+    model: Any, label: str, *, size: tuple[int, int], batch: int, threads: int
+) -> tuple[int, int]:
+    """Return the peak bytes of a fresh process that makes one call, and how many the call added.
 
-    On a GPU it is the most that PyTorch held there. The model comes from `store_model`.
-
-    Raises:
-        ModelError: If that process fails, for instance because memory runs out.
+    On a GPU it is the most that PyTorch held there. The arguments are those of `make_call`; a
+    `ModelError` says that the model cannot be handed over or that the process failed.
     """
-    settings = {"label": label, "size": size, "batch": batch, "threads": threads}
-    request = json.dumps({**stored, **settings})
-    command = [sys.executable, "-m", "vit_reciprocam.benchmark.memory", request]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    request = {"label": label, "size": size, "batch": batch, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, OnnxFiles):
+            request |= {"options": model.options, "untouched": model.untouched}
+        else:
+            request["file"] = _store(model, Path(folder) / "model.pt")
+        command = [sys.executable, "-m", "vit_reciprocam.benchmark.memory", json.dumps(request)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         last = (finished.stderr.strip() or "it was killed").splitlines()[-1]
         raise ModelError(f"memory was not measured, its process failed: {last}")
-    return Peak(*json.loads(finished.stdout.splitlines()[-1]))
+    total, added = json.loads(finished.stdout.splitlines()[-1])
+    return total, added
+
+
+def _store(model: Any, file: Path) -> str:
+    import torch
+
+    try:
+        torch.save(model, file)
+    except Exception as error:  # pickling raises errors of many unrelated kinds
+        reason = first_line(error)
+        raise ModelError(f"the model cannot be handed to a fresh process: {reason}") from error
+    return str(file)
 
 
 def _answer(request: str) -> None:
