@@ -1,6 +1,9 @@
 """Pictures explained from the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,19 @@ def test_explain_builds_models_with_options(scenes, tmp_path):
     assert json.loads(result.stdout)["images"][0]["targets"][0]["name"] == "pear, fruit"
     with np.load(tmp_path / "out" / "0" / "maps.npz") as saved:
         assert saved["maps"].shape[-2:] == (6, 6)
+
+
+def test_class_names_are_utf_8_wherever_they_are_read(tmp_path):
+    (tmp_path / "names.txt").write_bytes("n01\tpêche\nn02\tりんご\n".encode())
+    code = (
+        "import sys; from pathlib import Path; from vit_reciprocam.cli.options import read_lines;"
+        "print(ascii(read_lines(Path(sys.argv[1]))))"
+    )
+    # a machine whose own encoding is another one
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "names.txt")]
+    read = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+    assert read.stdout == ascii(["pêche", "りんご"]) + "\n", read.stderr
 
 
 def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):

@@ -294,6 +294,6 @@ def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | No
 def read_lines(file: Path) -> list[str]:
     """Read the class names of a text file, one per line, each perhaps after a synset and a tab."""
     try:
-        return [line.rpartition("\t")[2] for line in file.read_text().splitlines()]
+        return [line.rpartition("\t")[2] for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class-names {file} cannot be read: {error}") from error
