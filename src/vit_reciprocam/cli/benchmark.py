@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,7 +103,8 @@ def benchmark_command(
             onnx={"preprocess": preprocess},
             **library_options,
         )
-        with _show_progress() as update:
+        with progress_bar("Measuring") as shown:
+            task = shown.add_task("", total=None)
             rows = benchmark(
                 classifiers,
                 method,
@@ -117,7 +116,7 @@ def benchmark_command(
                 untouched=_match_untouched(
                     untouched, model or [options.DEFAULT_MODEL], len(backend or [""])
                 ),
-                progress=update,
+                progress=lambda done, total: shown.update(task, completed=done, total=total),
             )
         report = {
             "generator": GENERATOR,
@@ -128,7 +127,12 @@ def benchmark_command(
         }
         if destination is not None:
             destination.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(destination, _file_content(destination.suffix, rows, report).encode())
+            content = {
+                ".md": _markdown(rows, report),
+                ".csv": _csv(rows),
+                ".json": json.dumps(report, indent=2) + "\n",
+            }
+            write_atomically(destination, content[destination.suffix].encode())
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -159,22 +163,14 @@ def _match_untouched(
     return matched
 
 
-@contextlib.contextmanager
-def _show_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show a bar, and yield the function to call with the number of calls done and of all."""
-    with progress_bar("Measuring") as shown:
-        task = shown.add_task("", total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
-
-
 def _print(rows: list[Row], report: dict[str, Any]) -> None:
     """Print a table per model and batch size, in 80 columns; --out and --json have all figures."""
     for title, group in _groups(rows):
         path = next((row.path for row in group if row.path), "")
         out.print(f"[bold]{escape(title)}[/bold] {path}", highlight=False, soft_wrap=True)
         table = Table(Column("method", overflow="fold"), box=box.SIMPLE_HEAD)
-        for heading in ("ms", "FPS", "÷ forward", "÷ reciprocam", "peak MiB\n(added)"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in HEADINGS[2:]:
+            table.add_column(heading.replace(" (", "\n("), justify="right", no_wrap=True)
         for row in group:
             name = row.method.replace("reciprocam, ", "… ")
             _, _, ms, fps, to_forward, to_reciprocam, memory = _cells(row)
@@ -248,30 +244,21 @@ def _conditions(rows: list[Row], report: dict[str, Any]) -> str:
 
 def _record(row: Row) -> dict[str, Any]:
     """Return a row as JSON values, in which spreads are objects."""
-    record = dataclasses.asdict(row)
-    for key, value in record.items():
-        if isinstance(value, Spread):
-            record[key] = value._asdict()
-    return record
+    spreads = {key: one._asdict() for key, one in vars(row).items() if isinstance(one, Spread)}
+    return dataclasses.asdict(row) | spreads
 
 
-def _file_content(ending: str, rows: list[Row], report: dict[str, Any]) -> str:
-    if ending == ".json":
-        return json.dumps(report, indent=2) + "\n"
-    return _csv(report["rows"]) if ending == ".csv" else _markdown(rows, report)
-
-
-def _csv(records: list[dict[str, Any]]) -> str:
+def _csv(rows: list[Row]) -> str:
     """Return CSV with a line per row and three columns per spread."""
     lines = []
-    for record in records:
+    for row in rows:
         line: dict[str, Any] = {}
-        for key, value in record.items():
-            line[key] = "x".join(map(str, value)) if key == "size" else value
+        for key, value in vars(row).items():
             if key in ("ms", "to_forward", "to_reciprocam"):
-                spread = value or {}
-                line[key] = spread.get("median")
-                line |= {f"{key}_low": spread.get("low"), f"{key}_high": spread.get("high")}
+                spread = value or (None, None, None)
+                line |= zip((key, f"{key}_low", f"{key}_high"), spread, strict=True)
+            else:
+                line[key] = "x".join(map(str, value)) if key == "size" else value
         lines.append(line)
     return csv_text(lines, list(lines[0]))
 
