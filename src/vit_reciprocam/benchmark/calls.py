@@ -22,6 +22,7 @@ from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.sessions import Session, open_session
 
 __all__ = [
+    "ALL_MAPS",
     "FIXED",
     "FORWARD",
     "NAIVE",

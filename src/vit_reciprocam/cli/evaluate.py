@@ -106,7 +106,12 @@ def evaluate_command(
     with errors_in_one_line(
         debug, lambda: _describe_kept(destination) if begun else "nothing is written"
     ):
-        datasets, protocols, run = _import_evaluate()
+        try:
+            from vit_reciprocam.evaluate import run
+            from vit_reciprocam.evaluate.data import datasets
+            from vit_reciprocam.evaluate.metrics import protocols
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("evaluate", "evaluate") from error
         chosen = protocols.get_protocol(protocol)
         methods = method or ["reciprocam"]
         for one in methods:
@@ -156,16 +161,6 @@ def evaluate_command(
         err.print(f"… and {len(listed) - FAILURES_SHOWN} more: {destination / 'manifest.json'}")
     if listed:
         raise typer.Exit(1 if manifest["images"] else 2)
-
-
-def _import_evaluate() -> tuple[Any, Any, Any]:
-    try:
-        from vit_reciprocam.evaluate import run
-        from vit_reciprocam.evaluate.data import datasets
-        from vit_reciprocam.evaluate.metrics import protocols
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("evaluate", "evaluate") from error
-    return datasets, protocols, run
 
 
 def _describe_kept(folder: Path) -> str:

@@ -29,7 +29,7 @@ from vit_reciprocam.results.files import (
     write_atomically,
 )
 
-__all__ = ["explain_command", "make_record", "make_report", "print_report", "settings_of"]
+__all__ = ["add_picture", "explain_command", "print_report", "start_report"]
 
 SETTINGS = ("method", "kernel", "class_token", "layer")
 
@@ -52,9 +52,9 @@ def explain_command(
     prompt: options.Prompts = None,
     option: options.LibraryOptions = None,
     method: options.Method = "reciprocam",
-    kernel: options.KernelIfGiven = None,
-    class_token: options.ClassTokenIfGiven = None,
-    layer: options.LayerIfGiven = None,
+    kernel: options.Kernel = None,
+    class_token: options.ClassToken = None,
+    layer: options.Layer = None,
     destination: options.Out = options.DEFAULT_OUT,
     colormap: options.Colormap = "viridis",
     opacity: Annotated[
@@ -92,8 +92,7 @@ def explain_command(
             PIL.Image.MAX_IMAGE_PIXELS = max_pixels
         check_choice("colormap", colormap, COLORMAPS)
         masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
-        masking = {key: value for key, value in masking.items() if value is not None}
-        settings = _read_settings(method, masking)
+        settings = _read_settings(method, options.drop_none(masking))
         paths = find_images(images, skip=holds_results)
         if not any(path.exists() for path in paths):
             raise InputError(f"no such file: {', '.join(map(str, paths))}")
@@ -123,8 +122,7 @@ def explain_command(
         explainer = classifier.backend.make_explainer(**settings)
         targets = target or ["top1"]
         parse_targets(classifier, targets=targets)
-        failures: list[dict[str, str]] = []
-        records: list[dict[str, Any]] = []
+        report = start_report(model, settings)
         for path, folder in progress(_name_folders(paths, destination), "Explaining"):
             try:
                 explanation = explain_with(explainer, path, classifier, targets=targets)
@@ -132,18 +130,16 @@ def explain_command(
             except (ReciproCAMError, OSError) as error:
                 if debug:
                     err.print_exception()
-                failures.append({"source": str(path), "error": str(error)})
+                report["failures"].append({"source": str(path), "error": str(error)})
                 continue
-            records.append(make_record(explanation, folder))
-            settings = settings_of(explanation) | settings
-        report = make_report(model, settings, records, failures)
-        if records:
+            add_picture(report, explanation, folder)
+        if report["images"]:
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
     print_report(report, as_json)
-    for failure in failures:
+    for failure in report["failures"]:
         say("failed", failure["error"])
-    if failures:
-        raise typer.Exit(1 if records else 2)
+    if report["failures"]:
+        raise typer.Exit(1 if report["images"] else 2)
 
 
 def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
@@ -173,30 +169,18 @@ def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path
     return folders
 
 
-def make_record(explanation: Explanation, folder: Path) -> dict[str, Any]:
-    """Return the record of one picture, to be printed and written."""
-    return explanation.record() | {"path": explanation.path, "folder": str(folder)}
+def start_report(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the report on pictures, to be printed and written, before any is explained."""
+    about = {"generator": GENERATOR, "model": model, "settings": settings}
+    return about | {"images": [], "failures": []}
 
 
-def settings_of(explanation: Explanation) -> dict[str, Any]:
-    """Return the method that ran, and its settings of the masks if it has them."""
-    return {name: explanation.settings[name] for name in SETTINGS if name in explanation.settings}
-
-
-def make_report(
-    model: str,
-    settings: dict[str, Any],
-    records: list[dict[str, Any]],
-    failures: list[dict[str, str]],
-) -> dict[str, Any]:
-    """Return the report on all pictures, to be printed and written."""
-    return {
-        "generator": GENERATOR,
-        "model": model,
-        "settings": settings,
-        "images": records,
-        "failures": failures,
-    }
+def add_picture(report: dict[str, Any], explanation: Explanation, folder: Path) -> None:
+    """Add one picture's record, and the settings of the masks if its method has them."""
+    used = {name: explanation.settings[name] for name in SETTINGS if name in explanation.settings}
+    report["settings"] = used | report["settings"]
+    place = {"path": explanation.path, "folder": str(folder)}
+    report["images"].append(explanation.record() | place)
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -22,8 +22,8 @@ def insert_command(
     ],
     destination: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write.")],
     target: options.FileTargets = "all",
-    kernel: options.Kernel = "gaussian",
-    class_token: options.ClassToken = True,
+    kernel: options.Kernel = None,
+    class_token: options.ClassToken = None,
     raw: options.Raw = False,
     target_node: Annotated[
         str | None,
@@ -63,8 +63,7 @@ def insert_command(
         done = insert(
             source,
             destination,
-            kernel=kernel,
-            class_token=class_token,
+            **options.drop_none({"kernel": kernel, "class_token": class_token}),
             targets=target,
             raw=raw,
             grid=options.parse_size(grid, "--grid"),

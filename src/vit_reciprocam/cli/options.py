@@ -19,46 +19,6 @@ from vit_reciprocam.onnx.run.sessions import BACKENDS
 from vit_reciprocam.pictures.preprocess import PRESETS
 from vit_reciprocam.pictures.render import COLORMAPS
 
-__all__ = [
-    "DEFAULT_MODEL",
-    "DEFAULT_OUT",
-    "AsJson",
-    "Backend",
-    "Backends",
-    "BatchSize",
-    "ClassNames",
-    "ClassToken",
-    "ClassTokenIfGiven",
-    "Colormap",
-    "Debug",
-    "Device",
-    "FileTargets",
-    "Kernel",
-    "KernelIfGiven",
-    "Layer",
-    "LayerIfGiven",
-    "LibraryOptions",
-    "Limit",
-    "Method",
-    "Methods",
-    "Model",
-    "ModelName",
-    "Models",
-    "Out",
-    "Preprocess",
-    "Prompts",
-    "Raw",
-    "Resume",
-    "Threads",
-    "Weights",
-    "WeightsOfEach",
-    "join_names",
-    "load_models",
-    "parse_options",
-    "parse_size",
-    "read_lines",
-]
-
 DEFAULT_MODEL = "timm:deit_tiny_patch16_224"
 DEFAULT_OUT = Path("vit-reciprocam-out")
 
@@ -78,14 +38,13 @@ def _join_with_default(names: Iterable[str]) -> str:
 # --- the model ------------------------------------------------------------------------------------
 
 _MODEL = f"Model: {join_names(specs())}"
-Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=f"{_MODEL}.")]
+Model = Annotated[str, typer.Option(metavar="SPEC", help=f"{_MODEL}.")]
 Models = Annotated[
-    list[str] | None, typer.Option("--model", metavar="SPEC", help=f"{_MODEL}; may be given again.")
+    list[str] | None, typer.Option(metavar="SPEC", help=f"{_MODEL}; may be given again.")
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
-        "--weights",
         metavar="FILE",
         help="File of local weights, .safetensors or .pth, instead of the published ones; or "
         "random for untrained ones.",
@@ -94,7 +53,6 @@ Weights = Annotated[
 WeightsOfEach = Annotated[
     list[Path] | None,
     typer.Option(
-        "--weights",
         metavar="FILE",
         help="File of local weights instead of the published ones; given once for each --model, "
         "in the same order, or not at all.",
@@ -103,7 +61,6 @@ WeightsOfEach = Annotated[
 LibraryOptions = Annotated[
     list[str] | None,
     typer.Option(
-        "--option",
         metavar="KEY=VALUE",
         help="Option for the library that builds the model, such as timm's img_size=1024; may be "
         "given again.",
@@ -112,7 +69,6 @@ LibraryOptions = Annotated[
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        "--prompt",
         metavar="TEXT",
         help="Text that stands for one class, for models that compare pictures with texts: those "
         "of open_clip and some of hf; given once for each class.",
@@ -133,10 +89,9 @@ ClassNames = Annotated[
 # --- ONNX files -----------------------------------------------------------------------------------
 
 _BACKEND = f"Runtime of ONNX files: {_join_with_default(BACKENDS)}"
-Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help=f"{_BACKEND}.")]
+Backend = Annotated[str | None, typer.Option(metavar="NAME", help=f"{_BACKEND}.")]
 Backends = Annotated[
-    list[str] | None,
-    typer.Option("--backend", metavar="NAME", help=f"{_BACKEND}; may be given again."),
+    list[str] | None, typer.Option(metavar="NAME", help=f"{_BACKEND}; may be given again.")
 ]
 Threads = Annotated[
     int | None,
@@ -147,7 +102,6 @@ Threads = Annotated[
 Preprocess = Annotated[
     str | None,
     typer.Option(
-        "--preprocess",
         metavar="NAME[:KEY=VALUE,…]",
         help="Preprocessing of pictures for an ONNX file that does not name its own: "
         f"{join_names(PRESETS)}, and what differs from it, such as imagenet:size=224,crop_pct=0.9.",
@@ -155,69 +109,58 @@ Preprocess = Annotated[
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option(
-        "--name",
-        help="Name of the model, kept in the new file; default: the name of its source.",
-    ),
+    typer.Option(help="Name of the model, kept in the new file; default: the name of its source."),
 ]
 FileTargets = Annotated[
     str,
     typer.Option(
-        "--target",
         help="Classes that the file explains: all, top1, top3 …, or input, which adds an input "
-        "named targets for their indices.",
+        "named targets for their indices."
     ),
 ]
 Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Write only probabilities, without maps scaled to [0, 1]."),
+    bool, typer.Option("--raw", help="Write only probabilities, without maps scaled to [0, 1].")
 ]
 
 # --- the method -----------------------------------------------------------------------------------
 
 _METHOD = f"Method: {join_names(METHODS)}; settings follow its name, as in reciprocam:kernel=dirac"
-Method = Annotated[str, typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}.")]
+Method = Annotated[str, typer.Option(metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}.")]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}; may be given again."),
+    typer.Option(metavar="NAME[:KEY=VALUE,…]", help=f"{_METHOD}; may be given again."),
 ]
-_kernel = typer.Option(
-    "--kernel",
-    show_default=False,
-    help=f"Kernel of the masks: {_join_with_default(KERNELS)}.",
-)
-Kernel = Annotated[str, _kernel]
-KernelIfGiven = Annotated[str | None, _kernel]
-_class_token = typer.Option(
-    "--class-token/--no-class-token",
-    show_default=False,
-    help="Keep the class token under every mask (default), or mask it too.",
-)
-ClassToken = Annotated[bool, _class_token]
-ClassTokenIfGiven = Annotated[bool | None, _class_token]
-_layer = typer.Option(
-    "--layer",
-    show_default=False,
-    help=f"Layer whose output the masks multiply: {_join_with_default(LAYERS)}.",
-)
-Layer = Annotated[str, _layer]
-LayerIfGiven = Annotated[str | None, _layer]
+Kernel = Annotated[
+    str | None,
+    typer.Option(show_default=False, help=f"Kernel of the masks: {_join_with_default(KERNELS)}."),
+]
+ClassToken = Annotated[
+    bool | None,
+    typer.Option(
+        "--class-token/--no-class-token",
+        show_default=False,
+        help="Keep the class token under every mask (default), or mask it too.",
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        show_default=False,
+        help=f"Layer whose output the masks multiply: {_join_with_default(LAYERS)}.",
+    ),
+]
 
 # --- data and results -----------------------------------------------------------------------------
 
 Limit = Annotated[
     int | None,
-    typer.Option(
-        "--limit", min=1, help="Number of pictures to use, counted from the first; default: all."
-    ),
+    typer.Option(min=1, help="Number of pictures to use, counted from the first; default: all."),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Number of pictures in one call.")
-]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of pictures in one call.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was cut short.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 Colormap = Annotated[
-    str, typer.Option("--colormap", help=f"Colour map of the overlays: {join_names(COLORMAPS)}.")
+    str, typer.Option(help=f"Colour map of the overlays: {join_names(COLORMAPS)}.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
@@ -235,14 +178,7 @@ def load_models(
 ) -> list[Classifier]:
     """Load the models, or the default one, with their weights; an ONNX file once per backend.
 
-    Args:
-        models: Specs as `load` takes them.
-        weights: One file per model, or none at all.
-        random: Whether to leave PyTorch models untrained.
-        device: Device of all models.
-        backends: Runtimes of ONNX files.
-        onnx: Options of `load` that only ONNX files have; None stands for not given.
-        options: Options of `load` for all models.
+    `onnx` holds options of `load` that only ONNX files have, `options` those of all models.
     """
     names = models or [DEFAULT_MODEL]
     if weights and random:
@@ -255,7 +191,7 @@ def load_models(
     files: list[Any] = [*weights] if weights else [None for _ in names]
     if random:
         files = [None if is_onnx(name) else "random" for name in names]
-    given = {name: value for name, value in (onnx or {}).items() if value is not None}
+    given = drop_none(onnx or {})
     if (given or backends) and not any(map(is_onnx, names)):
         wanted = ", ".join(f"--{name}" for name in [*given, *(["backend"] if backends else [])])
         raise InputError(f"{wanted}: for ONNX files, and no --model is one")
@@ -268,6 +204,11 @@ def load_models(
             load(name, weights=file, device=device, **variant, **options) for variant in variants
         ]
     return classifiers
+
+
+def drop_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given; None stands for one that is not."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:

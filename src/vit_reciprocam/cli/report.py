@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -38,7 +38,10 @@ def report_command(
     Exit code 0: the report is written. 2: nothing could be done.
     """
     with errors_in_one_line(debug):
-        report = _import_report()
+        try:
+            from vit_reciprocam.evaluate.report import write as report
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("report", "evaluate") from error
         with err.status("Making the report"):
             about = report.write_report(runs, destination, resamples=resamples)
         if as_json:
@@ -47,11 +50,3 @@ def report_command(
         typer.echo((destination / "table1.md").read_text(encoding="utf-8"))
         page = escape(str(destination / report.PAGE))
         out.print(f"page: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
-
-
-def _import_report() -> Any:
-    try:
-        from vit_reciprocam.evaluate.report import write as report
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("report", "evaluate") from error
-    return report
