@@ -22,12 +22,16 @@ from rich.text import Text
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import command_line, err, errors_in_one_line, out, progress_bar, say
 from vit_reciprocam.errors import InputError, MissingDependencyError
+from vit_reciprocam.evaluate.metrics.measure import summarize
+from vit_reciprocam.evaluate.metrics.protocols import get_protocol
+from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.results.files import check_folder
 
 __all__ = ["evaluate_command"]
 
 FAILURES_SHOWN = 10
+METHOD_WIDTH = 12  # least width of the column with the methods' names
 
 
 def evaluate_command(
@@ -109,10 +113,9 @@ def evaluate_command(
         try:
             from vit_reciprocam.evaluate import run
             from vit_reciprocam.evaluate.data import datasets
-            from vit_reciprocam.evaluate.metrics import protocols
         except ModuleNotFoundError as error:
             raise MissingDependencyError("evaluate", "evaluate") from error
-        chosen = protocols.get_protocol(protocol)
+        chosen = get_protocol(protocol)
         methods = method or ["reciprocam"]
         for one in methods:
             MethodSpec.parse(one)
@@ -186,8 +189,6 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
 
     Yields the function to call after each batch, or None outside a terminal.
     """
-    from vit_reciprocam.evaluate.metrics.measure import summarize
-
     if not err.is_terminal:
         yield None
         return
@@ -219,20 +220,15 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
 
 def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
     """Print a table per model; one that is too wide is split, first after the paper's metrics."""
-    from vit_reciprocam.evaluate.metrics.registry import METRICS
-
     shown = [name for name in METRICS if any(name in row for row in summaries)]
+    groups = _split(shown)
+    if len(groups) > 1:
+        groups = _split([name for name in shown if METRICS[name].kind == "adcc"])
+        groups += _split([name for name in shown if METRICS[name].kind != "adcc"])
     for model in manifest["models"]:
-        rows = [row for row in summaries if row["model"] == model]
-        tables = list(_tables(rows, shown))
-        if len(tables) > 1:
-            tables = [
-                *_tables(rows, [name for name in shown if METRICS[name].kind == "adcc"]),
-                *_tables(rows, [name for name in shown if METRICS[name].kind != "adcc"]),
-            ]
         out.print(f"[bold]{escape(model)}[/bold]", highlight=False, soft_wrap=True)
-        for table in tables:
-            out.print(table)
+        for metrics in groups:
+            out.print(_table([row for row in summaries if row["model"] == model], metrics))
     protocol = manifest["protocol"]["name"]
     left_out = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
     out.print(
@@ -243,32 +239,33 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
     )
 
 
-def _tables(rows: list[dict[str, Any]], shown: list[str]) -> Iterator[Table]:
-    """Yield tables that together show all metrics, each with as many as fit into the terminal."""
-    while shown:
-        count = len(shown)
-        while count > 1 and _least_width(_table(rows, shown[:count])) > out.width:
-            count -= 1
-        yield _table(rows, shown[:count])
-        shown = shown[count:]
+def _width(metric: str) -> int:
+    """Return the width below which a metric's column would be cut."""
+    return max(len(METRICS[metric].heading_with_arrow), len("100.00"))
 
 
-def _least_width(table: Table) -> int:
-    """Return the width below which a table's figures would be cut."""
-    # a space on both sides of each column, and one between columns and at both ends
-    return sum((column.min_width or 0) + 3 for column in table.columns) + 1
+def _split(metrics: list[str]) -> list[list[str]]:
+    """Return the metrics in groups, each with as many as fit into one table of the terminal."""
+    groups: list[list[str]] = []
+    free = 0
+    for metric in metrics:
+        needed = _width(metric) + 3  # with a space on both sides, and one between columns
+        if needed > free:
+            groups.append([])
+            free = out.width - (METHOD_WIDTH + 3) - 1
+        groups[-1].append(metric)
+        free -= needed
+    return groups
 
 
-def _table(rows: list[dict[str, Any]], shown: list[str]) -> Table:
+def _table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
     """Return a table with a row per method and a column per metric."""
-    from vit_reciprocam.evaluate.metrics.registry import METRICS
-
-    table = Table(Column("method", overflow="fold", min_width=12), box=box.SIMPLE_HEAD)
-    for name in shown:
+    method = Column("method", overflow="fold", min_width=METHOD_WIDTH)
+    table = Table(method, box=box.SIMPLE_HEAD)
+    for name in metrics:
         heading = METRICS[name].heading_with_arrow
-        width = max(len(heading), len("100.00"))
-        table.add_column(heading, justify="right", min_width=width)
+        table.add_column(heading, justify="right", min_width=_width(name))
     for row in rows:
-        figures = [f"{row[name]:.2f}" if name in row else "" for name in shown]
+        figures = [f"{row[name]:.2f}" if name in row else "" for name in metrics]
         table.add_row(escape(row["method"]), *figures)
     return table

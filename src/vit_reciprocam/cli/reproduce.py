@@ -6,7 +6,7 @@ import enum
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,11 +25,7 @@ from vit_reciprocam.results.files import check_folder, holds_results, write_fold
 
 __all__ = ["reproduce_command"]
 
-MODELS = [
-    "timm:deit_tiny_patch16_224",
-    "timm:deit_small_patch16_224",
-    "timm:deit_base_patch16_224",
-]
+MODELS = [f"timm:deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 FIGURE_METHODS = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
 TABLE_METHODS = {
     "table1": ["reciprocam", "reciprocam:kernel=dirac", "relevance", "rollout", *NULLS],
@@ -46,14 +42,8 @@ TABLE_METHODS = {
 }
 
 
-class Preset(enum.StrEnum):
-    """A table of the paper, or its figures."""
-
-    TABLE1 = "table1"
-    TABLE2 = "table2"
-    TABLE3 = "table3"
-    TABLE4 = "table4"
-    FIGURES = "figures"
+# a table of the paper, or its figures; the values are these names in lower case
+Preset = enum.StrEnum("Preset", ["TABLE1", "TABLE2", "TABLE3", "TABLE4", "FIGURES"])
 
 
 def reproduce_command(
@@ -100,28 +90,21 @@ def reproduce_command(
     }
     with errors_in_one_line(debug):
         if given := [name for name, value in unused.get(what, {}).items() if value]:
-            raise InputError(f"{what.value} takes no {', '.join(given)}")
+            raise InputError(f"{what} takes no {', '.join(given)}")
         if data is None and what is not Preset.TABLE2:
-            raise InputError(f"{what.value} needs pictures: give --data")
+            raise InputError(f"{what} needs pictures: give --data")
     names = model or MODELS
-    folder = destination / what.value
+    shared: dict[str, Any] = {"model": names, "weights": weights, "device": device, "debug": debug}
+    folder = destination / what
     more = method or []
     if what is Preset.TABLE2:
-        benchmark_command(
-            model=names,
-            weights=weights,
-            method=["relevance", *more],
-            batch=[1],
-            destination=folder.with_suffix(".md"),
-            device=device,
-            debug=debug,
-        )
+        methods, file = ["relevance", *more], folder.with_suffix(".md")
+        benchmark_command(**shared, method=methods, batch=[1], destination=file)
         return
     if what is Preset.FIGURES:
+        methods = [*FIGURE_METHODS, *more]
         with errors_in_one_line(debug):
-            failed = _draw(
-                data or "", names, weights, [*FIGURE_METHODS, *more], folder, limit, device
-            )
+            failed = _draw(data or "", names, weights, methods, folder, limit, device)
         if failed:
             raise typer.Exit(1)
         return
@@ -129,15 +112,12 @@ def reproduce_command(
     try:
         evaluate_command(
             data=data or "",
-            model=names,
-            weights=weights,
-            method=TABLE_METHODS[what.value] + more,
+            **shared,
+            method=[*TABLE_METHODS[what], *more],
             destination=folder / "run",
             resume=resume,
             limit=limit,
             batch_size=batch_size,
-            device=device,
-            debug=debug,
         )
     except typer.Exit as ended:
         if ended.exit_code != 1:
