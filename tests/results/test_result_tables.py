@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from vit_reciprocam.results.tables import csv_text, markdown_row
+from vit_reciprocam.results.files import csv_text, markdown_row
 
 
 def test_csv_by_hand_and_back():

@@ -1,4 +1,4 @@
-"""The command line, `vit-reciprocam`: a module per command.
+"""The command line, `vit-reciprocam`: a function per command.
 
 Results go to stdout, all else to stderr.
 """
@@ -12,12 +12,10 @@ from typing import Annotated
 import typer
 
 from vit_reciprocam.cli.benchmark import benchmark_command
-from vit_reciprocam.cli.demo import demo_command
 from vit_reciprocam.cli.evaluate import evaluate_command
-from vit_reciprocam.cli.explain import explain_command
-from vit_reciprocam.cli.export import export_command
-from vit_reciprocam.cli.insert import insert_command
+from vit_reciprocam.cli.explain import demo_command, explain_command
 from vit_reciprocam.cli.models import models_command
+from vit_reciprocam.cli.onnx import export_command, insert_command
 from vit_reciprocam.cli.report import report_command
 from vit_reciprocam.cli.reproduce import reproduce_command
 

@@ -18,8 +18,13 @@ from vit_reciprocam.classifier.load import is_onnx
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import errors_in_one_line, out, progress_bar, say
 from vit_reciprocam.errors import InputError, check_choice
-from vit_reciprocam.results.files import GENERATOR, check_folder, write_atomically
-from vit_reciprocam.results.tables import csv_text, markdown_row
+from vit_reciprocam.results.files import (
+    GENERATOR,
+    check_folder,
+    csv_text,
+    markdown_row,
+    write_atomically,
+)
 
 __all__ = ["benchmark_command"]
 

@@ -1,4 +1,4 @@
-"""Printing for the commands: two consoles, errors in one line, progress, small tables."""
+"""Printing for the commands: two consoles, errors in one line, progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,17 +21,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from vit_reciprocam.errors import ReciproCAMError
 
 __all__ = [
     "command_line",
-    "describe_path",
     "err",
     "errors_in_one_line",
     "out",
-    "print_facts",
     "progress",
     "progress_bar",
     "say",
@@ -74,19 +71,6 @@ def say(what: str, text: str) -> None:
     """Print a line on stderr about something that did not go well."""
     mark = f"[red]{what}{':' if text else ''}[/red]"
     err.print(f"{mark} {escape(text)}".rstrip(), highlight=False, soft_wrap=True)
-
-
-def print_facts(facts: Mapping[str, str]) -> None:
-    """Print a table with one line per fact: its name and its text."""
-    table = Table(show_header=False)
-    for name, fact in facts.items():
-        table.add_row(name, escape(fact))
-    out.print(table)
-
-
-def describe_path(path: str, because: str) -> str:
-    """Return the path that an explained file takes, and the reason if it is the direct one."""
-    return f"{path}, since {because}" if because else path
 
 
 def command_line(*options: str) -> str:

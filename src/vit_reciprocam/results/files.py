@@ -1,12 +1,14 @@
-"""Write results: each file whole or not at all, and only over what this package wrote."""
+"""Write results: each file whole or not at all, and only over what this package wrote; tables."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from vit_reciprocam.libraries import LIBRARIES
 __all__ = [
     "GENERATOR",
     "check_folder",
+    "csv_text",
     "holds_results",
     "is_ours",
     "library_versions",
+    "markdown_row",
     "write_atomically",
     "write_folder",
 ]
@@ -128,3 +132,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return a CSV file: a line with the columns' names, then one line per row.
+
+    A value that is missing or None is left empty; a row with another column is a `ValueError`.
+    """
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue()
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """Return one row of a Markdown table; the cells must not hold "|" or line ends."""
+    return f"| {' | '.join(cells)} |"

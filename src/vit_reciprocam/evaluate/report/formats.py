@@ -17,7 +17,7 @@ from vit_reciprocam.evaluate.report.sheets import (
     provenance,
 )
 from vit_reciprocam.evaluate.report.tables import ModelRows, Table
-from vit_reciprocam.results.tables import csv_text, markdown_row
+from vit_reciprocam.results.files import csv_text, markdown_row
 
 __all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number"]
 
