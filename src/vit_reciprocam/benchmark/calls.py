@@ -20,6 +20,7 @@ from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
 from vit_reciprocam.onnx.insert.cut_out import cut_out_prediction
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.sessions import Session, open_session
+from vit_reciprocam.results.explanation import Explanation
 
 __all__ = [
     "ALL_MAPS",
@@ -71,26 +72,12 @@ def _torch_call(label: str, model: Any, pixels: np.ndarray) -> Call:
     def forward() -> tuple[Any, str]:
         return logits_of(model(images)).float().cpu().numpy(), ""
 
-    def reciprocam(result: str, targets: Any = None, **settings: Any) -> Call:
-        explainer = ReciproCAM(model, **settings)
-
-        def call() -> tuple[Any, str]:
-            explanation = explainer(images, targets)
-            return getattr(explanation, result), explanation.path
-
-        return call
-
     if label == FORWARD:
         return forward
-    if label == ALL_SCORES:
-        return reciprocam("scores", "all")
-    if label == ALL_MAPS:
-        return reciprocam("maps", "all")
-    if label == NAIVE:
-        return reciprocam("maps", path="direct")
-    method = MethodSpec.parse(label)
+    method = MethodSpec.parse(RECIPROCAM if label in FIXED else label)
     if method.name == RECIPROCAM:
-        return reciprocam("maps", **method.settings)
+        settings = {"path": "direct"} if label == NAIVE else method.settings
+        return _explainer_call(label, ReciproCAM(model, **settings), images)
     # this imports the method's library, so that the import is not timed
     check_settings(method.name, method.settings)
 
@@ -112,11 +99,14 @@ def _onnx_call(label: str, files: OnnxFiles, images: np.ndarray) -> Call:
             "an ONNX file holds ReciproCAM's maps and no other method: measure "
             f"{label!r} on a PyTorch model"
         )
-    explainer = files.explainer
-    kind = explainer.metadata.targets
+    kind = files.explainer.metadata.targets
     if label != RECIPROCAM and kind not in ("all", "input"):
         raise InputError(f"the file explains the {kind} classes only")
-    targets = None if label == RECIPROCAM else "all"
+    return _explainer_call(label, files.explainer, images)
+
+
+def _explainer_call(label: str, explainer: Callable[..., Explanation], images: Any) -> Call:
+    targets = "all" if label in (ALL_SCORES, ALL_MAPS) else None
     result = "scores" if label == ALL_SCORES else "maps"
 
     def call() -> tuple[Any, str]:

@@ -13,10 +13,10 @@ import os
 import platform
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ class Row:
 class _Case:
     """A call while it is measured."""
 
-    row: Row  # what is known about it so far
+    row: Row
     model: Any
     call: Call | None = None  # None if it cannot be made
     every: int = 1  # it is timed in rounds 0, every, 2 · every and so on
@@ -125,7 +125,6 @@ def benchmark(
     naive: bool = True,
     memory: bool = False,
     untouched: Sequence[str | os.PathLike[str] | None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Measure the prediction alone, ReciproCAM, its naive computation, and other methods.
@@ -149,7 +148,6 @@ def benchmark(
         untouched: File of the untouched model for each classifier that is an ONNX file, which
             "forward" then runs; None for the others. By default it is what `cut_out_prediction`
             makes of the file, which needs the package onnx; the demo model brings its own.
-        clock: Function that returns the time in seconds.
         progress: Function that is called with the number of calls done and the number of all calls,
             which may change on the way.
 
@@ -173,6 +171,16 @@ def benchmark(
     optional = _DEFAULT_METHODS if methods is None else ()
     fixed = [label for label in FIXED if naive or label != NAIVE]
     labels = list(dict.fromkeys((*fixed, *map(str, specs), *optional)))
+    # the most calls that there can be; how many there are is known after the warm-up
+    total = len(classifiers) * len(batch_sizes) * len(labels) * (1 + rounds + memory)
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
     with contextlib.ExitStack() as stack:
         used_threads = stack.enter_context(set_threads(threads, classifiers))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -180,18 +188,15 @@ def benchmark(
             prepare_model(classifier, file, threads, folder / f"{number}.onnx")
             for number, (classifier, file) in enumerate(zip(classifiers, files, strict=True))
         ]
-        # the most calls that there can be; how many there are is known after the warm-up
-        count = len(classifiers) * len(batch_sizes) * len(labels)
-        tick = _Ticks(progress, count * (1 + rounds + memory))
         groups = [
-            _warm_up(classifier, model, batch, used_threads, labels, optional, warmup, clock, tick)
+            _warm_up(classifier, model, batch, used_threads, labels, optional, warmup, tick)
             for classifier, model in zip(classifiers, models, strict=True)
             for batch in batch_sizes
         ]
         _space_out_slow_calls(groups, rounds)
         timed = sum(math.ceil(rounds / case.every) for group in groups for case in group)
-        tick.total = tick.done + timed + memory * sum(map(len, groups))
-        _time_in_turn(groups, rounds, clock, tick)
+        total = done + timed + memory * sum(map(len, groups))
+        _time_in_turn(groups, rounds, tick)
         rows = []
         for group in groups:
             for case in group:
@@ -211,18 +216,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": library_versions(),
     }
-
-
-class _Ticks:
-    """Counts the calls made, and reports the count after each."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.done, self.total = progress, 0, total
-
-    def __call__(self) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
 
 
 def _check(
@@ -257,8 +250,7 @@ def _warm_up(
     labels: Sequence[str],
     optional: Sequence[str],
     warmup: int,
-    clock: Callable[[], float],
-    tick: _Ticks,
+    tick: Callable[[], None],
 ) -> list[_Case]:
     """Make each call of one model and batch size `warmup` times.
 
@@ -277,9 +269,9 @@ def _warm_up(
         try:
             call = make_call(model, label, size=size, batch=batch)
             for _ in range(warmup):
-                began = clock()
+                began = perf_counter()
                 _, path = call()
-                trial = clock() - began
+                trial = perf_counter() - began
             cases[label] = _Case(replace(row, path=path), model, call, trial=trial)
         except ReciproCAMError as error:
             if label not in optional:
@@ -307,9 +299,7 @@ def _space_out_slow_calls(groups: Iterable[Sequence[_Case]], rounds: int) -> Non
                 case.every *= 2
 
 
-def _time_in_turn(
-    groups: Iterable[Sequence[_Case]], rounds: int, clock: Callable[[], float], tick: _Ticks
-) -> None:
+def _time_in_turn(groups: Iterable[Sequence[_Case]], rounds: int, tick: Callable[[], None]) -> None:
     """Make and time the calls; those of a group follow each other, in an order drawn each round."""
     shuffle = random.Random(0).shuffle
     for number in range(rounds):
@@ -318,9 +308,9 @@ def _time_in_turn(
             shuffle(turn)
             for case in turn:
                 if case.call is not None:
-                    began = clock()
+                    began = perf_counter()
                     case.call()
-                    case.seconds[number] = clock() - began
+                    case.seconds[number] = perf_counter() - began
                 tick()
 
 
@@ -347,10 +337,7 @@ def _spread(values: Iterable[float]) -> Spread:
 
 
 def _ratio(seconds: Mapping[int, float], reference: Mapping[int, float]) -> Spread | None:
-    """Return the spread of seconds ÷ reference over rounds; None if they share no round.
-
-    Both have the number of a round -> the seconds that a call took in it.
-    """
+    """Return the spread of the ratios over the rounds that both were timed in, if any."""
     shared = seconds.keys() & reference.keys()
     return _spread(seconds[number] / reference[number] for number in shared) if shared else None
 
