@@ -22,14 +22,7 @@ __all__ = ["TorchBackend"]
 
 
 class TorchBackend:
-    """Predicts and explains preprocessed images with a PyTorch classifier.
-
-    Attributes:
-        name: Name that explanations give the model.
-        model: The module, in evaluation mode.
-        num_classes: Number C of classes.
-        device: Device that computes.
-    """
+    """Predicts and explains preprocessed images with a PyTorch classifier in evaluation mode."""
 
     def __init__(self, name: str, model: nn.Module, *, device: str, size: tuple[int, int]) -> None:
         """Move a classifier to a device, and refuse a device that it cannot go to.

@@ -172,7 +172,7 @@ def _print(rows: list[Row], report: dict[str, Any]) -> None:
     """Print a table per model and batch size, in 80 columns; --out and --json have all figures."""
     for title, group in _groups(rows):
         path = next((row.path for row in group if row.path), "")
-        out.print(f"[bold]{escape(title)}[/bold] {path}", highlight=False, soft_wrap=True)
+        out.print(f"[bold]{escape(title)}[/bold] {path}", soft_wrap=True)
         table = Table(Column("method", overflow="fold"), box=box.SIMPLE_HEAD)
         for heading in HEADINGS[2:]:
             table.add_column(heading.replace(" (", "\n("), justify="right", no_wrap=True)
@@ -183,7 +183,7 @@ def _print(rows: list[Row], report: dict[str, Any]) -> None:
             to_reciprocam = to_reciprocam.partition(" (")[0]
             table.add_row(*map(escape, (name, ms, fps, to_forward, to_reciprocam, memory)))
         out.print(table)
-    out.print(escape(_conditions(rows, report)), highlight=False, soft_wrap=True)
+    out.print(escape(_conditions(rows, report)), soft_wrap=True)
 
 
 def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:

@@ -35,21 +35,19 @@ __all__ = [
 ]
 
 _PIPED = 160  # columns for a file or a pipe, which has no width; Rich would take 80
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
-err = Console(stderr=True)
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED
+out = Console(width=_width, highlight=False)
+err = Console(stderr=True, highlight=False)
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn errors into one line and an exit code.
+    """Turn errors into one line, with `debug` also a traceback, and an exit code.
 
-    It is 2 for bad input, 130 for Ctrl-C, and 3 for anything else, such as a full disk.
-
-    Args:
-        debug: Whether to print the traceback too.
-        stopped: Function called after Ctrl-C that returns what to print about the work so far.
+    It is 2 for bad input, 130 for Ctrl-C, and 3 for anything else, such as a full disk. After
+    Ctrl-C `stopped` returns what to print about the work so far.
     """
     try:
         yield
@@ -70,7 +68,7 @@ def errors_in_one_line(debug: bool, stopped: Callable[[], str] | None = None) ->
 def say(what: str, text: str) -> None:
     """Print a line on stderr about something that did not go well."""
     mark = f"[red]{what}{':' if text else ''}[/red]"
-    err.print(f"{mark} {escape(text)}".rstrip(), highlight=False, soft_wrap=True)
+    err.print(f"{mark} {escape(text)}".rstrip(), soft_wrap=True)
 
 
 def command_line(*options: str) -> str:

@@ -151,11 +151,8 @@ def evaluate_command(
         typer.echo(json.dumps({"out": str(destination), **manifest, "summaries": summaries}))
     else:
         _print(manifest, summaries)
-        out.print(
-            f"report: [bold]vit-reciprocam report {escape(str(destination))}[/bold]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        command = escape(f"vit-reciprocam report {destination}")
+        out.print(f"report: [bold]{command}[/bold]", soft_wrap=True)
     listed = [("failed", one["error"], one) for one in manifest["failures"]]
     listed += [("object not located", one["note"], one) for one in manifest["not_located"]]
     for what, why, about in listed[:FAILURES_SHOWN]:
@@ -185,10 +182,7 @@ def _describe_kept(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[Any], None] | None]:
-    """Show a bar with the speed and the time left, and below it the ADCC of the pictures so far.
-
-    Yields the function to call after each batch, or None outside a terminal.
-    """
+    """Show a bar and the ADCC so far; yield the function to call after each batch, if any."""
     if not err.is_terminal:
         yield None
         return
@@ -199,11 +193,12 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
 
         def update(progress: Any) -> None:
             for record in progress.records:
-                if "error" not in record:
-                    model = f"{record['model'].rpartition(':')[2]} " if name_models else ""
-                    each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
-                    for name in ("p", "o", "coherency", "complexity"):
-                        each[name].append(record[name])
+                if "error" in record:
+                    continue
+                model = f"{record['model'].rpartition(':')[2]} " if name_models else ""
+                each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
+                for name in ("p", "o", "coherency", "complexity"):
+                    each[name].append(record[name])
             columns = {n: {k: np.array(v) for k, v in each.items()} for n, each in seen.items()}
             adcc = [f"{n} {summarize(each, protocol)['adcc']:.1f}" for n, each in columns.items()]
             speed = shown.tasks[0].speed
@@ -226,17 +221,13 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
         groups = _split([name for name in shown if METRICS[name].kind == "adcc"])
         groups += _split([name for name in shown if METRICS[name].kind != "adcc"])
     for model in manifest["models"]:
-        out.print(f"[bold]{escape(model)}[/bold]", highlight=False, soft_wrap=True)
+        out.print(f"[bold]{escape(model)}[/bold]", soft_wrap=True)
         for metrics in groups:
             out.print(_table([row for row in summaries if row["model"] == model], metrics))
-    protocol = manifest["protocol"]["name"]
+    protocol, data = manifest["protocol"]["name"], escape(manifest["data"]["name"])
     left_out = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
-    out.print(
-        f"percent, protocol {protocol}, {manifest['images']} pictures of "
-        f"{escape(manifest['data']['name'])}{left_out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    about = f"percent, protocol {protocol}, {manifest['images']} pictures of {data}{left_out}"
+    out.print(about, soft_wrap=True)
 
 
 def _width(metric: str) -> int:

@@ -106,7 +106,6 @@ def explain_command(
         if name and weights is None and not Path(name).is_dir():
             err.print(
                 f"fetching {model}, or taking it from the cache (--weights FILE needs no network)",
-                highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
@@ -176,11 +175,8 @@ def demo_command(
         f"prediction alone {predicted_ms:.1f} ms; with the {height}×{width} maps of all {classes} "
         f"classes {explained_ms:.1f} ms: [bold]{ratio:.2f}×[/bold]\n"
         "(medians of runs taken in turn, ONNX Runtime, this machine)",
-        highlight=False,
     )
-    out.print(
-        f"look at [bold]{escape(str(folder / 'grid.png'))}[/bold]", soft_wrap=True, highlight=False
-    )
+    out.print(f"look at [bold]{escape(str(folder / 'grid.png'))}[/bold]", soft_wrap=True)
 
 
 def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def models_command(
         verdict = "not supported" if path == "-" else path
         more = ", … (--json lists all)" if len(fitting) > NAMES_SHOWN else ""
         shown = ", ".join(fitting[:NAMES_SHOWN]) + more
-        out.print(f"[bold]{verdict}[/bold], {len(fitting)}: {escape(why)}", highlight=False)
-        out.print(Padding(escape(shown), (0, 0, 0, 4)), highlight=False)
+        out.print(f"[bold]{verdict}[/bold], {len(fitting)}: {escape(why)}")
+        out.print(Padding(escape(shown), (0, 0, 0, 4)))
 
 
 def _rows(pattern: str) -> list[dict[str, str]]:
@@ -79,7 +79,7 @@ def _rows(pattern: str) -> list[dict[str, str]]:
         missing = MissingDependencyError("listing models", "torch")
         if not rows:
             raise missing from error
-        err.print(str(missing), highlight=False, soft_wrap=True, markup=False)
+        err.print(str(missing), soft_wrap=True, markup=False)
         return rows
     found = [one for one in architectures(pattern) if one.listed or pattern != "*"]
     for one in progress(found, "Looking"):

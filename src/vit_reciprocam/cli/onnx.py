@@ -84,7 +84,7 @@ def export_command(
             raise MissingDependencyError("export", "torch,onnx") from error
         pixels = options.parse_size(size)
         classifier = load(spec, weights=weights, prompts=prompt, **options.parse_options(option))
-        err.print(f"exporting {escape(spec)}: about half a minute", highlight=False)
+        err.print(f"exporting {escape(spec)}: about half a minute")
         done = export(
             classifier,
             destination,

@@ -188,21 +188,18 @@ def load_models(
             f"{len(weights)} --weights for {len(names)} --model: give one for each, in the same "
             "order, or none for the published weights"
         )
-    files: list[Any] = [*weights] if weights else [None for _ in names]
-    if random:
-        files = [None if is_onnx(name) else "random" for name in names]
     given = drop_none(onnx or {})
     if (given or backends) and not any(map(is_onnx, names)):
         wanted = ", ".join(f"--{name}" for name in [*given, *(["backend"] if backends else [])])
         raise InputError(f"{wanted}: for ONNX files, and no --model is one")
     classifiers = []
-    for name, file in zip(names, files, strict=True):
-        variants: list[dict[str, Any]] = [{}]
+    for number, name in enumerate(names):
+        file = weights[number] if weights else None
+        variants: list[dict[str, Any]] = [{"weights": "random" if random else file}]
         if is_onnx(name):
-            variants = [{**given, "backend": backend} for backend in backends or BACKENDS[:1]]
-        classifiers += [
-            load(name, weights=file, device=device, **variant, **options) for variant in variants
-        ]
+            runtimes = backends or BACKENDS[:1]
+            variants = [{"weights": file, "backend": one, **given} for one in runtimes]
+        classifiers += [load(name, device=device, **variant, **options) for variant in variants]
     return classifiers
 
 

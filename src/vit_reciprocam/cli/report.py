@@ -49,4 +49,4 @@ def report_command(
             return
         typer.echo((destination / "table1.md").read_text(encoding="utf-8"))
         page = escape(str(destination / report.PAGE))
-        out.print(f"page: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
+        out.print(f"page: [bold]{page}[/bold]", soft_wrap=True)

@@ -137,10 +137,7 @@ def _draw(
     limit: int | None,
     device: str,
 ) -> bool:
-    """Draw each picture's maps, with a row per class and a column per method, and write them.
-
-    Return whether pictures failed.
-    """
+    """Draw maps, with a row per class and a column per method; return whether pictures failed."""
     check_folder(folder)
     files: dict[str, bytes] = {}
     failed = False
@@ -175,5 +172,5 @@ def _draw(
     if not files:
         raise InputError(f"no picture of {data} could be drawn")
     write_folder(folder, files, {"methods": methods, "models": names})
-    out.print(f"{len(files)} pictures in {folder}", highlight=False, soft_wrap=True)
+    out.print(f"{len(files)} pictures in {folder}", soft_wrap=True)
     return failed
