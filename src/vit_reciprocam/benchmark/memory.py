@@ -29,13 +29,13 @@ def measure_peak(
     On a GPU it is the most that PyTorch held there. The arguments are those of `make_call`; a
     `ModelError` says that the model cannot be handed over or that the process failed.
     """
-    request = {"label": label, "size": size, "batch": batch, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, OnnxFiles):
-            request |= {"options": model.options, "untouched": model.untouched}
+            where = {"options": model.options, "untouched": model.untouched}
         else:
-            request["file"] = _store(model, Path(folder) / "model.pt")
-        command = [sys.executable, "-m", "vit_reciprocam.benchmark.memory", json.dumps(request)]
+            where = {"file": _store(model, Path(folder) / "model.pt")}
+        request = json.dumps([where, threads, {"label": label, "size": size, "batch": batch}])
+        command = [sys.executable, "-m", "vit_reciprocam.benchmark.memory", request]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         last = (finished.stderr.strip() or "it was killed").splitlines()[-1]
@@ -57,17 +57,16 @@ def _store(model: Any, file: Path) -> str:
 
 def _answer(request: str) -> None:
     """Make one call in this process, and print its peak and how much of it the call added."""
-    wanted = json.loads(request)
+    where, threads, arguments = json.loads(request)
     model: Any
-    if "file" in wanted:
+    if "file" in where:
         import torch
 
-        torch.set_num_threads(wanted["threads"])
-        model = torch.load(wanted["file"], weights_only=False)  # our own file, just written
+        torch.set_num_threads(threads)
+        model = torch.load(where["file"], weights_only=False)  # our own file, just written
     else:
-        model = OnnxFiles(wanted["options"], wanted["untouched"])
-    size, batch = tuple(wanted["size"]), wanted["batch"]
-    call = make_call(model, wanted["label"], size=size, batch=batch)
+        model = OnnxFiles(**where)
+    call = make_call(model, **arguments)
     peak = _watch_memory(model)
     before = peak()
     call()

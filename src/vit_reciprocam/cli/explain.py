@@ -231,11 +231,9 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
     table = Table(*(Column(heading, overflow="fold") for heading in headings))
     for record in report["images"]:
         picture, folder = escape(Path(record["source"]).name), escape(record["folder"])
-        for number, (name, probability) in enumerate(_list_classes(record)):
-            first = number == 0  # the picture and its folder are printed once
-            table.add_row(
-                picture if first else "", escape(name), probability, folder if first else ""
-            )
+        for name, probability in _list_classes(record):
+            table.add_row(picture, escape(name), probability, folder)
+            picture = folder = ""  # they are printed once
     out.print(table)
 
 
