@@ -42,11 +42,8 @@ from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Row", "Spread", "benchmark", "environment"]
 
-_DEFAULT_METHODS = ("relevance",)
 _SLOW = 10  # number of forward passes; a call that takes longer is made in fewer rounds
 _FEWEST = 5  # least number of rounds in which a slow call is made
-
-Progress = Callable[[int, int], None]
 
 
 class Spread(NamedTuple):
@@ -125,7 +122,7 @@ def benchmark(
     naive: bool = True,
     memory: bool = False,
     untouched: Sequence[str | os.PathLike[str] | None] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Measure the prediction alone, ReciproCAM, its naive computation, and other methods.
 
@@ -168,7 +165,7 @@ def benchmark(
     specs = [MethodSpec.parse(one) for one in methods or ()]
     for spec in specs:
         check_settings(spec.name, spec.settings)
-    optional = _DEFAULT_METHODS if methods is None else ()
+    optional = ("relevance",) if methods is None else ()
     fixed = [label for label in FIXED if naive or label != NAIVE]
     labels = list(dict.fromkeys((*fixed, *map(str, specs), *optional)))
     # the most calls that there can be; how many there are is known after the warm-up

@@ -12,11 +12,10 @@ from typing import Annotated
 import typer
 
 from vit_reciprocam.cli.benchmark import benchmark_command
-from vit_reciprocam.cli.evaluate import evaluate_command
+from vit_reciprocam.cli.evaluate import evaluate_command, report_command
 from vit_reciprocam.cli.explain import demo_command, explain_command
 from vit_reciprocam.cli.models import models_command
 from vit_reciprocam.cli.onnx import export_command, insert_command
-from vit_reciprocam.cli.report import report_command
 from vit_reciprocam.cli.reproduce import reproduce_command
 
 __all__ = ["app", "main"]

@@ -1,4 +1,4 @@
-"""`vit-reciprocam evaluate`: measure methods on a data set."""
+"""`vit-reciprocam evaluate` and `report`: measure methods on a data set, and make tables of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.results.files import check_folder
 
-__all__ = ["evaluate_command"]
+__all__ = ["evaluate_command", "report_command"]
 
 FAILURES_SHOWN = 10
 METHOD_WIDTH = 12  # least width of the column with the methods' names
@@ -79,8 +79,7 @@ def evaluate_command(
         ),
     ] = None,
     boxes: Annotated[
-        Path | None,
-        typer.Option(help="Folder of box annotations (XML) of ILSVRC2012's pictures."),
+        Path | None, typer.Option(help="Folder of box annotations (XML) of ILSVRC2012's pictures.")
     ] = None,
     device: options.Device = "cpu",
     backend: options.Backend = None,
@@ -161,6 +160,42 @@ def evaluate_command(
         err.print(f"… and {len(listed) - FAILURES_SHOWN} more: {destination / 'manifest.json'}")
     if listed:
         raise typer.Exit(1 if manifest["images"] else 2)
+
+
+def report_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Folders that vit-reciprocam evaluate wrote."),
+    ],
+    destination: options.Out = Path("vit-reciprocam-report"),
+    resamples: Annotated[
+        int, typer.Option(min=1, help="Number of bootstrap resamples behind each interval.")
+    ] = 1000,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make tables and a page from runs.
+
+    The tables are written as Markdown, LaTeX and CSV, and the page is one self-contained HTML file.
+    Runs of one protocol on the same pictures share a table; others get a table of their own. A run
+    that is not finished is reported as far as it got. Run this in the folder where evaluate ran, so
+    that the page can show the pictures.
+
+    Exit code 0: the report is written. 2: nothing could be done.
+    """
+    with errors_in_one_line(debug):
+        try:
+            from vit_reciprocam.evaluate.report import write as report
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("report", "evaluate") from error
+        with err.status("Making the report"):
+            about = report.write_report(runs, destination, resamples=resamples)
+        if as_json:
+            typer.echo(json.dumps({"out": str(destination), **about}))
+            return
+        typer.echo((destination / "table1.md").read_text(encoding="utf-8"))
+        page = escape(str(destination / report.PAGE))
+        out.print(f"page: [bold]{page}[/bold]", soft_wrap=True)
 
 
 def _describe_kept(folder: Path) -> str:

@@ -38,8 +38,7 @@ SETTINGS = ("method", "kernel", "class_token", "layer")
 
 def explain_command(
     images: Annotated[
-        list[str],
-        typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs."),
+        list[str], typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or globs.")
     ],
     model: options.Model = options.DEFAULT_MODEL,
     weights: options.Weights = None,

@@ -54,8 +54,7 @@ def export_command(
         ),
     ] = False,
     half: Annotated[
-        bool,
-        typer.Option("--half", help="Round weights to float16, which about halves the file."),
+        bool, typer.Option("--half", help="Round weights to float16, which about halves the file.")
     ] = False,
     external_data: Annotated[
         bool,

@@ -14,8 +14,7 @@ from vit_reciprocam.classifier.explain import explain
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.benchmark import benchmark_command
 from vit_reciprocam.cli.console import errors_in_one_line, out, progress, say
-from vit_reciprocam.cli.evaluate import evaluate_command
-from vit_reciprocam.cli.report import report_command
+from vit_reciprocam.cli.evaluate import evaluate_command, report_command
 from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.methods.null import NULLS

@@ -299,11 +299,7 @@ class Explanation:
     # --- files ----------------------------------------------------------------------------
 
     def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        colormap: str = "viridis",
-        opacity: float = 0.55,
+        self, directory: str | os.PathLike[str], *, colormap: str = "viridis", opacity: float = 0.55
     ) -> Path:
         """Write overlays and grids (PNG), `maps.npz`, and at the end `manifest.json`.
 
