@@ -36,13 +36,13 @@ __all__ = [
     "set_threads",
 ]
 
-FORWARD = "forward"
-RECIPROCAM = "reciprocam"
-ALL_SCORES = "reciprocam, all scores"
-ALL_MAPS = "reciprocam, all maps"
-NAIVE = "naive H"
+FORWARD = "forward"  # the prediction alone
+RECIPROCAM = "reciprocam"  # the map of each image's top class
+ALL_SCORES = "reciprocam, all scores"  # the scores of all classes
+ALL_MAPS = "reciprocam, all maps"  # these scores scaled to [0, 1] too
+NAIVE = "naive H"  # the top class's map with H, the rest of the network, run once per mask
 FIXED = (FORWARD, RECIPROCAM, ALL_SCORES, ALL_MAPS, NAIVE)
-"""The calls that are measured for every model, see `Row.method`."""
+"""The calls that are measured for every model."""
 
 Call = Callable[[], tuple[Any, str]]
 """A function that returns the result, and the path of ReciproCAM, or "" if it did not run."""

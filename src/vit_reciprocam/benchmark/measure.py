@@ -56,47 +56,25 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one call. Figures that were not measured are None, and `note` says why.
+    """The cost of one call. Figures that were not measured are None, and `note` says why."""
 
-    Attributes:
-        model: Spec of the model, as `load` takes it.
-        method: "forward", the prediction alone; "reciprocam", the map of each image's top class;
-            "reciprocam, all scores", the scores of all classes; "reciprocam, all maps", these
-            scaled to [0, 1] too; "naive H", the map of each image's top class with H, the rest of
-            the network, run once per mask; or a method of `METHODS`.
-        path: "closed-form" or "direct" if the call ran ReciproCAM, else "".
-        batch: Number of images in one call.
-        size: (height, width) of the images in pixels.
-        device: Name of the processor.
-        threads: Number of CPU threads.
-        rounds: Number of rounds in which the call was timed.
-        ms: Milliseconds per call.
-        fps: Images per second, from the median.
-        to_forward: Time ÷ that of "forward" in the same round.
-        to_reciprocam: Time ÷ that of "reciprocam" in the same round.
-        peak_bytes: Peak memory of a fresh process that made this one call; on a GPU, the most that
-            PyTorch held there.
-        added_bytes: Part of the peak that the call added to the loaded model.
-        note: Reason why something was not measured, or "".
-        backend: "torch", or the runtime of an ONNX file, "onnxruntime" or "openvino".
-    """
-
-    model: str
-    method: str
-    path: str
-    batch: int
-    size: tuple[int, int]
-    device: str
-    threads: int
-    rounds: int = 0
-    ms: Spread | None = None
-    fps: float | None = None
-    to_forward: Spread | None = None
-    to_reciprocam: Spread | None = None
+    model: str  # spec, as `load` takes it
+    method: str  # one of `FIXED`, or a method of `METHODS`
+    path: str  # "closed-form" or "direct" if the call ran ReciproCAM, else ""
+    batch: int  # number of images in one call
+    size: tuple[int, int]  # (height, width) of the images in pixels
+    device: str  # name of the processor
+    threads: int  # number of CPU threads
+    rounds: int = 0  # number of rounds in which the call was timed
+    ms: Spread | None = None  # milliseconds per call
+    fps: float | None = None  # images per second, from the median
+    to_forward: Spread | None = None  # time ÷ that of "forward" in the same round
+    to_reciprocam: Spread | None = None  # time ÷ that of "reciprocam" in the same round
+    # peak memory of a fresh process that made this one call; on a GPU, the most that PyTorch held
     peak_bytes: int | None = None
-    added_bytes: int | None = None
-    note: str = ""
-    backend: str = "torch"
+    added_bytes: int | None = None  # part of the peak that the call added to the loaded model
+    note: str = ""  # reason why something was not measured
+    backend: str = "torch"  # or the runtime of an ONNX file, "onnxruntime" or "openvino"
 
 
 @dataclass
@@ -149,9 +127,9 @@ def benchmark(
             which may change on the way.
 
     Returns:
-        For each model and batch size the rows of the fixed calls, see `Row.method`, and then those
-        of the methods. "naive H" is left out for ONNX files, and if ReciproCAM itself takes the
-        direct path.
+        For each model and batch size the rows of the fixed calls, see `FIXED`, and then those of
+        the methods. "naive H" is left out for ONNX files, and if ReciproCAM itself takes the direct
+        path.
 
     Raises:
         InputError: If there is no such method or setting, a number is out of range, or `untouched`

@@ -173,7 +173,7 @@ def demo_command(
     out.print(
         f"prediction alone {predicted_ms:.1f} ms; with the {height}×{width} maps of all {classes} "
         f"classes {explained_ms:.1f} ms: [bold]{ratio:.2f}×[/bold]\n"
-        "(medians of runs taken in turn, ONNX Runtime, this machine)",
+        "(medians of runs taken in turn, ONNX Runtime, this machine)"
     )
     out.print(f"look at [bold]{escape(str(folder / 'grid.png'))}[/bold]", soft_wrap=True)
 
