@@ -25,7 +25,7 @@ def test_masks_cover_the_drawing_of_every_class(name, monkeypatch):
 
     black = Image.new("RGB", (128, 128))
     rng = np.random.default_rng(0)
-    parts = scenes._pose(CLASSES[name](), rng, np.array([64.0, 64.0]), 40.0)
+    parts = scenes._pose(CLASSES[name], rng, np.array([64.0, 64.0]), 40.0)
     mask = scenes._paint(black, parts, rng)
     painted = np.asarray(black).max(axis=2) > 0
     masked = np.asarray(mask) > 0

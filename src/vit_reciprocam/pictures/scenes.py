@@ -6,7 +6,6 @@ Everything is drawn from a seed, at any size, so a data set of scenes is a range
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +16,8 @@ from vit_reciprocam.errors import InputError
 __all__ = ["CLASSES", "Scene", "draw_scene"]
 
 Points = np.ndarray  # (n, 2), x to the right and y down, in a square from -1 to 1
-Shape = tuple[
-    str, Points
-]  # the role that picks its colour (body, accent, light, dark); its corners
-Colour = tuple[int, int, int]
+Shape = tuple[str, Points]  # what picks its colour (body, accent, light, dark), and its corners
+Colour = tuple[int, ...]
 
 _SUPERSAMPLE = 2  # drawn larger and scaled down, for smooth edges
 _MAX_OBJECTS = 3
@@ -58,9 +55,11 @@ def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Sce
     canvas = _background(rng, side)
     masks: list[Image.Image] = []
     for label, (centre, radius) in zip(labels, _places(rng, count), strict=True):
-        shapes = _pose(list(CLASSES.values())[label](), rng, centre * side, radius * side)
+        shapes = _pose(list(CLASSES.values())[label], rng, centre * side, radius * side)
         mask = _paint(canvas, shapes, rng)
-        masks = [_subtract(earlier, mask) for earlier in masks] + [mask]
+        for earlier in masks:
+            earlier.paste(0, mask=mask)
+        masks.append(mask)
     _scratch(canvas, rng, side)
     image = _add_noise(canvas.resize((size, size), Image.Resampling.BOX), rng)
     small = [np.asarray(m.resize((size, size), Image.Resampling.BOX)) > 128 for m in masks]
@@ -111,9 +110,8 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
             points = np.stack([np.cos(angles), np.sin(angles)], 1) * reach
         else:
             points = _box(0, 0, rng.uniform(0.05, 0.3), rng.uniform(0.005, 0.02))
-        role = [("body", points)]
-        _, placed = _pose(role, rng, centre, side)[0]
-        draw.polygon(_flat(placed), fill=_colour(rng))
+        _, placed = _pose([("body", points)], rng, centre, side)[0]
+        draw.polygon(placed.ravel().tolist(), fill=_colour(rng))
     return canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.012)) * side))
 
 
@@ -151,13 +149,13 @@ def _paint(canvas: Image.Image, shapes: list[Shape], rng: np.random.Generator) -
     outline = tuple(int(c * 0.45) for c in body)
     mask = Image.new("L", patch.size, 0)
     for role, points in shapes:
-        corners = _flat(points - (left, top))
+        corners = (points - (left, top)).ravel().tolist()
         stencil = Image.new("L", patch.size, 0)
         ImageDraw.Draw(stencil).polygon(corners, fill=255)
         patch.paste(fills[role], mask=stencil)
         mask.paste(255, mask=stencil)
         line = ImageDraw.Draw(patch)
-        line.line([*corners, corners[0]], fill=outline, width=max(1, canvas.width // 160))
+        line.line([*corners, *corners[:2]], fill=outline, width=max(1, canvas.width // 160))
     canvas.paste(patch, box)
     whole = Image.new("L", canvas.size, 0)
     whole.paste(mask, box)
@@ -186,18 +184,7 @@ def _texture(
 
 
 def _colour(rng: np.random.Generator) -> Colour:
-    r, g, b = rng.integers(20, 250, size=3)
-    return int(r), int(g), int(b)
-
-
-def _subtract(mask: Image.Image, cover: Image.Image) -> Image.Image:
-    left = mask.copy()
-    left.paste(0, mask=cover)
-    return left
-
-
-def _flat(points: Points) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in points]
+    return tuple(rng.integers(20, 250, size=3).tolist())
 
 
 # --- the shapes -----------------------------------------------------------------------------------
@@ -211,145 +198,104 @@ def _ellipse(
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> Points:
-    return _poly(
-        (x - half_width, y - half_height),
-        (x + half_width, y - half_height),
-        (x + half_width, y + half_height),
-        (x - half_width, y + half_height),
-    )
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    return corners * (half_width, half_height) + (x, y)
 
 
 def _poly(*corners: tuple[float, float]) -> Points:
     return np.array(corners, dtype=float)
 
 
-def _butterfly() -> list[Shape]:
-    wings = [_ellipse(s * 0.5, y, 0.46, r) for s in (-1, 1) for y, r in ((-0.4, 0.5), (0.45, 0.38))]
-    spots = [_ellipse(s * 0.55, -0.4, 0.18, 0.2) for s in (-1, 1)]
-    feelers = [_poly((0, -0.6), (s * 0.3, -1), (s * 0.22, -1), (0, -0.7)) for s in (-1, 1)]
-    return (
-        [("body", wing) for wing in wings]
-        + [("accent", spot) for spot in spots]
-        + [("dark", feeler) for feeler in feelers]
-        + [("dark", _ellipse(0, 0, 0.1, 0.72))]
-    )
+def _band(
+    x: float,
+    y: float,
+    outer: tuple[float, float],
+    inner: tuple[float, float],
+    start: float = 0,
+    stop: float = 360,
+) -> Points:
+    return np.vstack([_ellipse(x, y, *outer, start, stop), _ellipse(x, y, *inner, stop, start)])
 
 
-def _car() -> list[Shape]:
-    cabin = _poly((-0.55, -0.05), (-0.3, -0.5), (0.35, -0.5), (0.6, -0.05))
-    window = _poly((-0.35, -0.08), (-0.2, -0.38), (0.27, -0.38), (0.42, -0.08))
-    wheels = [_ellipse(s * 0.52, 0.42, 0.24, 0.24) for s in (-1, 1)]
-    hubs = [_ellipse(s * 0.52, 0.42, 0.1, 0.1) for s in (-1, 1)]
-    return (
-        [("body", cabin), ("light", window), ("body", _box(0, 0.17, 1, 0.25))]
-        + [("dark", wheel) for wheel in wheels]
-        + [("light", hub) for hub in hubs]
-    )
+_SIDES = (-1, 1)
+_PETALS = [(0.52 * np.cos(angle), 0.52 * np.sin(angle)) for angle in np.radians(np.arange(6) * 60)]
+_SCALLOPS = [_ellipse(x, 0, 0.245, 0.16, 0, -180) for x in (0.735, 0.245, -0.245, -0.735)]
 
-
-def _cup() -> list[Shape]:
-    ring = np.vstack([_ellipse(0.5, 0, 0.48, 0.46, -90, 90), _ellipse(0.5, 0, 0.28, 0.26, 90, -90)])
-    side = _poly((-0.75, -0.75), (0.55, -0.75), (0.42, 0.8), (-0.62, 0.8))
-    return [("accent", ring), ("body", side), ("dark", _ellipse(-0.1, -0.75, 0.65, 0.16))]
-
-
-def _fish() -> list[Shape]:
-    tail = _poly((0.5, 0), (1, -0.5), (0.88, 0), (1, 0.5))
-    fin = _poly((-0.2, -0.4), (0.15, -0.8), (0.35, -0.3))
-    return [
-        ("accent", tail),
-        ("accent", fin),
+CLASSES: dict[str, list[Shape]] = {
+    "butterfly": [
+        ("body", _ellipse(-0.5, -0.4, 0.46, 0.5)),  # four wings
+        ("body", _ellipse(-0.5, 0.45, 0.46, 0.38)),
+        ("body", _ellipse(0.5, -0.4, 0.46, 0.5)),
+        ("body", _ellipse(0.5, 0.45, 0.46, 0.38)),
+        *(("accent", _ellipse(s * 0.55, -0.4, 0.18, 0.2)) for s in _SIDES),
+        *(("dark", _poly((0, -0.6), (s * 0.3, -1), (s * 0.22, -1), (0, -0.7))) for s in _SIDES),
+        ("dark", _ellipse(0, 0, 0.1, 0.72)),
+    ],
+    "car": [
+        ("body", _poly((-0.55, -0.05), (-0.3, -0.5), (0.35, -0.5), (0.6, -0.05))),
+        ("light", _poly((-0.35, -0.08), (-0.2, -0.38), (0.27, -0.38), (0.42, -0.08))),  # window
+        ("body", _box(0, 0.17, 1, 0.25)),
+        *(("dark", _ellipse(s * 0.52, 0.42, 0.24, 0.24)) for s in _SIDES),  # wheels
+        *(("light", _ellipse(s * 0.52, 0.42, 0.1, 0.1)) for s in _SIDES),
+    ],
+    "cup": [
+        ("accent", _band(0.5, 0, (0.48, 0.46), (0.28, 0.26), -90, 90)),  # handle
+        ("body", _poly((-0.75, -0.75), (0.55, -0.75), (0.42, 0.8), (-0.62, 0.8))),
+        ("dark", _ellipse(-0.1, -0.75, 0.65, 0.16)),
+    ],
+    "fish": [
+        ("accent", _poly((0.5, 0), (1, -0.5), (0.88, 0), (1, 0.5))),  # tail
+        ("accent", _poly((-0.2, -0.4), (0.15, -0.8), (0.35, -0.3))),  # fin
         ("body", _ellipse(-0.2, 0, 0.8, 0.45)),
         ("light", _ellipse(-0.6, -0.1, 0.15, 0.15)),
         ("dark", _ellipse(-0.62, -0.1, 0.07, 0.07)),
-    ]
-
-
-def _flower() -> list[Shape]:
-    angles = np.radians(np.arange(6) * 60)
-    petals = [_ellipse(0.52 * np.cos(a), 0.52 * np.sin(a), 0.36, 0.36) for a in angles]
-    return [("body", petal) for petal in petals] + [("accent", _ellipse(0, 0, 0.34, 0.34))]
-
-
-def _house() -> list[Shape]:
-    return [
+    ],
+    "flower": [
+        *(("body", _ellipse(x, y, 0.36, 0.36)) for x, y in _PETALS),
+        ("accent", _ellipse(0, 0, 0.34, 0.34)),
+    ],
+    "house": [
         ("body", _box(0, 0.35, 0.7, 0.6)),
         ("accent", _poly((-0.95, -0.2), (0, -1), (0.95, -0.2))),
         ("dark", _box(-0.25, 0.6, 0.17, 0.35)),
         ("light", _box(0.33, 0.25, 0.19, 0.19)),
-    ]
-
-
-def _key() -> list[Shape]:
-    bow = np.vstack([_ellipse(-0.55, 0, 0.45, 0.45), _ellipse(-0.55, 0, 0.2, 0.2, 360, 0)])
-    bits = [_box(x, 0.27, 0.08, 0.2) for x in (0.55, 0.85)]
-    return [("body", bow), ("body", _box(0.42, 0, 0.54, 0.12))] + [("body", bit) for bit in bits]
-
-
-def _mushroom() -> list[Shape]:
-    spots = [_ellipse(x, y, 0.13, 0.1) for x, y in ((-0.45, -0.25), (0.05, -0.5), (0.5, -0.2))]
-    stem = _poly((-0.25, 0), (0.25, 0), (0.35, 0.95), (-0.35, 0.95))
-    cap = _ellipse(0, 0.05, 0.95, 0.9, 180, 360)
-    return [("light", stem), ("body", cap)] + [("light", spot) for spot in spots]
-
-
-def _rocket() -> list[Shape]:
-    fins = [_poly((s * 0.25, 0.3), (s * 0.75, 0.95), (s * 0.2, 0.75)) for s in (-1, 1)]
-    hull = np.vstack([_ellipse(0, -0.1, 0.36, 0.9, 180, 360), _poly((0.3, 0.75), (-0.3, 0.75))])
-    flame = _poly((-0.18, 0.75), (0.18, 0.75), (0, 1.05))
-    return [
-        *(("accent", fin) for fin in fins),
-        ("light", flame),
-        ("body", hull),
+    ],
+    "key": [
+        ("body", _band(-0.55, 0, (0.45, 0.45), (0.2, 0.2))),
+        ("body", _box(0.42, 0, 0.54, 0.12)),
+        *(("body", _box(x, 0.27, 0.08, 0.2)) for x in (0.55, 0.85)),
+    ],
+    "mushroom": [
+        ("light", _poly((-0.25, 0), (0.25, 0), (0.35, 0.95), (-0.35, 0.95))),
+        ("body", _ellipse(0, 0.05, 0.95, 0.9, 180, 360)),
+        ("light", _ellipse(-0.45, -0.25, 0.13, 0.1)),  # three spots
+        ("light", _ellipse(0.05, -0.5, 0.13, 0.1)),
+        ("light", _ellipse(0.5, -0.2, 0.13, 0.1)),
+    ],
+    "rocket": [
+        *(("accent", _poly((s * 0.25, 0.3), (s * 0.75, 0.95), (s * 0.2, 0.75))) for s in _SIDES),
+        ("light", _poly((-0.18, 0.75), (0.18, 0.75), (0, 1.05))),  # flame
+        ("body", np.vstack([_ellipse(0, -0.1, 0.36, 0.9, 180, 360), [(0.3, 0.75), (-0.3, 0.75)]])),
         ("light", _ellipse(0, -0.3, 0.19, 0.19)),
         ("dark", _ellipse(0, -0.3, 0.11, 0.11)),
-    ]
-
-
-def _sailboat() -> list[Shape]:
-    return [
+    ],
+    "sailboat": [
         ("dark", _box(0, -0.25, 0.04, 0.75)),
         ("accent", _poly((0.1, -0.95), (0.1, 0.3), (0.8, 0.3))),
         ("light", _poly((-0.1, -0.7), (-0.1, 0.3), (-0.65, 0.3))),
         ("body", _poly((-0.95, 0.45), (0.95, 0.45), (0.6, 0.9), (-0.6, 0.9))),
-    ]
-
-
-def _tree() -> list[Shape]:
-    tiers = [(-1.0, -0.3, 0.42), (-0.65, 0.15, 0.6), (-0.25, 0.6, 0.78)]
-    leaves = [_poly((0, top), (-half, low), (half, low)) for top, low, half in tiers]
-    return [("dark", _box(0, 0.75, 0.13, 0.22))] + [("body", tier) for tier in reversed(leaves)]
-
-
-def _umbrella() -> list[Shape]:
-    canopy = np.vstack([
-        _ellipse(0, 0, 0.98, 0.85, 180, 360),
-        *(_ellipse(x, 0, 0.245, 0.16, 0, -180) for x in (0.735, 0.245, -0.245, -0.735)),
-    ])  # fmt: skip
-    hook = np.vstack(
-        [_ellipse(0.16, 0.78, 0.2, 0.2, 180, 0), _ellipse(0.16, 0.78, 0.1, 0.1, 0, 180)]
-    )
-    panel = _poly((0, -0.85), (0.245, -0.02), (-0.245, -0.02))
-    return [
+    ],
+    "tree": [
+        ("dark", _box(0, 0.75, 0.13, 0.22)),
+        ("body", _poly((0, -0.25), (-0.78, 0.6), (0.78, 0.6))),
+        ("body", _poly((0, -0.65), (-0.6, 0.15), (0.6, 0.15))),
+        ("body", _poly((0, -1.0), (-0.42, -0.3), (0.42, -0.3))),
+    ],
+    "umbrella": [
         ("dark", _box(0, 0.38, 0.05, 0.42)),
-        ("dark", hook),
-        ("body", canopy),
-        ("accent", panel),
-    ]
-
-
-CLASSES: dict[str, Callable[[], list[Shape]]] = {
-    "butterfly": _butterfly,
-    "car": _car,
-    "cup": _cup,
-    "fish": _fish,
-    "flower": _flower,
-    "house": _house,
-    "key": _key,
-    "mushroom": _mushroom,
-    "rocket": _rocket,
-    "sailboat": _sailboat,
-    "tree": _tree,
-    "umbrella": _umbrella,
+        ("dark", _band(0.16, 0.78, (0.2, 0.2), (0.1, 0.1), 180, 0)),
+        ("body", np.vstack([_ellipse(0, 0, 0.98, 0.85, 180, 360), *_SCALLOPS])),
+        ("accent", _poly((0, -0.85), (0.245, -0.02), (-0.245, -0.02))),
+    ],
 }
-"""Class name -> function that returns the shapes of one object; the order is the class index."""
+"""Class name -> the shapes of one object, drawn in this order; a class's index is its place."""
