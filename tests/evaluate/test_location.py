@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.metrics import location
-from vit_reciprocam.evaluate.metrics.regions import box_masks
+from vit_reciprocam.evaluate.metrics.location import box_masks
 
 MAPS = arrays(np.float64, (3, 4), elements=st.floats(0, 1, allow_subnormal=False))
 PROPERTY = settings(max_examples=60, deadline=None)

@@ -3,8 +3,12 @@
 The letters are these: A is the map of class c on the picture x, E = x ⊙ up(A) the masked picture,
 A' the method's map of c on E, p the probability of c on x and o that on E. Everything is batched
 over leading dimensions and computed in float64; results are fractions, not percentages. Papers
-differ in two points: at which size maps are compared (`size`), and how ADCC is averaged over a data
-set. A `Protocol` names the choice.
+differ in two points: at which size maps are compared, and how ADCC is averaged over a data set. A
+`Protocol` names the choice. Maps are compared cell by cell, or if `size` (H, W) is given, after
+they are upsampled to it in a `mode` of `MODES`.
+
+Every function raises `InputError` if shapes do not fit, or if an array is empty, NaN or outside
+[0, 1].
 """
 
 from __future__ import annotations
@@ -33,13 +37,6 @@ def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
 
     Chattopadhyay et al. 2018 (Grad-CAM++). It is 0 if p is 0, since nothing can drop then. A data
     set's average drop is the mean.
-
-    Args:
-        p: Probabilities of the target on the pictures.
-        o: Probabilities of the target on the masked pictures, the same shape.
-
-    Raises:
-        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
     """
     p, o = check_columns(p=p, o=o)
     return divide(np.maximum(0, p - o), p)
@@ -48,10 +45,7 @@ def average_drop(p: np.ndarray, o: np.ndarray) -> np.ndarray:
 def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
     """Return 1.0 for each picture with o > p and 0.0 for others. Higher is better.
 
-    Chattopadhyay et al. 2018 (Grad-CAM++). Arguments are those of `average_drop`.
-
-    Raises:
-        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
+    Chattopadhyay et al. 2018 (Grad-CAM++).
     """
     p, o = check_columns(p=p, o=o)
     return (o > p).astype(np.float64)
@@ -64,19 +58,9 @@ def pearson(
     size: Size | None = None,
     mode: str = "bilinear",
 ) -> np.ndarray:
-    """Return the correlation (...) of A and A' over their cells, in [-1, 1].
+    """Return the correlation (...) of A and A', both (..., h, w), over their cells, in [-1, 1].
 
     If one of the two is constant, the correlation is 0/0 and counts as 0.
-
-    Args:
-        maps: A, (..., h, w) in [0, 1].
-        masked_maps: A', (..., h, w) in [0, 1].
-        size: Height and width (H, W) to which both are upsampled before they are compared; None
-            compares the cells as they are.
-        mode: One of `MODES`, for `size`.
-
-    Raises:
-        InputError: If shapes differ, or maps are empty, NaN or outside [0, 1].
     """
     a, b = check_maps(maps), check_maps(masked_maps, "masked_maps")
     if a.shape != b.shape:
@@ -101,26 +85,13 @@ def coherency(
 ) -> np.ndarray:
     """Return (1 + Pearson(A, A')) / 2, shape (...), in [0, 1]. Higher is better.
 
-    Poppi et al. 2021. It is 0.5 if one of the two maps is constant. Arguments and errors are those
-    of `pearson`.
+    Poppi et al. 2021. It is 0.5 if one of the two maps is constant.
     """
     return (1 + pearson(maps, masked_maps, size=size, mode=mode)) / 2
 
 
 def complexity(maps: np.ndarray, *, size: Size | None = None, mode: str = "bilinear") -> np.ndarray:
-    """Return the mean of |A| over cells, shape (...). Lower is better.
-
-    Poppi et al. 2021.
-
-    Args:
-        maps: A, (..., h, w) in [0, 1].
-        size: Height and width (H, W) to which maps are upsampled first; None takes the cells as
-            they are.
-        mode: One of `MODES`, for `size`.
-
-    Raises:
-        InputError: If maps are empty, NaN or outside [0, 1].
-    """
+    """Return the mean of |A|, (..., h, w), over cells (Poppi et al. 2021). Lower is better."""
     maps = check_maps(maps)
     cells = maps if size is None else upsample(maps, size, mode)
     return np.asarray(np.abs(cells).mean(axis=(-2, -1)))
@@ -130,11 +101,8 @@ def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.
     """Return 3 / (1/coherency + 1/(1 - complexity) + 1/(1 - drop)). Higher is better.
 
     Poppi et al. 2021: the harmonic mean of three terms. It is 0 if a term is 0 (coherency 0,
-    complexity 1 or drop 1), which is the limit. The arguments have one shape; they are values of
-    pictures, or means of data sets.
-
-    Raises:
-        InputError: If shapes differ, an array is empty, or a value is not in [0, 1].
+    complexity 1 or drop 1), which is the limit. The arguments are values of pictures, or means of
+    data sets.
     """
     coherency, complexity, drop = check_columns(
         coherency=coherency, complexity=complexity, drop=drop
@@ -147,16 +115,8 @@ def adcc(coherency: np.ndarray, complexity: np.ndarray, drop: np.ndarray) -> np.
 def masked_images(images: np.ndarray, maps: np.ndarray, mode: str = "bilinear") -> np.ndarray:
     """Return E = x ⊙ up(A), shape (..., 3, H, W).
 
-    Images are normalised, so that 0 is the mean colour, which masked areas take on.
-
-    Args:
-        images: Normalised images x, (..., 3, H, W).
-        maps: A, (..., h, w) in [0, 1].
-        mode: One of `MODES`.
-
-    Raises:
-        InputError: If the images are not floating, leading dimensions differ, or maps are empty,
-            NaN or outside [0, 1].
+    Images x, (..., 3, H, W), are normalised, so that 0 is the mean colour, which masked areas take
+    on.
     """
     images, maps = check_pairs(images, maps)
     masks = upsample(maps, images.shape[-2:], mode)[..., None, :, :]

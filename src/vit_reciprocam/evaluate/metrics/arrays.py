@@ -30,11 +30,7 @@ _ROUNDING = 1e-5  # how far outside [0, 1] a probability or map may lie
 
 
 def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
-    """Return maps (..., h, w) as float64.
-
-    Raises:
-        InputError: If they are empty, NaN or outside [0, 1]; the message calls them `name`.
-    """
+    """Return maps (..., h, w) as float64; refuse empty ones, NaN and what is outside [0, 1]."""
     maps = np.asarray(maps, np.float64)
     if maps.ndim < 2 or maps.size == 0:
         raise InputError(f"{name} must be (..., h, w) and not empty; got {maps.shape}")
@@ -43,11 +39,7 @@ def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
 
 
 def check_pictures(images: np.ndarray) -> np.ndarray:
-    """Return normalised images (..., 3, H, W) as an array.
-
-    Raises:
-        InputError: If they are empty or not floating.
-    """
+    """Return normalised images (..., 3, H, W) as an array; refuse empty or integer ones."""
     images = np.asarray(images)
     if images.dtype.kind != "f" or images.ndim < 3 or images.size == 0:
         raise InputError(
@@ -58,11 +50,7 @@ def check_pictures(images: np.ndarray) -> np.ndarray:
 
 
 def check_pairs(images: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check images (..., 3, H, W) and one map (..., h, w) for each, and return both.
-
-    Raises:
-        InputError: If `check_pictures` or `check_maps` refuse them, or leading dimensions differ.
-    """
+    """Check images (..., 3, H, W) and one map (..., h, w) for each, and return both."""
     images, maps = check_pictures(images), check_maps(maps)
     if images.shape[:-3] != maps.shape[:-2]:
         raise InputError(
@@ -73,11 +61,7 @@ def check_pairs(images: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def check_columns(**columns: np.ndarray) -> list[np.ndarray]:
-    """Return arrays of fractions, all of one shape, as float64.
-
-    Raises:
-        InputError: If shapes differ, one is empty, or a value is NaN or outside [0, 1].
-    """
+    """Return arrays of fractions as float64; refuse NaN, empty ones, and different shapes."""
     arrays = [np.asarray(column, np.float64) for column in columns.values()]
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1 or arrays[0].size == 0:
@@ -91,11 +75,7 @@ def check_columns(**columns: np.ndarray) -> list[np.ndarray]:
 
 
 def check_range(name: str, values: np.ndarray) -> None:
-    """Refuse values that are NaN, or outside [0, 1] by more than rounding.
-
-    Raises:
-        InputError: If there is such a value; the message calls them `name`.
-    """
+    """Refuse values that are NaN, or outside [0, 1] by more than rounding."""
     if np.isnan(values).any():
         raise InputError(f"{name} must be numbers in [0, 1]; {np.isnan(values).sum()} are NaN")
     low, high = values.min(), values.max()

@@ -1,8 +1,13 @@
-"""Insertion and deletion: how soon the target's probability rises or falls in the map's order."""
+"""Insertion and deletion: how soon the target's probability rises or falls in the map's order.
+
+Every function raises `InputError` if shapes do not fit, maps or probabilities are NaN or outside
+[0, 1], or a choice does not exist.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +53,6 @@ def baseline_images(
             whatever the picture's size; "mean", the mean colour; "black".
         mean: Mean colour of the preprocessing, needed for black.
         std: Standard deviation of the preprocessing, needed for black.
-
-    Raises:
-        InputError: If the kind does not exist, or it is "black" and mean or std is missing.
     """
     check_choice("baseline", kind, BASELINES)
     images = check_pictures(images)
@@ -75,25 +77,13 @@ def transition_images(
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Return the pictures on the way from start to end; the map's highest cells change first.
 
-    Insertion goes from the baseline to the images, deletion back. After i steps
-    ⌊i · cells / steps⌋ cells have changed; a step that would change none is left out. Equal cells
-    change row by row from the top left.
-
-    Args:
-        start: Normalised images or their baseline (..., 3, H, W).
-        end: The other of the two.
-        maps: Maps (..., h, w) in [0, 1].
-        steps: Number of steps.
-        unit: "patch" changes the map's own cells, "pixel" those of the upsampled map.
-        mode: One of `MODES`, for pixels.
+    Insertion goes from the baseline to the images, deletion back; both are (..., 3, H, W), with one
+    map (..., h, w) for each. After i steps ⌊i · cells / steps⌋ cells have changed; a step that
+    would change none is left out. Equal cells change row by row from the top left. The unit "patch"
+    changes the map's own cells, "pixel" those of the map upsampled in a `mode` of `MODES`.
 
     Returns:
-        One pair per step: the share of cells that have changed, from 0 to 1, and the pictures
-        (..., 3, H, W).
-
-    Raises:
-        InputError: If shapes do not fit, maps are empty, NaN or outside [0, 1], or a choice does
-            not exist.
+        One pair per step: the share of cells that have changed, from 0 to 1, and the pictures.
     """
     check_choice("unit", unit, UNITS)
     start, maps = check_pairs(start, maps)
@@ -143,10 +133,6 @@ def insertion(
         steps: Number of steps, see `transition_images`.
         unit: "patch" or "pixel", see `transition_images`.
         mode: One of `MODES`, for pixels.
-
-    Raises:
-        InputError: If `transition_images` refuses an argument, or `predict` does not return
-            probabilities of the targets.
     """
     targets, shares, curve = np.asarray(targets), [], []
     way = transition_images(baseline, images, maps, steps=steps, unit=unit, mode=mode)
@@ -172,25 +158,18 @@ def deletion(
     baseline: np.ndarray,
     maps: np.ndarray,
     targets: np.ndarray,
-    *,
-    steps: int = 14,
-    unit: str = "patch",
-    mode: str = "bilinear",
+    **way: Any,
 ) -> np.ndarray:
     """Return the area (B,) under the target's probability while the picture vanishes.
 
-    Petsiuk et al. 2018 (RISE). It is the insertion of the baseline into the picture; arguments and
-    errors are those of `insertion`. Lower is better.
+    Petsiuk et al. 2018 (RISE). It is the insertion of the baseline into the picture, and has its
+    arguments. Lower is better.
     """
-    return insertion(predict, baseline, images, maps, targets, steps=steps, unit=unit, mode=mode)
+    return insertion(predict, baseline, images, maps, targets, **way)
 
 
 def area_under_curve(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the area (...) under curves by the trapezoid rule: values (..., n) at shares (n,).
-
-    Raises:
-        InputError: If there are fewer than two points, or lengths differ.
-    """
+    """Return the area (...) under curves by the trapezoid rule: values (..., n) at shares (n,)."""
     shares, values = np.asarray(shares, np.float64), np.asarray(values, np.float64)
     if shares.ndim != 1 or len(shares) < 2 or values.shape[-1:] != shares.shape:
         raise InputError(
