@@ -34,16 +34,13 @@ class Estimate:
 class Resampled:
     """Figures of several methods on the same pictures.
 
-    Attributes:
-        methods: Their names.
-        pictures: Number of pictures.
-        values: Metric -> (1 + resamples, methods) in percent. The first row is computed from the
-            pictures as they are, every other row from a resample, whose pictures are the same for
-            all methods. NaN stands for what was not measured.
+    The values are metric -> (1 + resamples, methods) in percent. The first row is computed from the
+    pictures as they are, every other row from a resample, whose pictures are the same for all
+    methods. NaN stands for what was not measured.
     """
 
     methods: tuple[str, ...]
-    pictures: int
+    pictures: int  # their number
     values: Mapping[str, np.ndarray]
 
     def figures(self, method: str) -> dict[str, Estimate]:
@@ -57,9 +54,10 @@ class Resampled:
         return self._estimates({name: v[:, a] - v[:, b] for name, v in self.values.items()})
 
     def _estimates(self, columns: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-        known = {name: column for name, column in columns.items() if not np.isnan(column[0])}
         found = {}
-        for name, column in known.items():
+        for name, column in columns.items():
+            if np.isnan(column[0]):
+                continue
             drawn = column[1:][~np.isnan(column[1:])]  # NaN where no picture with a box was drawn
             low, high = np.percentile(drawn if len(drawn) else column[:1], _INTERVAL)
             found[name] = Estimate(float(column[0]), float(low), float(high))
@@ -80,12 +78,8 @@ def resample(
     is a row of weights, the number of times that each picture was drawn, and all resamples are one
     product of matrices.
 
-    Args:
-        columns: Method -> columns (pictures,) in fractions, the same pictures in one order for all
-            methods. What was not measured is NaN or absent.
-        protocol: Protocol that says how ADCC is averaged.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
+    The columns are method -> metric -> (pictures,) in fractions, the same pictures in one order for
+    all methods. What was not measured is NaN or absent.
     """
     names = [name for name, metric in METRICS.items() if metric.is_stored]
     pictures = len(next(iter(columns.values()))["drop"])

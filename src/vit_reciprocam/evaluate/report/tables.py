@@ -7,7 +7,7 @@ runs, so that each figure can be shown with its origin.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,26 +37,15 @@ Draw = Callable[[Mapping[str, Columns]], Resampled]
 
 @dataclass(frozen=True)
 class Row:
-    """A method's line of a table.
+    """A method's line of a table; its figures and differences are by metric."""
 
-    Attributes:
-        method: Name of the method with its settings, as `MethodSpec` writes it.
-        name: Name of the method alone.
-        settings: Its settings.
-        images: Number of pictures that it was measured on.
-        figures: Metric -> figure.
-        differences: Metric -> difference to the model's reference method, paired; empty for the
-            reference itself.
-        best: Metrics on which it is marked as best.
-    """
-
-    method: str
-    name: str
+    method: str  # with its settings, as `MethodSpec` writes it
+    name: str  # without them
     settings: Mapping[str, Any]
-    images: int
+    images: int  # number of pictures that it was measured on
     figures: Mapping[str, Estimate]
-    differences: Mapping[str, Estimate]
-    best: frozenset[str] = frozenset()
+    differences: Mapping[str, Estimate]  # to the model's reference, paired; it has none itself
+    best: frozenset[str]  # metrics on which it is marked as best
 
     @property
     def is_null(self) -> bool:
@@ -66,35 +55,19 @@ class Row:
 
 @dataclass(frozen=True)
 class ModelRows:
-    """One model's lines of a table.
-
-    Attributes:
-        model: Its name.
-        weights: SHA-256 of its weights.
-        reference: Method that others are compared with: ReciproCAM with the paper's settings, else
-            the first that is not a null baseline, else the first.
-        rows: Methods in the order of the runs, null baselines last.
-        paired: Figures on the pictures that all methods were measured on; None if there are none.
-        notes: Sentences on what is missing.
-    """
+    """One model's lines of a table."""
 
     model: str
-    weights: str
-    reference: str
-    rows: tuple[Row, ...]
-    paired: Resampled | None
-    notes: tuple[str, ...]
+    weights: str  # their SHA-256
+    reference: str  # method that others are compared with, see `_reference`
+    rows: tuple[Row, ...]  # in the order of the runs, null baselines last
+    paired: Resampled | None  # on the pictures that all methods were measured on, if there are any
+    notes: tuple[str, ...]  # sentences on what is missing
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds.
-
-    Attributes:
-        path: The folder.
-        settings: The manifest, or what the run was begun with.
-        records: Table with the columns of `store.schema`.
-    """
+    """What a run's folder holds, as `read_run` returns it."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -115,23 +88,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Runs of one protocol on the same pictures.
-
-    Attributes:
-        runs: Runs, at least one.
-        models: Models with at least one picture measured.
-        resamples: Number of resamples behind the intervals.
-        seed: Seed of the resampling.
-        apart: Reason why the runs are not in the first table; "" for the first.
-        notes: Sentences on what is missing.
-    """
+    """Runs of one protocol on the same pictures."""
 
     runs: tuple[Run, ...]
-    models: tuple[ModelRows, ...]
+    models: tuple[ModelRows, ...]  # those with at least one picture measured
     resamples: int
     seed: int
-    apart: str = ""
-    notes: tuple[str, ...] = ()
+    apart: str  # why the runs are not in the first table; "" for the first
+    notes: tuple[str, ...]  # sentences on what is missing
 
     @property
     def metrics(self) -> list[str]:
@@ -226,22 +190,34 @@ def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
 def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> ModelRows | None:
     """Return one model's lines of a table; None if no picture was measured with it."""
     having = [run for run in runs if model in run.settings["models"]]
-    specs = {method: about for run in having for method, about in run.settings["methods"].items()}
-    columns = {
-        method: columns_of(run.records, model, method)
-        for run in having
-        for method in run.settings["methods"]
-    }
-    columns = {method: each for method, each in columns.items() if len(each["index"])}
+    specs: dict[str, Mapping[str, Any]] = {}
+    columns: dict[str, Columns] = {}
+    for run in having:
+        for method, spec in run.settings["methods"].items():
+            found = columns_of(run.records, model, method)
+            if len(found["index"]):
+                specs[method], columns[method] = spec, found
     if not columns:
         return None
     draw = partial(resample, protocol=runs[0].protocol, resamples=resamples, seed=seed)
     own = _resample_each(columns, draw)
     paired = _resample_common(columns, own, draw)
-    reference = _reference({method: specs[method] for method in columns})
-    rows = [_row(method, specs[method], own[method], paired, reference) for method in columns]
-    if paired:
-        rows = _mark_best(rows, paired)
+    reference = _reference(specs)
+    figures = {method: each.figures(method) for method, each in own.items()}
+    real = {method: figures[method] for method in specs if specs[method]["method"] not in NULLS}
+    best = _find_best(real, paired) if paired else {}
+    rows = [
+        Row(
+            method,
+            spec["method"],
+            {key: value for key, value in spec.items() if key != "method"},
+            own[method].pictures,
+            figures[method],
+            paired.differences(method, reference) if paired and method != reference else {},
+            frozenset(best.get(method, ())),
+        )
+        for method, spec in specs.items()
+    ]
     rows.sort(key=lambda row: row.is_null)
     weights = having[0].settings["models"][model]["weights"]
     notes = _notes(having, model, rows, paired)
@@ -277,14 +253,6 @@ def _resample_common(
     return draw(shared) if common else None
 
 
-def _row(
-    method: str, spec: Mapping[str, Any], own: Resampled, paired: Resampled | None, reference: str
-) -> Row:
-    settings = {key: value for key, value in spec.items() if key != "method"}
-    differences = paired.differences(method, reference) if paired and method != reference else {}
-    return Row(method, spec["method"], settings, own.pictures, own.figures(method), differences)
-
-
 def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return ReciproCAM with the paper's settings, else the first method, null baselines last."""
     for method, spec in specs.items():
@@ -295,25 +263,26 @@ def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:
     return (real or list(specs))[0]
 
 
-def _mark_best(rows: Sequence[Row], paired: Resampled) -> list[Row]:
-    """Mark the best method on each metric, and those that it is not clearly better than.
+def _find_best(
+    figures: Mapping[str, Mapping[str, Estimate]], paired: Resampled
+) -> dict[str, list[str]]:
+    """Return method -> metrics on which it is the best or not clearly worse than the best.
 
-    Null baselines are left out, and nothing is marked if that would be every method.
+    The figures are those of methods that are not null baselines. Nothing is marked if that would be
+    every method.
     """
-    best: dict[str, set[str]] = {row.method: set() for row in rows}
+    best: dict[str, list[str]] = {method: [] for method in figures}
+    shared = {method: paired.figures(method) for method in figures}
     for metric, about in METRICS.items():
-        real = [row for row in rows if not row.is_null and metric in row.figures]
-        if len(real) < 2:
-            continue
+        having = [method for method in figures if metric in figures[method]]
         sign = 1 if about.higher else -1
-        column = {row.method: paired.figures(row.method).get(metric) for row in real}
-        known = {method: sign * one.value for method, one in column.items() if one}
+        known = {m: sign * shared[m][metric].value for m in having if metric in shared[m]}
         top = max(known, key=known.__getitem__, default="")
         near = [m for m in known if not paired.differences(m, top)[metric].is_clear]
-        if len(near) < len(real):
+        if len(near) < len(having):
             for method in near:
-                best[method].add(metric)
-    return [replace(row, best=frozenset(best[row.method])) for row in rows]
+                best[method].append(metric)
+    return best
 
 
 def _notes(
