@@ -8,7 +8,7 @@ import pytest
 from runs import NASTY, columns_for, rows_of, write_default_run, write_run
 
 from vit_reciprocam.evaluate.metrics.registry import METRICS
-from vit_reciprocam.evaluate.report import formats
+from vit_reciprocam.evaluate.report import formats, sheets
 from vit_reciprocam.evaluate.report import write as report
 from vit_reciprocam.evaluate.report.tables import read_tables
 
@@ -41,9 +41,9 @@ def test_csv_reads_back_as_the_figures(run):
 
 
 def test_numbers():
-    assert formats.number(-0.001, False) == formats.number(-0.004, True) == "0.00"
-    assert formats.number(-1.239, True) == "−1.24"
-    assert formats.number(2, True) == "+2.00"
+    assert sheets.number(-0.001, False) == sheets.number(-0.004, True) == "0.00"
+    assert sheets.number(-1.239, True) == "−1.24"
+    assert sheets.number(2, True) == "+2.00"
 
 
 def test_latex_is_balanced_and_escaped(tmp_path):

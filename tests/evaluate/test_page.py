@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from runs import NASTY, columns_for, digest, figures, rows_of, write_default_run, write_run
 
-from vit_reciprocam.evaluate.report import formats, gallery
+from vit_reciprocam.evaluate.report import gallery, sheets
 from vit_reciprocam.evaluate.report import write as report
 from vit_reciprocam.evaluate.report.tables import read_tables
 
@@ -76,7 +76,7 @@ def test_the_page_is_whole_and_needs_nothing_else(run):
     assert len(page.all("svg")) == 5
     for row in rows_of(tables[0]).values():
         for one in row.figures.values():
-            assert formats.number(one.value, False) in page.text
+            assert sheets.number(one.value, False) in page.text
     for words in ("Protocol byun2023", "w" * 64, "d" * 32, "numpy 2"):
         assert words in page.text
     assert text == report.render_page(read_tables([run], resamples=20))

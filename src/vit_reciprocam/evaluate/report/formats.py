@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vit_reciprocam.evaluate.metrics.registry import METRICS
@@ -19,7 +19,7 @@ from vit_reciprocam.evaluate.report.sheets import (
 from vit_reciprocam.evaluate.report.tables import ModelRows, Table
 from vit_reciprocam.results.files import csv_text, markdown_row
 
-__all__ = ["ablation_csv", "figures_csv", "latex", "markdown", "number"]
+__all__ = ["ablation_csv", "figures_csv", "latex", "markdown"]
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -35,14 +35,6 @@ _WITH_INTERVAL = (
     r"\providecommand{\withinterval}[2]"
     r"{\begin{tabular}[t]{@{}r@{}}#1\\[-2pt]{\tiny #2}\end{tabular}}"
 )
-
-
-def number(value: float, signed: bool) -> str:
-    """Return a number with two decimals, and a sign if `signed`; never −0.00."""
-    shown = f"{value:+.2f}" if signed else f"{value:.2f}"
-    if float(shown) == 0:
-        shown = "0.00"
-    return shown.replace("-", "−")
 
 
 # --- Markdown --------------------------------------------------------------------------------
@@ -69,20 +61,13 @@ def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    value, interval = _format(cell)
-    return f"**{value}** {interval}" if cell.best else f"{value} {interval}"
+    return f"**{cell.value}** {cell.interval}" if cell.best else f"{cell.value} {cell.interval}"
 
 
 def _escape(text: str) -> str:
     """Return text with Markdown's marks escaped."""
     text = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word _ is not a mark
-
-
-def _format(cell: Cell) -> tuple[str, str]:
-    one = cell.estimate
-    low, high = number(one.low, cell.signed), number(one.high, cell.signed)
-    return number(one.value, cell.signed), f"[{low}, {high}]"
 
 
 # --- LaTeX -----------------------------------------------------------------------------------
@@ -130,9 +115,8 @@ def _tex_heading(metric: str) -> str:
 def _tex_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    value, interval = map(_tex, _format(cell))
-    value = f"\\textbf{{{value}}}" if cell.best else value
-    return f"\\withinterval{{{value}}}{{{interval}}}"
+    value = f"\\textbf{{{_tex(cell.value)}}}" if cell.best else _tex(cell.value)
+    return f"\\withinterval{{{value}}}{{{_tex(cell.interval)}}}"
 
 
 # --- CSV -------------------------------------------------------------------------------------
@@ -140,61 +124,65 @@ def _tex_cell(cell: Cell | None) -> str:
 
 def figures_csv(tables: Sequence[Table]) -> str:
     """Return a CSV file with one line per method and model, its provenance and its figures."""
-    rows = []
-    for place, table in enumerate(tables, 1):
-        for model in table.models:
-            for row in model.rows:
-                about = _origin(place, table, model) | {
-                    "method": row.method,
-                    "null_baseline": str(row.is_null).lower(),
-                    "images": row.images,
-                    "reference": model.reference,
-                    "paired_images": model.paired.pictures if model.paired else 0,
-                }
-                figures = _columns(row.figures) | _columns(row.differences, "_difference")
-                rows.append(about | figures)
+    rows = [
+        {
+            **origin,
+            "method": row.method,
+            "null_baseline": str(row.is_null).lower(),
+            "images": row.images,
+            "reference": model.reference,
+            "paired_images": model.paired.pictures if model.paired else 0,
+            **_columns(row.figures),
+            **_columns(row.differences, "_difference"),
+        }
+        for model, origin in _models(tables)
+        for row in model.rows
+    ]
     return _csv(rows, ("", "_difference"))
 
 
 def ablation_csv(tables: Sequence[Table]) -> str:
     """Return a CSV file with one line per ablation: variant, default and their difference."""
-    rows = []
-    for place, table in enumerate(tables, 1):
-        for model in table.models:
-            for pair in ablations(model):
-                about = _origin(place, table, model) | {
-                    "setting": pair.setting,
-                    "method": pair.variant.method,
-                    "reference": pair.base.method,
-                    "paired_images": model.paired.pictures if model.paired else 0,
-                }
-                figures = _columns(pair.variant.figures)
-                figures |= _columns(pair.base.figures, "_reference")
-                figures |= _columns(pair.differences, "_difference")
-                rows.append(about | figures)
+    rows = [
+        {
+            **origin,
+            "setting": pair.setting,
+            "method": pair.variant.method,
+            "reference": pair.base.method,
+            "paired_images": model.paired.pictures if model.paired else 0,
+            **_columns(pair.variant.figures),
+            **_columns(pair.base.figures, "_reference"),
+            **_columns(pair.differences, "_difference"),
+        }
+        for model, origin in _models(tables)
+        for pair in ablations(model)
+    ]
     return _csv(rows, ("", "_reference", "_difference"))
 
 
-def _origin(place: int, table: Table, model: ModelRows) -> dict[str, Any]:
-    """Return the columns that say where a line's figures come from."""
-    data = table.runs[0].settings["data"]
-    versions = [
-        " ".join(f"{name}={version}" for name, version in run.settings["versions"].items())
-        for run in table.runs
-    ]
-    return {
-        "table": place,
-        "unit": "percent",
-        "protocol": table.runs[0].protocol.name,
-        "data": data["name"],
-        "data_digest": data["digest"],
-        "data_pictures": data["pictures"],
-        "resamples": table.resamples,
-        "seed": table.seed,
-        "versions": "; ".join(dict.fromkeys(versions)),
-        "model": model.model,
-        "weights": model.weights,
-    }
+def _models(tables: Sequence[Table]) -> Iterator[tuple[ModelRows, dict[str, Any]]]:
+    """Yield each model with the columns that say where its figures come from."""
+    for place, table in enumerate(tables, 1):
+        data = table.runs[0].settings["data"]
+        versions = [
+            " ".join(f"{name}={version}" for name, version in run.settings["versions"].items())
+            for run in table.runs
+        ]
+        for model in table.models:
+            origin = {
+                "table": place,
+                "unit": "percent",
+                "protocol": table.runs[0].protocol.name,
+                "data": data["name"],
+                "data_digest": data["digest"],
+                "data_pictures": data["pictures"],
+                "resamples": table.resamples,
+                "seed": table.seed,
+                "versions": "; ".join(dict.fromkeys(versions)),
+                "model": model.model,
+                "weights": model.weights,
+            }
+            yield model, origin
 
 
 def _columns(figures: Mapping[str, Estimate], kind: str = "") -> dict[str, float]:

@@ -89,26 +89,16 @@ def _axes(rows: Sequence[Row]) -> tuple[Figure, Any]:
         axes.yaxis.set_visible(False)
         axes.set_ylim(-len(rows) + 0.45, 0.75)
         for place, row in enumerate(rows):
-            axes.text(
-                0,
-                -place + 0.42,
-                row.method,
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontsize=9,
-            )
+            at = axes.get_yaxis_transform()
+            axes.text(0, -place + 0.42, row.method, transform=at, va="center", fontsize=9)
         return figure, axes
 
 
 def _svg(figure: Figure, key: str) -> str:
     sink = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(
-            sink,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        unset = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(sink, format="svg", transparent=True, metadata=unset)
     text = sink.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]

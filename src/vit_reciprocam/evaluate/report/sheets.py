@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report.bootstrap import Estimate
@@ -13,19 +12,16 @@ from vit_reciprocam.evaluate.report.tables import DEFAULTS, ModelRows, Row, Tabl
 from vit_reciprocam.methods.null import NULLS
 
 __all__ = [
-    "Ablation",
-    "Block",
     "Cell",
-    "Line",
     "Sheet",
     "ablation_sheets",
     "ablations",
-    "difference_sheet",
-    "figure_sheet",
+    "figure_sheets",
     "findings",
     "full_provenance",
     "heading",
     "how_to_read",
+    "number",
     "provenance",
 ]
 
@@ -39,127 +35,115 @@ _SHOWN_DIGITS = 12  # a whole digest has 64
 _NULL_HEADING = "null baselines, which explain nothing"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A figure or a difference of a table.
+class Cell(NamedTuple):
+    """A figure or a difference as it is shown, with its interval."""
 
-    Attributes:
-        estimate: Value and interval.
-        signed: Whether it is a difference, which is shown with its sign.
-        best: Whether it is marked as best.
-    """
-
-    estimate: Estimate
-    signed: bool = False
-    best: bool = False
+    value: str
+    interval: str
+    best: bool  # whether it is marked as best
+    clear: bool  # whether it is a difference that is clear
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A method's cells, one per metric; None if it was not measured."""
 
     name: str
-    cells: tuple[Cell | None, ...]
+    cells: list[Cell | None]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Lines under a heading, set apart from the block before by a rule."""
 
     heading: str
-    lines: tuple[Line, ...]
+    lines: list[Line]
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table as it is shown, whatever the format.
-
-    Attributes:
-        title: Its name.
-        caption: What it shows.
-        metrics: Names of `METRICS`, one per column.
-        blocks: Its lines.
-    """
+class Sheet(NamedTuple):
+    """A table as it is shown, whatever the format, with one column per metric."""
 
     title: str
     caption: str
-    metrics: tuple[str, ...]
-    blocks: tuple[Block, ...]
+    metrics: list[str]
+    blocks: list[Block]
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """Two rows of ReciproCAM that differ in one setting.
+def number(value: float, signed: bool = False) -> str:
+    """Return a number with two decimals, and a sign if `signed`; never −0.00."""
+    shown = f"{value:+.2f}" if signed else f"{value:.2f}"
+    if float(shown) == 0:
+        shown = "0.00"
+    return shown.replace("-", "−")
 
-    Attributes:
-        setting: Name of the setting.
-        others: The kernel, and those further settings of both rows that are not the paper's.
-        base: Row with the setting as the paper has it.
-        variant: Row with another value.
-        differences: Metric -> variant minus base, paired.
+
+def figure_sheets(table: Table) -> list[Sheet]:
+    """Return the paper's Table 1: the methods of each model, null baselines below a rule.
+
+    If there are differences to the reference, they follow as another sheet.
     """
-
-    setting: str
-    others: Mapping[str, Any]
-    base: Row
-    variant: Row
-    differences: Mapping[str, Estimate]
-
-
-def figure_sheet(table: Table) -> Sheet:
-    """Return the paper's Table 1: the methods of each model, null baselines below a rule."""
-    names = tuple(table.metrics)
-    blocks = []
+    figures: list[Block] = []
+    differences: list[Block] = []
     for model in table.models:
         same = len({row.images for row in model.rows}) == 1
         count = f" ({model.rows[0].images} pictures)" if same else ""
-        lines: dict[bool, list[Line]] = {False: [], True: []}  # by whether it is a null baseline
-        for row in model.rows:
-            cells = tuple(
-                Cell(row.figures[name], best=name in row.best) if name in row.figures else None
-                for name in names
+        lines = [
+            Line(
+                row.method if same else f"{row.method} ({row.images} pictures)",
+                _cells(row.figures, table.metrics, best=row.best),
             )
-            title = row.method if same else f"{row.method} ({row.images} pictures)"
-            lines[row.is_null].append(Line(title, cells))
-        blocks += _blocks(f"{model.model}{count}", lines)
-    return Sheet("Table 1", "Figures of each method, in percent", names, tuple(blocks))
+            for row in model.rows
+        ]
+        figures += _blocks(f"{model.model}{count}", model.rows, lines)
+        others = [row for row in model.rows if row.differences]
+        lines = [Line(row.method, _cells(row.differences, table.metrics, True)) for row in others]
+        differences += _blocks(f"{model.model}, minus {model.reference}", others, lines)
+    sheets = [Sheet("Table 1", "Figures of each method, in percent", table.metrics, figures)]
+    if differences:
+        caption = "Differences to the reference method on the same pictures, in percentage points"
+        sheets.append(Sheet("Table 1, differences", caption, table.metrics, differences))
+    return sheets
 
 
-def difference_sheet(table: Table) -> Sheet | None:
-    """Return each method's figures minus the reference's; None if there is only the reference."""
-    names = tuple(table.metrics)
-    blocks = []
-    for model in table.models:
-        lines: dict[bool, list[Line]] = {False: [], True: []}  # by whether it is a null baseline
-        for row in model.rows:
-            if row.differences:
-                lines[row.is_null].append(Line(row.method, _differences(row.differences, names)))
-        blocks += _blocks(f"{model.model}, minus {model.reference}", lines)
-    if not blocks:
-        return None
-    caption = "Differences to the reference method on the same pictures, in percentage points"
-    return Sheet("Table 1, differences", caption, names, tuple(blocks))
+def _cells(
+    found: Mapping[str, Estimate],
+    metrics: Sequence[str],
+    signed: bool = False,
+    best: Collection[str] = (),
+) -> list[Cell | None]:
+    """Return a line's cells; those that are `signed` are differences."""
+    cells: list[Cell | None] = []
+    for name in metrics:
+        one = found.get(name)
+        if one is None:
+            cells.append(None)
+            continue
+        value, low, high = (number(each, signed) for each in (one.value, one.low, one.high))
+        cells.append(Cell(value, f"[{low}, {high}]", name in best, signed and one.is_clear))
+    return cells
 
 
-def _blocks(heading: str, lines: Mapping[bool, Sequence[Line]]) -> list[Block]:
-    real, null = tuple(lines[False]), tuple(lines[True])
-    if not real:
-        return [Block(f"{heading}: {_NULL_HEADING}", null)] if null else []
-    return [Block(heading, real), *([Block(_NULL_HEADING, null)] if null else [])]
-
-
-def _differences(found: Mapping[str, Estimate], names: Sequence[str]) -> tuple[Cell | None, ...]:
-    return tuple(Cell(found[name], signed=True) if name in found else None for name in names)
+def _blocks(heading: str, rows: Sequence[Row], lines: Sequence[Line]) -> list[Block]:
+    """Return the lines of rows as blocks: first methods that explain, then null baselines."""
+    real = [line for row, line in zip(rows, lines, strict=True) if not row.is_null]
+    null = [line for row, line in zip(rows, lines, strict=True) if row.is_null]
+    null_heading = _NULL_HEADING if real else f"{heading}: {_NULL_HEADING}"
+    return [block for block in (Block(heading, real), Block(null_heading, null)) if block.lines]
 
 
 # --- ablations -------------------------------------------------------------------------------
 
 
-def ablations(model: ModelRows) -> list[Ablation]:
-    """Return the pairs of ReciproCAM's rows that differ in one setting.
+class Ablation(NamedTuple):
+    """Two rows of ReciproCAM that differ in one setting."""
 
-    One row of each pair has that setting as the paper has it.
-    """
+    setting: str
+    others: Mapping[str, Any]  # the kernel, and further settings of both that are not the paper's
+    base: Row  # with the setting as the paper has it
+    variant: Row
+    differences: Mapping[str, Estimate]  # variant minus base, paired
+
+
+def ablations(model: ModelRows) -> list[Ablation]:
+    """Return the pairs of ReciproCAM's rows that differ in one setting."""
     rows = [row for row in model.rows if row.name == "reciprocam"]
     found = []
     for setting, default in DEFAULTS.items():
@@ -177,7 +161,6 @@ def ablations(model: ModelRows) -> list[Ablation]:
 
 def ablation_sheets(table: Table) -> list[Sheet]:
     """Return sheets like the paper's Tables 3 and 4, one for each setting that was varied."""
-    names = tuple(table.metrics)
     pairs = [(model.model, pair) for model in table.models for pair in ablations(model)]
     sheets = []
     for setting in _TITLES:
@@ -185,19 +168,19 @@ def ablation_sheets(table: Table) -> list[Sheet]:
         for model, pair in pairs:
             if pair.setting != setting:
                 continue
-            base, variant = (
+            lines = [
                 Line(
                     _spell({setting: row.settings.get(setting, DEFAULTS[setting])}) + note,
-                    tuple(Cell(row.figures[n]) if n in row.figures else None for n in names),
+                    _cells(row.figures, table.metrics),
                 )
                 for row, note in ((pair.base, " (default)"), (pair.variant, ""))
-            )
-            change = Line("difference", _differences(pair.differences, names))
+            ]
+            lines.append(Line("difference", _cells(pair.differences, table.metrics, True)))
             title = ", ".join(filter(None, [model, _spell(pair.others)]))
-            blocks.append(Block(title, (base, variant, change)))
+            blocks.append(Block(title, lines))
         if blocks:
             caption = f"ReciproCAM with another {setting.replace('_', ' ')}, in percent"
-            sheets.append(Sheet(_TITLES[setting], caption, names, tuple(blocks)))
+            sheets.append(Sheet(_TITLES[setting], caption, table.metrics, blocks))
     return sheets
 
 
@@ -254,9 +237,7 @@ def findings(table: Table) -> list[str]:
 
 def _beaten(model: ModelRows) -> list[str]:
     sentences = []
-    for metric in sorted(
-        METRICS, key=lambda name: name != "adcc"
-    ):  # ADCC combines others, so it is first
+    for metric in dict.fromkeys(["adcc", *METRICS]):  # ADCC combines others, so it is first
         about = METRICS[metric]
         sign = 1 if about.higher else -1
         having = [row for row in model.rows if metric in row.figures]

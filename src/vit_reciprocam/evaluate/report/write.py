@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def write_report(
 
 def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
     """Return the report's files as name -> content."""
-    figures = [(table, _figure_sheets(table)) for table in tables]
+    figures = [(table, sheets.figure_sheets(table)) for table in tables]
     ablations = [(table, sheets.ablation_sheets(table)) for table in tables]
     content = _format("table1", figures, formats.figures_csv(tables)) | {PAGE: render_page(tables)}
     if any(some for _, some in ablations):
@@ -94,8 +93,15 @@ def _missing(table: Table) -> list[str]:
 
 def render_page(tables: Sequence[Table]) -> str:
     """Return the HTML page: tables, plots and pictures, with no reference to anything outside."""
-    template = _environment().get_template("report.html.jinja")
-    return template.render(
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "column": lambda metric: METRICS[metric].heading_with_arrow,
+        "breakable": _breakable,
+    }
+    source = files("vit_reciprocam.evaluate.report") / "report.html.jinja"
+    return environment.from_string(source.read_text("utf-8")).render(
         tables=[
             {
                 "key": f"t{number}",
@@ -103,7 +109,7 @@ def render_page(tables: Sequence[Table]) -> str:
                 "heading": sheets.heading(table),
                 "missing": _missing(table),
                 "findings": sheets.findings(table),
-                "sheets": _figure_sheets(table),
+                "sheets": sheets.figure_sheets(table),
                 "ablations": sheets.ablation_sheets(table),
                 "reading": sheets.how_to_read(table),
                 "provenance": sheets.provenance(table),
@@ -117,11 +123,6 @@ def render_page(tables: Sequence[Table]) -> str:
         ],
         legend=["#" + bytes(map(int, colour)).hex() for colour in COLORMAPS["viridis"]],
     )
-
-
-def _figure_sheets(table: Table) -> list[sheets.Sheet]:
-    differences = sheets.difference_sheet(table)
-    return [sheets.figure_sheet(table), *([differences] if differences else [])]
 
 
 def _illustrate(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
@@ -172,25 +173,6 @@ def _describe(table: Table) -> dict[str, Any]:
             for model in table.models
         ],
     }
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    template = files("vit_reciprocam.evaluate.report") / "report.html.jinja"
-    source = template.read_text("utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader({"report.html.jinja": source}),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
-        "figure": formats.number,
-        "column": lambda metric: METRICS[metric].heading_with_arrow,
-        "breakable": _breakable,
-    }
-    return environment
 
 
 def _breakable(text: str) -> Markup:
