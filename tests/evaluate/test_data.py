@@ -7,8 +7,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
-from vit_reciprocam.evaluate.data.datasets import check_dataset, read_dataset
-from vit_reciprocam.evaluate.data.labels import Labels
+from vit_reciprocam.evaluate.data.datasets import Labels, check_dataset, read_dataset
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 
 IMAGENET = Labels(1000)

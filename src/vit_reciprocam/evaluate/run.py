@@ -13,8 +13,7 @@ import numpy as np
 from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.evaluate.data.datasets import DataSet, read_dataset
-from vit_reciprocam.evaluate.data.labels import Labels
+from vit_reciprocam.evaluate.data.datasets import DataSet, Labels, read_dataset
 from vit_reciprocam.evaluate.data.loading import Picture, load_batches
 from vit_reciprocam.evaluate.metrics.measure import measure, summarize
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
@@ -30,17 +29,11 @@ __all__ = ["Progress", "evaluate", "summaries"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has got. A picture counts once per model.
+    """How far a run has got. A picture counts once per model."""
 
-    Attributes:
-        done: Number of pictures measured or failed, including those of earlier processes.
-        total: Number of pictures in the run.
-        records: Records that have just been written.
-    """
-
-    done: int
-    total: int
-    records: list[dict[str, Any]]
+    done: int  # number of pictures measured or failed, including those of earlier processes
+    total: int  # number of pictures in the run
+    records: list[dict[str, Any]]  # those that have just been written
 
 
 def evaluate(

@@ -33,23 +33,6 @@ RUN = "run.json"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _KEY = ("index", "model", "method")
-_FIRST_COLUMNS = (
-    ("index", pyarrow.int64()),  # position of the picture in the data set
-    ("source", pyarrow.string()),
-    ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
-    ("model", pyarrow.string()),
-    ("method", pyarrow.string()),
-    ("label", pyarrow.int64()),  # null if not known
-    ("target", pyarrow.int64()),  # the explained class c
-    ("predicted", pyarrow.int64()),
-)
-_PROBABILITIES = ("p", "o")  # probability of c on the picture, and on the picture under its map
-_LAST_COLUMNS = (
-    ("map", pyarrow.list_(pyarrow.float32())),  # row by row
-    ("rows", pyarrow.int64()),  # height of the map, in patches
-    ("note", pyarrow.string()),  # why the objects' place is known but was not used
-    ("error", pyarrow.string()),  # why there are no values; null if there are
-)
 
 
 def schema() -> pyarrow.Schema:
@@ -57,12 +40,28 @@ def schema() -> pyarrow.Schema:
 
     Probabilities and metrics are fractions, and null if they were not measured.
     """
-    figures = [(name, pyarrow.float64()) for name in _figure_names()]
-    return pyarrow.schema([*_FIRST_COLUMNS, *figures, *_LAST_COLUMNS])
+    return pyarrow.schema(
+        [
+            ("index", pyarrow.int64()),  # position of the picture in the data set
+            ("source", pyarrow.string()),
+            ("digest", pyarrow.string()),  # SHA-256 of the picture's pixels
+            ("model", pyarrow.string()),
+            ("method", pyarrow.string()),
+            ("label", pyarrow.int64()),  # null if not known
+            ("target", pyarrow.int64()),  # the explained class c
+            ("predicted", pyarrow.int64()),
+            *((name, pyarrow.float64()) for name in _figure_names()),
+            ("map", pyarrow.list_(pyarrow.float32())),  # row by row
+            ("rows", pyarrow.int64()),  # height of the map, in patches
+            ("note", pyarrow.string()),  # why the objects' place is known but was not used
+            ("error", pyarrow.string()),  # why there are no values; null if there are
+        ]
+    )
 
 
 def _figure_names() -> list[str]:
-    return [*_PROBABILITIES, *(name for name, metric in METRICS.items() if metric.is_stored)]
+    """Return p and o, the probabilities of c without and with the mask, and the stored metrics."""
+    return ["p", "o", *(name for name, metric in METRICS.items() if metric.is_stored)]
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,7 @@ class RunFolder:
     def open(
         cls, path: Path, settings: Mapping[str, Any], *, resume: bool = False
     ) -> Iterator[RunFolder]:
-        """Begin a run in a new or empty folder, or resume one, and let no other process write.
-
-        Raises:
-            InputError: If another process writes to the folder, it holds a run and `resume` is
-                false, or it holds a run with other settings, or something else.
-        """
+        """Begin a run in a new or empty folder, or resume one, and let no other process write."""
         check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock", timeout=0)
@@ -95,9 +89,8 @@ class RunFolder:
         try:
             _check_content(path, settings, resume)
             (path / MANIFEST).unlink(missing_ok=True)  # the run is not complete for now
-            text = json.dumps({"generator": GENERATOR, "format": _FORMAT, **settings}, indent=2)
             if not (path / RUN).exists():
-                write_atomically(path / RUN, (text + "\n").encode())
+                _write(path / RUN, settings)
             yield cls(path, settings)
         finally:
             lock.release()
@@ -111,11 +104,7 @@ class RunFolder:
         return {key for key, measured in found.items() if measured}
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add records as one part; a column of `schema` that a record lacks becomes null.
-
-        Raises:
-            OSError: If they cannot be written; earlier parts stay whole.
-        """
+        """Add records as one part; a column of `schema` that a record lacks becomes null."""
         table = pyarrow.Table.from_pylist(list(records), schema=schema())
         sink = pyarrow.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd")
@@ -128,9 +117,7 @@ class RunFolder:
         rows = _read_parts(self.path, ["source", "digest", "note", "error"]).to_pylist()
         pictures = {row["index"]: row["digest"] for row in rows}
         digests = json.dumps(sorted(pictures.items())).encode()
-        manifest = {
-            "generator": GENERATOR,
-            "format": _FORMAT,
+        about = {
             **self.settings,
             **more,
             "images": len({row["index"] for row in rows if row["error"] is None}),
@@ -139,8 +126,7 @@ class RunFolder:
             "pixels": hashlib.sha256(digests).hexdigest(),
             "parts": [part.name for part in _parts(self.path)],
         }
-        write_atomically(self.path / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-        return manifest
+        return _write(self.path / MANIFEST, about)
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
@@ -191,6 +177,13 @@ def columns_of(table: pyarrow.Table, model: str, method: str) -> dict[str, np.nd
     return {name: records[name].to_numpy() for name in names}
 
 
+def _write(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file that is marked as ours, and return its content."""
+    content = {"generator": GENERATOR, "format": _FORMAT, **about}
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    return content
+
+
 def _check_content(path: Path, settings: Mapping[str, Any], resume: bool) -> None:
     others = [p.name for p in path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
     if not others:
@@ -206,8 +199,7 @@ def _check_content(path: Path, settings: Mapping[str, Any], resume: bool) -> Non
         )
     before = json.loads((path / RUN).read_bytes())
     _check_format(path, before)
-    now = json.loads(json.dumps(settings))
-    old, new = _flatten(before), _flatten(now)
+    old, new = _flatten(before), _flatten(json.loads(json.dumps(settings)))
     changed = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted({*old, *new} - {"generator", "format"})

@@ -9,66 +9,53 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vit_reciprocam.errors import ImageError, InputError
-from vit_reciprocam.evaluate.data.labels import Labels
+from vit_reciprocam.core.targets import find_class
+from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
 from vit_reciprocam.evaluate.data.layouts import CORNERS, rows_of, rows_of_scenes
 from vit_reciprocam.pictures.read import read_image
 from vit_reciprocam.pictures.scenes import Scene, draw_scene
 
-__all__ = ["DataSet", "Item", "check_dataset", "picture_digest", "read_dataset"]
+__all__ = ["DataSet", "Item", "Labels", "check_dataset", "picture_digest", "read_dataset"]
 
 Box = tuple[float, float, float, float]
+"""xmin, ymin, xmax and ymax in pixels; those at xmax and ymax still belong to the object."""
 
+_SYNSET = re.compile(r"n\d{8}")
+_IMAGENET_CLASSES = 1000
 _BEYOND = 1  # pixels by which a box may leave the picture: published boxes count from 0 or 1
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture and what is known of it.
+    """One picture and what is known of it."""
 
-    Attributes:
-        index: Its place in the data set.
-        source: Its file, or "scene SEED".
-        label: Class index; None if it is not known.
-        boxes: Boxes of the label's objects, (xmin, ymin, xmax, ymax) in pixels; the pixels at xmax
-            and ymax still belong to the object.
-        mask: File with the label's objects, a picture of the same size that is 0 elsewhere; or "".
-        problem: Reason why it cannot be read, if one is known in advance; or "".
-    """
-
-    index: int
-    source: str
+    index: int  # its place in the data set
+    source: str  # its file, or "scene SEED"
     label: int | None = None
-    boxes: tuple[Box, ...] = ()
-    mask: str = ""
-    problem: str = ""
+    boxes: tuple[Box, ...] = ()  # the label's objects
+    mask: str = ""  # file with the label's objects, a picture of the same size that is 0 elsewhere
+    problem: str = ""  # why it cannot be read, if that is known in advance
 
     def read(self) -> Image.Image:
-        """Read the picture, or draw it if it is a scene.
-
-        Raises:
-            ImageError: If it cannot be read.
-        """
+        """Read the picture, or draw it if it is a scene."""
         if self.problem:
             raise ImageError(self.problem)
         scene = self._scene()
         return read_image(self.source) if scene is None else scene.image
 
     def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
-        """Return the label's objects as a picture in mode "L", 255 inside and 0 elsewhere.
+        """Return the label's objects as a picture in mode "L", 255 inside; None if not known.
 
-        Return None if their place is not known. The size is the picture's width and height.
-
-        Raises:
-            ImageError: If the mask cannot be read, or it or a box does not fit the picture.
+        The size is the picture's width and height; a mask or box that does not fit it is refused.
         """
         scene = self._scene()
         if scene is not None:
@@ -103,17 +90,11 @@ class Item:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Pictures to measure on.
+    """Pictures to measure on."""
 
-    Attributes:
-        name: Name as the user gave it.
-        items: Pictures in their order.
-        duplicates: Number of rows that were left out because an equal one came before.
-    """
-
-    name: str
+    name: str  # as the user gave it
     items: tuple[Item, ...]
-    duplicates: int = 0
+    duplicates: int = 0  # number of rows that were left out because an equal one came before
 
     def digest(self) -> str:
         """Return the SHA-256 of names, labels, boxes and the content of masks.
@@ -127,6 +108,41 @@ class DataSet:
             row = [Path(item.source).name, item.label, item.boxes, mask.name]
             summary.update(json.dumps(row).encode() + hashlib.sha256(content).digest())
         return summary.hexdigest()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a model, whose names may be unknown, to be found by a data set's labels."""
+
+    num_classes: int
+    class_names: Sequence[str] | None = None
+
+    def find(self, label: Any, where: str) -> int:
+        """Return the class index of a label, which is an index, a WordNet synset or a class name.
+
+        If the model has no such class, the error names the label's place, `where`.
+        """
+        if isinstance(label, str) and _SYNSET.fullmatch(label.strip()):
+            if label.strip() in self._synsets:
+                return self._synsets[label.strip()]
+            raise UnknownClassError(
+                f"{where}: synset {label.strip()} is not among the model's {self.num_classes} "
+                "classes; synsets are known for models of ImageNet-1k's 1000 classes"
+            )
+        try:
+            return find_class(label, self.class_names or self.num_classes)
+        except InputError as error:
+            raise UnknownClassError(f"{where}: {error}") from error
+
+    @cached_property
+    def _synsets(self) -> dict[str, int]:
+        if self.num_classes != _IMAGENET_CLASSES:
+            return {}
+        try:
+            from timm.data import ImageNetInfo
+        except ModuleNotFoundError:
+            return {}
+        return {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}
 
 
 def read_dataset(
@@ -167,11 +183,7 @@ def read_dataset(
 def check_dataset(
     data: str, *, ground_truth: Path | None = None, boxes: Path | None = None
 ) -> None:
-    """Check a data set up to its first row, before a model is loaded for it.
-
-    Raises:
-        InputError: If `read_dataset` would refuse it, except for a label or a later row.
-    """
+    """Check a data set up to its first row, before a model is loaded for it."""
     _rows(data, ground_truth, boxes)
 
 

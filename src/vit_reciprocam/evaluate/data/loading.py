@@ -23,24 +23,14 @@ _AHEAD = 3  # batches that are read while one is computed
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready for the model, or why it is not.
-
-    Attributes:
-        item: Its entry in the data set.
-        digest: SHA-256 of its pixels.
-        pixels: Preprocessed picture (3, H, W); None if it cannot be read.
-        objects: The label's objects; None if they are not known, or lie outside what the model
-            sees.
-        note: Why there are no objects although the data set has some; else None.
-        error: Why there are no pixels; else "".
-    """
+    """A picture ready for the model, or why it is not."""
 
     item: Item
     digest: str = ""
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray | None = None  # (3, H, W)
     objects: Objects | None = None
-    note: str | None = None
-    error: str = ""
+    note: str | None = None  # why there are no objects although the data set has some
+    error: str = ""  # why there are no pixels
 
 
 def load_batches(
@@ -64,14 +54,14 @@ def _load(item: Item, preprocess: Preprocess) -> Picture:
         digest, pixels = picture_digest(picture), preprocess(picture)
     except (ImageError, OSError) as error:
         return Picture(item, error=str(error))
-    # interpolated linearly, a pixel's grey level is the share of it that the objects cover
-    linear = dataclasses.replace(preprocess, interpolation="bilinear")
     try:
         drawn = item.read_objects(picture.size)
     except (ImageError, OSError) as error:
         return Picture(item, digest, pixels, note=str(error))
     if drawn is None:
         return Picture(item, digest, pixels)
+    # interpolated linearly, a pixel's grey level is the share of it that the objects cover
+    linear = dataclasses.replace(preprocess, interpolation="bilinear")
     grey = np.asarray(linear.view(drawn))
     mask = grey > 127
     if not mask.any():  # objects too small to cover half of a pixel get every pixel they touch

@@ -20,12 +20,8 @@ _NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed
 def measure(seen: Observation, kinds: Collection[str] = tuple(KINDS)) -> dict[str, np.ndarray]:
     """Return the columns (B,) of a batch's pictures: p, o and the metrics of `kinds`, in fractions.
 
-    Args:
-        seen: Pictures, maps and probabilities.
-        kinds: Names in `KINDS`; "order" calls `predict` 2 · (steps + 1) times.
-
-    Raises:
-        InputError: If shapes do not fit, or something is NaN or outside [0, 1].
+    The kind "order" calls `predict` 2 · (steps + 1) times. `InputError` is raised if shapes do not
+    fit, or something is NaN or outside [0, 1].
     """
     check_pairs(seen.images, seen.maps)
     columns = {"p": np.asarray(seen.p, np.float64), "o": np.asarray(seen.o, np.float64)}
@@ -43,13 +39,9 @@ def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str
     or NaN throughout. A metric of kind "location" may be NaN for pictures whose objects are not
     known: its figure is the mean over the others.
 
-    Args:
-        columns: Columns p, o, coherency and complexity, in fractions, and any others of `METRICS`;
-            further ones are ignored.
-        protocol: Protocol that says how ADCC is averaged.
-
-    Raises:
-        InputError: If a column is missing, empty, of another length, NaN or outside [0, 1].
+    The columns are fractions; those that `METRICS` does not know are ignored. `InputError` is
+    raised if p, o, coherency or complexity is missing, or a column is empty, of another length, NaN
+    or outside [0, 1].
     """
     missing = [name for name in _NEEDED if name not in columns]
     if missing:

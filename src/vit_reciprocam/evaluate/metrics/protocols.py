@@ -22,14 +22,7 @@ from vit_reciprocam.evaluate.metrics.adcc import masked_images
 from vit_reciprocam.evaluate.metrics.perturbation import BASELINES, UNITS
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["AGGREGATES", "PROTOCOLS", "Protocol", "get_protocol"]
-
-AGGREGATES = ("means", "mean")
-"""Names of the ways to compute a data set's ADCC.
-
-"means" computes it from the set's mean coherency, complexity and drop; "mean" is the mean of the
-pictures' own.
-"""
+__all__ = ["PROTOCOLS", "Protocol", "get_protocol"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,8 @@ class Protocol:
         upsampling: Way to bring a map to the picture's size, "bicubic" or "bilinear".
         compared_at: Size at which coherency and complexity are measured: "grid", on the map's
             cells, or "image", on the upsampled map.
-        adcc: Way to compute a data set's ADCC, a name in `AGGREGATES`.
+        adcc: Way to compute a data set's ADCC: "means", from its mean coherency, complexity and
+            drop, or "mean", the mean of the pictures' own.
         resize: Resizing of the preprocessing, "squash" or "shortest"; see `Preprocess`.
         crop_pct: Share of the resized picture that the crop keeps along each side; 0.875 is 256
             pixels for a crop of 224.
@@ -72,7 +66,7 @@ class Protocol:
         check_choice("target", self.target, ("label", "top1"))
         check_choice("upsampling", self.upsampling, MODES)
         check_choice("compared_at", self.compared_at, ("grid", "image"))
-        check_choice("adcc", self.adcc, AGGREGATES)
+        check_choice("adcc", self.adcc, ("means", "mean"))
         check_choice("unit", self.unit, UNITS)
         check_choice("baseline", self.baseline, BASELINES)
         if type(self.steps) is not int or self.steps < 1:
@@ -88,14 +82,9 @@ class Protocol:
         )
 
     def targets(self, probs: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-        """Return the class c that is explained, (B,).
+        """Return the class c that is explained, (B,), from probabilities or logits (B, C).
 
-        Args:
-            probs: Probabilities or logits (B, C).
-            labels: True classes (B,), needed if c is the label.
-
-        Raises:
-            InputError: If c is the label and there is not one per picture.
+        If c is the label and there is not one per picture, `InputError` is raised.
         """
         if self.target == "top1":
             return np.asarray(np.argmax(probs, axis=-1))
@@ -117,12 +106,7 @@ class Protocol:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """Return the protocol that `to_dict` described; all settings but the name may be missing.
-
-        Raises:
-            InputError: If a field does not exist, the name is missing, or a value is not one of its
-                choices.
-        """
+        """Return the protocol that `to_dict` described; all fields but the name may be missing."""
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             check_choice("a protocol's field", key, fields)
@@ -181,7 +165,7 @@ def get_protocol(name: str | Path) -> Protocol:
     """Return a protocol by its name in `PROTOCOLS`, or from a .toml or .json file.
 
     Raises:
-        InputError: If there is no such protocol, or the file does not hold one.
+        InputError: If there is no such protocol, or `Protocol.from_file` refuses the file.
     """
     if str(name) in PROTOCOLS:
         return PROTOCOLS[str(name)]

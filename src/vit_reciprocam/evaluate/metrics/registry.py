@@ -46,15 +46,10 @@ _AGGREGATES = ("mean", "means", "protocol")
 
 @dataclass(frozen=True)
 class Objects:
-    """Place of the label's objects in one picture.
+    """Place of the label's objects in one picture."""
 
-    Attributes:
-        mask: Pixels (H, W) bool that belong to them; at least one does.
-        from_boxes: Whether only boxes around them are known.
-    """
-
-    mask: np.ndarray
-    from_boxes: bool
+    mask: np.ndarray  # pixels (H, W) bool that belong to them; at least one does
+    from_boxes: bool  # whether only boxes around them are known
 
 
 @dataclass(frozen=True)
@@ -63,31 +58,18 @@ class Observation:
 
     The letters are those of docs/evaluation.md: c is the explained class, A the map of c, E the
     picture times the upsampled A, A' the method's map of c on E.
-
-    Attributes:
-        protocol: Settings that the metrics' papers leave open.
-        preprocess: How the pictures were prepared.
-        images: Normalised pictures (B, 3, H, W).
-        targets: Class c of each picture, (B,).
-        maps: A, (B, h, w) in [0, 1].
-        masked_maps: A', (B, h, w) in [0, 1].
-        p: Probability of c on the pictures, (B,).
-        o: Probability of c on E, (B,).
-        predict: Function from images (B, 3, H, W) to probabilities (B, C).
-        objects: Place of the label's objects, one entry per picture: None if it is not known or c
-            is not the label.
     """
 
-    protocol: Protocol
-    preprocess: Preprocess
-    images: np.ndarray
-    targets: np.ndarray
-    maps: np.ndarray
-    masked_maps: np.ndarray
-    p: np.ndarray
-    o: np.ndarray
-    predict: Callable[[np.ndarray], np.ndarray]
-    objects: Sequence[Objects | None]
+    protocol: Protocol  # what the metrics' papers leave open
+    preprocess: Preprocess  # how the pictures were prepared
+    images: np.ndarray  # normalised pictures (B, 3, H, W)
+    targets: np.ndarray  # class c of each picture, (B,)
+    maps: np.ndarray  # A, (B, h, w) in [0, 1]
+    masked_maps: np.ndarray  # A', (B, h, w) in [0, 1]
+    p: np.ndarray  # probability of c on the pictures, (B,)
+    o: np.ndarray  # probability of c on E, (B,)
+    predict: Callable[[np.ndarray], np.ndarray]  # from images (B, 3, H, W) to probabilities (B, C)
+    objects: Sequence[Objects | None]  # per picture: None if not known or c is not the label
 
     @property
     def size(self) -> Size | None:
@@ -175,10 +157,9 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 def _locate(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
 ) -> Callable[[Observation], np.ndarray]:
-    """Return `compute` of a metric that measures a map (h, w) by its object's mask (H, W).
+    """Return `compute` of a metric that measures a map (h, w) by its object's mask (H, W), or NaN.
 
-    It gives NaN if the object is not known. If `from_boxes` is true, only masks made from boxes
-    count; if it is false, only other masks.
+    If `from_boxes` is true, only masks made from boxes count; if it is false, only other masks.
     """
 
     def compute(seen: Observation) -> np.ndarray:
