@@ -113,31 +113,18 @@ def copy_rule(x: Float[Tensor, "*shape"], *r: Float[Tensor, "*shape"]) -> Float[
 
 
 class Trace(NamedTuple):
-    """What an encoder block computed. A list holds the input of each step, then the last output.
+    """What an encoder block computed. A list holds the input of each step, then the last output."""
 
-    Attributes:
-        x: Input of the block (b, T, D).
-        before: Steps from x to what the attention reads.
-        query: Queries (b, heads, T, head dimension), normed if the block norms them.
-        key: Keys in the same shape, also normed.
-        value: Values in the same shape.
-        attention: Attention weights (b, heads, T, T).
-        after: Steps from the joined heads to what is added to x.
-        y: Sum of x and what the attention adds, (b, T, D).
-        mlp: Steps from y to what is added to y.
-        out: Output of the block (b, T, D).
-    """
-
-    x: Tensor
-    before: list[Tensor]
-    query: Tensor
-    key: Tensor
+    x: Tensor  # input of the block (b, T, D)
+    before: list[Tensor]  # steps from x to what the attention reads
+    query: Tensor  # queries (b, heads, T, head dimension), normed if the block norms them
+    key: Tensor  # the same for keys
     value: Tensor
-    attention: Tensor
-    after: list[Tensor]
-    y: Tensor
-    mlp: list[Tensor]
-    out: Tensor
+    attention: Tensor  # attention weights (b, heads, T, T)
+    after: list[Tensor]  # steps from the joined heads to what is added to x
+    y: Tensor  # sum of x and what the attention adds, (b, T, D)
+    mlp: list[Tensor]  # steps from y to what is added to y
+    out: Tensor  # output of the block (b, T, D)
 
 
 def _run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
@@ -149,26 +136,24 @@ def _run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
 
 
 def trace_layers(encoder: Encoder, x: Float[Tensor, "b T D"]) -> Iterator[Trace]:
-    """Run an encoder on its tokens layer by layer, and yield what each computed."""
+    """Run an encoder on its tokens layer by layer, and yield what each computed.
+
+    A layer runs step by step, since fused kernels do not give their attention weights.
+    """
     for layer in encoder.layers:
-        trace = _trace(layer, x)
-        yield trace
-        x = trace.out
-
-
-def _trace(layer: Layer, x: Tensor) -> Trace:
-    """Run a layer step by step, since fused kernels do not give their attention weights."""
-    a = layer.attention
-    before = _run_steps(layer.before, x)
-    query = a.query_norm(_heads(a, a.query(before[-1])))
-    key = _heads(a, a.key(before[-1]))
-    key = key if a.key_norm is None else a.key_norm(key)
-    value = _heads(a, a.value(before[-1]))
-    attention = (query @ key.mT * a.scale).softmax(dim=-1)
-    after = _run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
-    y = x + after[-1]
-    mlp = _run_steps(layer.mlp, y)
-    return Trace(x, before, query, key, value, attention, after, y, mlp, y + mlp[-1])
+        a = layer.attention
+        before = _run_steps(layer.before, x)
+        query = a.query_norm(_heads(a, a.query(before[-1])))
+        key = _heads(a, a.key(before[-1]))
+        key = key if a.key_norm is None else a.key_norm(key)
+        value = _heads(a, a.value(before[-1]))
+        attention = (query @ key.mT * a.scale).softmax(dim=-1)
+        after = _run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
+        y = x + after[-1]
+        mlp = _run_steps(layer.mlp, y)
+        out = y + mlp[-1]
+        yield Trace(x, before, query, key, value, attention, after, y, mlp, out)
+        x = out
 
 
 def _heads(attention: Attention, joined: Tensor) -> Tensor:
