@@ -104,10 +104,11 @@ def evaluate(
         }
         for name, classifier in models.items()
     }
-    datasets = {
-        name: _read(data, classifier, limit, ground_truth, boxes)
-        for name, classifier in models.items()
-    }
+    datasets = {}
+    for name, classifier in models.items():
+        labels = Labels(classifier.num_classes, classifier.class_names)
+        whole = read_dataset(data, labels, ground_truth=ground_truth, boxes=boxes)
+        datasets[name] = dataclasses.replace(whole, items=whole.items[:limit])
     dataset = next(iter(datasets.values()))
     _check_labels(dataset, protocol)
     for name, classifier in models.items():
@@ -174,18 +175,6 @@ def _describe(
         "methods": {label: {"method": s.name, **s.settings} for label, s in methods.items()},
         "versions": library_versions(),
     }
-
-
-def _read(
-    data: str,
-    classifier: Classifier,
-    limit: int | None,
-    ground_truth: Path | None,
-    boxes: Path | None,
-) -> DataSet:
-    labels = Labels(classifier.num_classes, classifier.class_names)
-    dataset = read_dataset(data, labels, ground_truth=ground_truth, boxes=boxes)
-    return dataclasses.replace(dataset, items=dataset.items[:limit])
 
 
 def _check_methods(classifier: Classifier, explainers: Mapping[str, Explainer]) -> None:

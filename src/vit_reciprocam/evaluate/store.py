@@ -97,11 +97,9 @@ class RunFolder:
 
     def done(self) -> set[tuple[int, str]]:
         """Return (index, model) of the pictures measured, without those that failed."""
-        found: dict[tuple[int, str], bool] = {}
-        for row in _read_parts(self.path, ["error"]).to_pylist():
-            key = row["index"], row["model"]
-            found[key] = found.get(key, True) and row["error"] is None
-        return {key for key, measured in found.items() if measured}
+        rows = _read_parts(self.path, ["error"]).to_pylist()
+        failed = {(row["index"], row["model"]) for row in rows if row["error"] is not None}
+        return {(row["index"], row["model"]) for row in rows} - failed
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records as one part; a column of `schema` that a record lacks becomes null."""
@@ -156,12 +154,11 @@ def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
     return settings, table.sort_by([(name, "ascending") for name in ("model", "method", "index")])
 
 
-def records_of(table: pyarrow.Table, model: str, method: str | None = None) -> pyarrow.Table:
-    """Return the records of a model, or of one of its methods, without those that failed."""
+def records_of(table: pyarrow.Table, model: str, method: str) -> pyarrow.Table:
+    """Return the records of one method of one model, without those that failed."""
     chosen = pyarrow.compute.is_null(table["error"])
     for name, wanted in (("model", model), ("method", method)):
-        if wanted is not None:
-            chosen = pyarrow.compute.and_(chosen, pyarrow.compute.equal(table[name], wanted))
+        chosen = pyarrow.compute.and_(chosen, pyarrow.compute.equal(table[name], wanted))
     return table.filter(chosen)
 
 

@@ -91,16 +91,12 @@ def add_rule(
     a, b = a.to(r), b.to(r)
     s = _ratio(r, a + b)
     a, b = a * s, b * s
-    sum_a, sum_b, sum_r = (_sum(part) for part in (a, b, r))
+    axes = tuple(range(1, r.ndim))
+    sum_a, sum_b, sum_r = (part.sum(dim=axes, keepdim=True) for part in (a, b, r))
     weight = sum_a.abs() + sum_b.abs()
     a = a * _ratio(_ratio(sum_a.abs(), weight) * sum_r, sum_a)
     b = b * _ratio(_ratio(sum_b.abs(), weight) * sum_r, sum_b)
     return a, b
-
-
-def _sum(r: Tensor) -> Tensor:
-    """Return the sum over each image, in the shape that multiplies all of it."""
-    return r.sum(dim=tuple(range(1, r.ndim)), keepdim=True)
 
 
 def copy_rule(x: Float[Tensor, "*shape"], *r: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -51,7 +51,7 @@ def random(images: np.ndarray, grid: Size, *, seed: int = 0, cells: int = 4) -> 
     """
     if not isinstance(cells, int) or cells < 2:
         raise InputError(f"cells must be at least 2, a whole number; got {cells}")
-    noise = np.stack([_noise(image, seed, cells) for image in _widen(images)])
+    noise = np.stack([_noise(image, seed, cells) for image in _as_dtype_of(images, images)])
     rows, columns = (_bicubic_weights(side, cells) for side in grid)
     return _as_dtype_of(images, rows @ noise @ columns.T)
 
@@ -96,7 +96,7 @@ def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
         images: Images (B, ch, H, W).
         grid: Patch grid (h, w).
     """
-    images, channels = _widen(images), images.shape[1]
+    images, channels = _as_dtype_of(images, images), images.shape[1]
     weights = _LUMINANCE if channels == 3 else [1 / channels] * channels
     luminance = np.tensordot(np.asarray(weights, images.dtype), images, axes=(0, 1))
     around = np.pad(luminance, ((0, 0), (1, 1), (1, 1)), mode="edge")
@@ -109,15 +109,10 @@ def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
 
 
 class NullBaseline(NamedTuple):
-    """A null baseline, which explains nothing and shows what a metric gives for that.
+    """A null baseline, which explains nothing and shows what a metric gives for that."""
 
-    Attributes:
-        draw: Function of images and a grid that returns its maps.
-        clause: What it is, for a sentence such as "random, which is drawn at random, has …".
-    """
-
-    draw: Callable[..., np.ndarray]
-    clause: str
+    draw: Callable[..., np.ndarray]  # from images and a grid to its maps
+    clause: str  # for a sentence such as "random, which is drawn at random, has …"
 
 
 NULLS: Mapping[str, NullBaseline] = MappingProxyType(
@@ -175,11 +170,6 @@ def _pooling_weights(side: int, pixels: int) -> np.ndarray:
     first, pixel = np.arange(side)[:, None] * pixels, np.arange(pixels) * side
     touched = (pixel + side > first) & (pixel < first + pixels)
     return np.asarray(touched / touched.sum(axis=1, keepdims=True))
-
-
-def _widen(images: np.ndarray) -> np.ndarray:
-    """Return images in at least float32."""
-    return _as_dtype_of(images, images)
 
 
 def _as_dtype_of(images: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from vit_reciprocam.errors import ImageError, InputError, MissingDependencyError
+from pyarrow import parquet
+
+from vit_reciprocam.errors import ImageError, InputError
 from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
 from vit_reciprocam.results.files import holds_results, is_ours
@@ -29,7 +31,6 @@ _GROUND_TRUTH = (
     "imagenet_2012_validation_synset_labels.txt",
     "ILSVRC2012_validation_ground_truth.txt",
 )
-_LISTINGS = (".csv", ".parquet")
 
 
 def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
@@ -38,7 +39,7 @@ def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterat
     Raises:
         InputError: If its layout is not known, or a file of it is damaged.
     """
-    if path.is_file() and path.suffix.lower() not in _LISTINGS:
+    if path.is_file() and path.suffix.lower() not in (".csv", ".parquet"):
         raise InputError(f"{path} is not a listing: expected a .csv or .parquet file")
     listings = [path, path / "labels.csv", path / "labels.parquet"]
     listing = next((file for file in listings if file.is_file()), None)
@@ -94,10 +95,6 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         except (ValueError, csv.Error) as error:
             raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
     try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("a Parquet listing", "evaluate") from error
-    try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {error}") from error
@@ -115,7 +112,9 @@ def _class_folders(path: Path) -> Iterator[dict[str, Any]]:
     folders = sorted(
         folder
         for folder in path.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".") and not _is_run(folder)
+        if folder.is_dir()
+        and not folder.name.startswith(".")
+        and not any(is_ours(folder / name) for name in ("run.json", "manifest.json"))
     )
     if not folders:
         raise InputError(
@@ -126,10 +125,6 @@ def _class_folders(path: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ImageError):  # a folder without pictures is not a class
             for file in find_images([folder], skip=holds_results):
                 yield {"image": str(file), "label": folder.name}
-
-
-def _is_run(folder: Path) -> bool:
-    return any(is_ours(folder / name) for name in ("run.json", "manifest.json"))
 
 
 def _ilsvrc(

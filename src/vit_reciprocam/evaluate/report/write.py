@@ -60,24 +60,17 @@ def write_report(
 
 def make_report(tables: Sequence[Table]) -> dict[str, bytes]:
     """Return the report's files as name -> content."""
-    figures = [(table, sheets.figure_sheets(table)) for table in tables]
-    ablations = [(table, sheets.ablation_sheets(table)) for table in tables]
-    content = _format("table1", figures, formats.figures_csv(tables)) | {PAGE: render_page(tables)}
-    if any(some for _, some in ablations):
-        content |= _format("ablation", ablations, formats.ablation_csv(tables))
+    content = {PAGE: render_page(tables)}
+    for name, make_sheets, make_csv in (
+        ("table1", sheets.figure_sheets, formats.figures_csv),
+        ("ablation", sheets.ablation_sheets, formats.ablation_csv),
+    ):
+        shown = [(table, made, notes(table)) for table in tables if (made := make_sheets(table))]
+        if shown:
+            content[f"{name}.md"] = "\n".join(formats.markdown(*one) for one in shown)
+            content[f"{name}.tex"] = "\n".join(formats.latex(*one) for one in shown)
+            content[f"{name}.csv"] = make_csv(tables)
     return {name: text.encode() for name, text in content.items()}
-
-
-def _format(
-    name: str, tables: Sequence[tuple[Table, Sequence[sheets.Sheet]]], csv: str
-) -> dict[str, str]:
-    """Return the sheets of tables as files in all formats, name -> text."""
-    shown = [(table, some, notes(table)) for table, some in tables if some]
-    return {
-        f"{name}.md": "\n".join(formats.markdown(*one) for one in shown),
-        f"{name}.tex": "\n".join(formats.latex(*one) for one in shown),
-        f"{name}.csv": csv,
-    }
 
 
 def notes(table: Table) -> list[str]:
