@@ -13,8 +13,13 @@ import numpy as np
 from vit_reciprocam.classifier.classifier import Classifier, Explainer
 from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.errors import InputError, ReciproCAMError
-from vit_reciprocam.evaluate.data.datasets import DataSet, Labels, read_dataset
-from vit_reciprocam.evaluate.data.loading import Picture, load_batches
+from vit_reciprocam.evaluate.data.datasets import (
+    DataSet,
+    Labels,
+    Picture,
+    load_batches,
+    read_dataset,
+)
 from vit_reciprocam.evaluate.metrics.measure import measure, summarize
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
 from vit_reciprocam.evaluate.metrics.registry import KINDS, Observation

@@ -130,15 +130,10 @@ class RunFolder:
 def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
     """Read the settings and the records of a run, whether or not it is complete.
 
-    If the run was made by a version with other metrics, columns that it lacks are null, and columns
-    that this version does not know are left out.
-
-    Returns:
-        The manifest, or run.json if the run is not complete (then there is no key "images"); and a
-        table of `schema`, ordered by model, method and index.
-
-    Raises:
-        InputError: If it is not a run, a part is damaged, or it was written in another format.
+    The settings are the manifest, or run.json if the run is not complete: then they have no key
+    "images". The records are a table of `schema`, ordered by model, method and index. If the run
+    was made by a version with other metrics, columns that it lacks are null, and columns that this
+    version does not know are left out.
     """
     if not is_ours(path / RUN):
         raise InputError(

@@ -25,17 +25,11 @@ _MAX_OBJECTS = 3
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what is in it.
+    """A drawn picture and what is in it."""
 
-    Attributes:
-        image: The picture, RGB, size x size pixels.
-        labels: Class index of each object, into `CLASSES`; all differ.
-        masks: Visible pixels of each object, (objects, size, size) bool.
-    """
-
-    image: Image.Image
-    labels: tuple[int, ...]
-    masks: np.ndarray
+    image: Image.Image  # RGB, size x size pixels
+    labels: tuple[int, ...]  # class index of each object, into `CLASSES`; all differ
+    masks: np.ndarray  # visible pixels of each object, (objects, size, size) bool
 
 
 def draw_scene(seed: int, *, size: int = 112, objects: int | None = None) -> Scene:

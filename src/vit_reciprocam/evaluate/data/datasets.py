@@ -1,6 +1,7 @@
 """Data sets of labelled pictures: class folders, listings, ILSVRC2012's layout, drawn scenes.
 
-Reading a data set finds names, labels and boxes; a picture is opened when its turn comes.
+Reading a data set finds names, labels and boxes; a picture is opened when its turn comes, while the
+model computes on an earlier batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import hashlib
 import itertools
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +24,28 @@ from PIL import Image, ImageDraw
 from vit_reciprocam.core.targets import find_class
 from vit_reciprocam.errors import ImageError, InputError, UnknownClassError
 from vit_reciprocam.evaluate.data.layouts import CORNERS, rows_of, rows_of_scenes
+from vit_reciprocam.evaluate.metrics.registry import Objects
+from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.read import read_image
 from vit_reciprocam.pictures.scenes import Scene, draw_scene
 
-__all__ = ["DataSet", "Item", "Labels", "check_dataset", "picture_digest", "read_dataset"]
+__all__ = [
+    "DataSet",
+    "Item",
+    "Labels",
+    "Picture",
+    "check_dataset",
+    "load_batches",
+    "picture_digest",
+    "read_dataset",
+]
 
 Box = tuple[float, float, float, float]
 """xmin, ymin, xmax and ymax in pixels; those at xmax and ymax still belong to the object."""
 
 _SYNSET = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
+_AHEAD = 3  # batches that are read while one is computed
 _BEYOND = 1  # pixels by which a box may leave the picture: published boxes count from 0 or 1
 
 
@@ -145,6 +160,18 @@ class Labels:
         return {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for the model, or why it is not."""
+
+    item: Item
+    digest: str = ""
+    pixels: np.ndarray | None = None  # (3, H, W)
+    objects: Objects | None = None
+    note: str | None = None  # why there are no objects although the data set has some
+    error: str = ""  # why there are no pixels
+
+
 def read_dataset(
     data: str,
     labels: Labels,
@@ -245,3 +272,46 @@ def _read_mask(path: str) -> Image.Image:
             return Image.fromarray((np.asarray(image.convert("L")) > 0).astype(np.uint8) * 255)
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged data
         raise ImageError(f"mask {path} cannot be read: {error}") from error
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+def load_batches(
+    items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
+) -> Iterator[list[Picture]]:
+    """Yield batches of pictures in their order, while `workers` threads load the next ones."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Any] = deque()
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            ahead.append([pool.submit(_load, item, preprocess) for item in batch])
+            if len(ahead) > _AHEAD:
+                yield [future.result() for future in ahead.popleft()]
+        for futures in ahead:
+            yield [future.result() for future in futures]
+
+
+def _load(item: Item, preprocess: Preprocess) -> Picture:
+    try:
+        picture = item.read()
+        digest, pixels = picture_digest(picture), preprocess(picture)
+    except (ImageError, OSError) as error:
+        return Picture(item, error=str(error))
+    try:
+        drawn = item.read_objects(picture.size)
+    except (ImageError, OSError) as error:
+        return Picture(item, digest, pixels, note=str(error))
+    if drawn is None:
+        return Picture(item, digest, pixels)
+    # interpolated linearly, a pixel's grey level is the share of it that the objects cover
+    linear = replace(preprocess, interpolation="bilinear")
+    grey = np.asarray(linear.view(drawn))
+    mask = grey > 127
+    if not mask.any():  # objects too small to cover half of a pixel get every pixel they touch
+        mask = grey > 0
+    if not mask.any():
+        note = "the objects lie outside the part that the model sees"
+        return Picture(item, digest, pixels, note=note)
+    objects = Objects(mask, from_boxes=bool(item.boxes) and not item.mask)
+    return Picture(item, digest, pixels, objects)

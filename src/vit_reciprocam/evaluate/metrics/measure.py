@@ -46,32 +46,23 @@ def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str
     missing = [name for name in _NEEDED if name not in columns]
     if missing:
         raise InputError(f"a summary needs column {', '.join(missing)}; got {list(columns)}")
-    pictures = _picture_values(columns)
+    pictures = {name: np.asarray(columns[name], np.float64) for name in ("p", "o")}
     figures: dict[str, Any] = {}
     for name, metric in METRICS.items():
-        if metric.combines_means(protocol):
-            if figures.keys() >= set(metric.terms):
-                figures[name] = metric.compute(*(figures[term] for term in metric.terms))
-        elif name in pictures:
-            known = pictures[name][~np.isnan(pictures[name])]
-            figures[name] = known.mean()
+        if not metric.terms:
+            values = np.asarray(columns.get(name, np.nan), np.float64)
+            if np.isnan(values).all() and name not in _NEEDED:
+                continue  # not measured
+            if metric.kind == "location":
+                check_columns(**{name: values[~np.isnan(values)]})
+            else:
+                check_columns(p=pictures["p"], **{name: values})
+            pictures[name] = values
+        elif metric.is_stored and pictures.keys() >= set(metric.terms):
+            pictures[name] = metric.compute(*(pictures[term] for term in metric.terms))
+        if not metric.combines_means(protocol):
+            if name in pictures:
+                figures[name] = pictures[name][~np.isnan(pictures[name])].mean()
+        elif figures.keys() >= set(metric.terms):
+            figures[name] = metric.compute(*(figures[term] for term in metric.terms))
     return {name: 100 * float(value) for name, value in figures.items()}
-
-
-def _picture_values(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return p, o and the metrics that were measured, each (pictures,) and checked."""
-    found = {name: np.asarray(columns[name], np.float64) for name in ("p", "o")}
-    for name, metric in METRICS.items():
-        if metric.terms:
-            if metric.is_stored and found.keys() >= set(metric.terms):
-                found[name] = metric.compute(*(found[term] for term in metric.terms))
-            continue
-        values = np.asarray(columns.get(name, np.nan), np.float64)
-        if np.isnan(values).all() and name not in _NEEDED:
-            continue  # not measured
-        if metric.kind == "location":
-            check_columns(**{name: values[~np.isnan(values)]})
-        else:
-            check_columns(p=found["p"], **{name: values})
-        found[name] = values
-    return found

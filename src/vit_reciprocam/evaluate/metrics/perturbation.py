@@ -47,12 +47,8 @@ def baseline_images(
 ) -> np.ndarray:
     """Return the pictures (..., 3, H, W) that insertion starts from and deletion ends at.
 
-    Args:
-        images: Normalised images (..., 3, H, W).
-        kind: "blur", the picture under a Gaussian of 51x51 pixels and σ 20 with reflected borders,
-            whatever the picture's size; "mean", the mean colour; "black".
-        mean: Mean colour of the preprocessing, needed for black.
-        std: Standard deviation of the preprocessing, needed for black.
+    The kinds are "blur", the normalised picture under the Gaussian of `arrays.blur`; "mean", the
+    mean colour; and "black", which needs the preprocessing's mean and standard deviation.
     """
     check_choice("baseline", kind, BASELINES)
     images = check_pictures(images)
