@@ -44,7 +44,6 @@ NEEDS_TORCH = {
     "libraries.validation",
     "reciprocam",
     "methods.baselines",
-    "methods.grid",
     "methods.lrp",
     "methods.peers",
     "onnx.export.*",

@@ -178,5 +178,6 @@ def test_the_model_is_left_as_it_was(method):
 
 
 def test_public_names():
-    assert {*(method.__name__ for method in BY_LAYER), "null_baseline"} == set(baselines.__all__)
+    others = {"null_baseline", "grid_and_targets", "split_and_check"}
+    assert {*(method.__name__ for method in BY_LAYER), *others} == set(baselines.__all__)
     assert {method.__name__ for method in NULLS} == set(DRAWN)

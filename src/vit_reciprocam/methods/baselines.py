@@ -11,21 +11,29 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Split, widen
+from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, step_without_rule
 from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.validation import check_images, check_mode
-from vit_reciprocam.methods.grid import grid_and_targets
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
 from vit_reciprocam.methods.null import NULLS
 
-__all__ = ["null_baseline", "raw_attention", "relevance", "rollout"]
+__all__ = [
+    "grid_and_targets",
+    "null_baseline",
+    "raw_attention",
+    "relevance",
+    "rollout",
+    "split_and_check",
+]
 
 Images = Float[Tensor, "B ch H W"]
 Maps = Float[Tensor, "B K h w"]
@@ -202,7 +210,7 @@ def _maps_by_layer(
     The function returns rows (b, K or 1, T) of a matrix over tokens, and the logits, which must be
     those of the model itself.
     """
-    split = _split_and_check(model, images)
+    split = split_and_check(model, images)
     encoder = encoder_of(model)
     if method == "relevance":
         _check_rules(model, encoder)
@@ -268,16 +276,31 @@ def null_baseline(
     One image runs through the model, to find the grid and the number of classes; all of them do if
     `targets` is a function of the logits. Only the number of targets matters.
     """
-    split = _split_and_check(model, images)
+    split = split_and_check(model, images)
     grid, chosen, _ = grid_and_targets(split, images, 0 if targets is None else targets)
     pictures = widen(images.detach()).cpu().numpy()
     drawn = torch.from_numpy(NULLS[name].draw(pictures, grid, **settings)).to(images.device)
     return drawn[:, None].repeat(1, chosen.shape[1], 1, 1)
 
 
-def _split_and_check(model: nn.Module, images: Tensor) -> Split:
+def split_and_check(model: nn.Module, images: Tensor) -> Split:
     """Return a model's split; refuse a wrong model or mode, and images that do not fit."""
     split = split_model(model)
     check_mode(model)
     check_images(model, images)
     return split
+
+
+def grid_and_targets(
+    split: Split, images: Tensor, targets: Any
+) -> tuple[tuple[int, int], np.ndarray, Tensor]:
+    """Return the patch grid, the targets (B, K), and the logits of the images that ran.
+
+    Only the first image runs, unless the targets follow from the logits: then all do.
+    """
+    with torch.no_grad():
+        cut = split.cut(images if targets is None or callable(targets) else images[:1])
+        logits = cut.rest(cut.norm(cut.x), cut.x)
+    scores = np.zeros((len(images), logits.shape[1]), dtype=np.float32)
+    scores[: len(logits)] = logits.float().cpu().numpy()
+    return cut.grid, resolve_targets(targets, scores), logits

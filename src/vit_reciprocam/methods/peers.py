@@ -20,11 +20,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vit_reciprocam.core.split import Split, logits_of
+from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.dispatch import split_model
-from vit_reciprocam.libraries.validation import check_images, check_mode
-from vit_reciprocam.methods.grid import grid_and_targets
+from vit_reciprocam.methods.baselines import grid_and_targets, split_and_check
 
 __all__ = [
     "eigen_cam",
@@ -203,7 +202,7 @@ def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: 
                 maps: np.ndarray = cam(images, wanted)
         return torch.from_numpy(maps).to(images.device)
 
-    return _for_each_target(model, images, targets, attribute, split)
+    return _for_each_target(model, images, targets, attribute)
 
 
 def _for_each_target(
@@ -211,16 +210,13 @@ def _for_each_target(
     images: Tensor,
     targets: Any,
     attribute: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor],
-    split: Split | None = None,
 ) -> Tensor:
     """Return the maps (B, K, h, w) that `attribute` gives; the model is left as it was.
 
     `attribute` takes a module that gives logits, the images, one target per image and the grid, and
     returns maps (B, h, w).
     """
-    split = split_model(model) if split is None else split
-    check_mode(model)
-    check_images(model, images)
+    split = split_and_check(model, images)
     if torch.is_inference_mode_enabled():
         raise InputError("these methods need gradients: leave torch.inference_mode first")
     images = images.detach().clone()

@@ -85,16 +85,13 @@ def figure_sheets(table: Table) -> list[Sheet]:
     for model in table.models:
         same = len({row.images for row in model.rows}) == 1
         count = f" ({model.rows[0].images} pictures)" if same else ""
-        lines = [
-            Line(
-                row.method if same else f"{row.method} ({row.images} pictures)",
-                _cells(row.figures, table.metrics, best=row.best),
-            )
-            for row in model.rows
-        ]
+        lines = []
+        for row in model.rows:
+            name = row.method if same else f"{row.method} ({row.images} pictures)"
+            lines.append(_line(name, row.figures, table.metrics, best=row.best))
         figures += _blocks(f"{model.model}{count}", model.rows, lines)
         others = [row for row in model.rows if row.differences]
-        lines = [Line(row.method, _cells(row.differences, table.metrics, True)) for row in others]
+        lines = [_line(row.method, row.differences, table.metrics, True) for row in others]
         differences += _blocks(f"{model.model}, minus {model.reference}", others, lines)
     sheets = [Sheet("Table 1", "Figures of each method, in percent", table.metrics, figures)]
     if differences:
@@ -103,22 +100,23 @@ def figure_sheets(table: Table) -> list[Sheet]:
     return sheets
 
 
-def _cells(
+def _line(
+    name: str,
     found: Mapping[str, Estimate],
     metrics: Sequence[str],
     signed: bool = False,
     best: Collection[str] = (),
-) -> list[Cell | None]:
-    """Return a line's cells; those that are `signed` are differences."""
+) -> Line:
+    """Return a line of figures, or of differences if they are `signed`."""
     cells: list[Cell | None] = []
-    for name in metrics:
-        one = found.get(name)
+    for metric in metrics:
+        one = found.get(metric)
         if one is None:
             cells.append(None)
             continue
         value, low, high = (number(each, signed) for each in (one.value, one.low, one.high))
-        cells.append(Cell(value, f"[{low}, {high}]", name in best, signed and one.is_clear))
-    return cells
+        cells.append(Cell(value, f"[{low}, {high}]", metric in best, signed and one.is_clear))
+    return Line(name, cells)
 
 
 def _blocks(heading: str, rows: Sequence[Row], lines: Sequence[Line]) -> list[Block]:
@@ -168,14 +166,11 @@ def ablation_sheets(table: Table) -> list[Sheet]:
         for model, pair in pairs:
             if pair.setting != setting:
                 continue
-            lines = [
-                Line(
-                    _spell({setting: row.settings.get(setting, DEFAULTS[setting])}) + note,
-                    _cells(row.figures, table.metrics),
-                )
-                for row, note in ((pair.base, " (default)"), (pair.variant, ""))
-            ]
-            lines.append(Line("difference", _cells(pair.differences, table.metrics, True)))
+            lines = []
+            for row, note in ((pair.base, " (default)"), (pair.variant, "")):
+                name = _spell({setting: row.settings.get(setting, DEFAULTS[setting])}) + note
+                lines.append(_line(name, row.figures, table.metrics))
+            lines.append(_line("difference", pair.differences, table.metrics, True))
             title = ", ".join(filter(None, [model, _spell(pair.others)]))
             blocks.append(Block(title, lines))
         if blocks:

@@ -123,24 +123,16 @@ def read_tables(
     """
     if resamples < 1:
         raise InputError(f"resamples must be 1 or more; got {resamples}")
-    folders = {Path(path).resolve(): Path(path) for path in paths}
-    groups: list[list[Run]] = []
-    reasons: list[str] = []
-    for folder in folders.values():
+    groups: list[tuple[str, list[Run]]] = []  # why they stand apart, and the runs
+    for folder in {Path(path).resolve(): Path(path) for path in paths}.values():
         run = Run(folder, *read_run(folder))
-        reasons_apart = [_find_difference(group, run) for group in groups]
-        if "" in reasons_apart:
-            groups[reasons_apart.index("")].append(run)
+        reasons = [_find_difference(runs, run) for _, runs in groups]
+        if "" in reasons:
+            groups[reasons.index("")][1].append(run)
         else:
-            groups.append([run])
-            reasons.append(
-                f"{folder} stands in a table of its own: {reasons_apart[0]}"
-                if reasons_apart
-                else ""
-            )
-    tables = [
-        _table(group, resamples, seed, why) for group, why in zip(groups, reasons, strict=True)
-    ]
+            apart = f"{folder} stands in a table of its own: {reasons[0]}" if reasons else ""
+            groups.append((apart, [run]))
+    tables = [_table(runs, resamples, seed, apart) for apart, runs in groups]
     if not any(table.models for table in tables):
         raise InputError(
             f"no picture was measured in {', '.join(map(str, paths))}: go on with the run by "
