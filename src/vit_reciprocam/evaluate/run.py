@@ -140,9 +140,6 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     """Return one row per model and method of a run.
 
     Its keys are "model", "method", "images" (their number) and the metrics (in percent).
-
-    Raises:
-        InputError: If it is not a run.
     """
     settings, table = read_run(folder)
     protocol = Protocol.from_dict(settings["protocol"])

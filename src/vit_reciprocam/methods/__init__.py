@@ -62,12 +62,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({name: _make_method(name) for n
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse a method or setting that does not exist, before anything is computed.
-
-    Raises:
-        InputError: If there is no such method or setting; the message lists the choices.
-        MissingDependencyError: If the method's library is not installed.
-    """
+    """Refuse a method, setting or library that is not there, before anything is computed."""
     check_choice("method", name, METHODS)
     if name in NULLS:
         _import("null_baseline", "methods.baselines")  # torch must be there
@@ -79,23 +74,14 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with its settings, as written on the command line.
-
-    Attributes:
-        name: Name of the method in `METHODS`.
-        settings: Keyword arguments of the method.
-    """
+    """A method of `METHODS` with its settings, as written on the command line."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """Return the method that "NAME" or "NAME:KEY=VALUE,KEY=VALUE" names.
-
-        Raises:
-            InputError: If the text is not of this form, or there is no such method.
-        """
+        """Return the method that "NAME" or "NAME:KEY=VALUE,KEY=VALUE" names."""
         name, settings = parse_settings(
             "method",
             text,

@@ -47,11 +47,7 @@ _INK = "#222222"
 
 
 def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
-    """Return the colours of a map: (h, w) in [0, 1] -> (h, w, 3) uint8.
-
-    Raises:
-        InputError: If the colour map does not exist.
-    """
+    """Return the colours of a map: (h, w) in [0, 1] -> (h, w, 3) uint8."""
     check_choice("colormap", colormap, COLORMAPS)
     anchors = COLORMAPS[colormap]
     places = np.linspace(0, 1, len(anchors))
@@ -72,9 +68,6 @@ def overlay(
     """Return an RGB picture with its map (h, w), in [0, 1], laid over it at the picture's size.
 
     Opacity 0 shows the picture alone, 1 the map alone.
-
-    Raises:
-        InputError: If the opacity is not in [0, 1] or the colour map does not exist.
     """
     if not 0 <= opacity <= 1:
         raise InputError(f"opacity must be between 0 and 1; got {opacity}")

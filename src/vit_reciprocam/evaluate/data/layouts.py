@@ -34,11 +34,7 @@ _GROUND_TRUTH = (
 
 
 def rows_of(path: Path, ground_truth: Path | None, boxes: Path | None) -> Iterator[dict[str, Any]]:
-    """Return the rows of a data set on disk, in any layout of `datasets.read_dataset`.
-
-    Raises:
-        InputError: If its layout is not known, or a file of it is damaged.
-    """
+    """Return the rows of a data set on disk, in any layout of `datasets.read_dataset`."""
     if path.is_file() and path.suffix.lower() not in (".csv", ".parquet"):
         raise InputError(f"{path} is not a listing: expected a .csv or .parquet file")
     listings = [path, path / "labels.csv", path / "labels.parquet"]

@@ -118,11 +118,8 @@ class Protocol:
     def from_file(cls, path: str | Path) -> Protocol:
         """Read your own protocol from a .toml or .json file of fields, such as `steps = 28`.
 
-        If the field `name` is missing, the file's name without its ending is taken.
-
-        Raises:
-            InputError: If the file cannot be read, is not TOML or JSON, has a field that does not
-                exist, or changes a protocol of `PROTOCOLS` without another name.
+        If the field `name` is missing, the file's name without its ending is taken. A file that
+        changes a protocol of `PROTOCOLS` must give it another name.
         """
         path = Path(path)
         read = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())
@@ -162,11 +159,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str | Path) -> Protocol:
-    """Return a protocol by its name in `PROTOCOLS`, or from a .toml or .json file.
-
-    Raises:
-        InputError: If there is no such protocol, or `Protocol.from_file` refuses the file.
-    """
+    """Return a protocol by its name in `PROTOCOLS`, or from a .toml or .json file."""
     if str(name) in PROTOCOLS:
         return PROTOCOLS[str(name)]
     if Path(name).suffix.lower() in (".toml", ".json"):

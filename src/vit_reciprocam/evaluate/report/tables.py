@@ -115,12 +115,7 @@ class Table:
 def read_tables(
     paths: Sequence[str | Path], *, resamples: int = 1000, seed: int = 0
 ) -> list[Table]:
-    """Read runs into tables, one per protocol and set of pictures. See `write_report`.
-
-    Raises:
-        InputError: If a folder is not a run that this version reads, no picture was measured in
-            any, or `resamples` is below 1.
-    """
+    """Read runs into tables, one per protocol and set of pictures. See `write_report`."""
     if resamples < 1:
         raise InputError(f"resamples must be 1 or more; got {resamples}")
     groups: list[tuple[str, list[Run]]] = []  # why they stand apart, and the runs
