@@ -109,10 +109,7 @@ def insertion(
     baseline: np.ndarray,
     maps: np.ndarray,
     targets: np.ndarray,
-    *,
-    steps: int = 14,
-    unit: str = "patch",
-    mode: str = "bilinear",
+    **way: Any,
 ) -> np.ndarray:
     """Return the area (B,) under the target's probability while the picture appears.
 
@@ -126,13 +123,10 @@ def insertion(
         baseline: Normalised images to start from, see `baseline_images`.
         maps: Maps (B, h, w) in [0, 1].
         targets: Class indices (B,).
-        steps: Number of steps, see `transition_images`.
-        unit: "patch" or "pixel", see `transition_images`.
-        mode: One of `MODES`, for pixels.
+        way: Steps, unit and mode of `transition_images`.
     """
     targets, shares, curve = np.asarray(targets), [], []
-    way = transition_images(baseline, images, maps, steps=steps, unit=unit, mode=mode)
-    for share, batch in way:
+    for share, batch in transition_images(baseline, images, maps, **way):
         probs = np.asarray(predict(batch))
         if targets.shape != batch.shape[:1] or probs.shape[:-1] != targets.shape:
             raise InputError(

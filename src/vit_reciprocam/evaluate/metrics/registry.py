@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.core.maps import Size
 from vit_reciprocam.errors import check_choice
 from vit_reciprocam.evaluate.metrics.adcc import (
     adcc,
@@ -72,10 +72,10 @@ class Observation:
     objects: Sequence[Objects | None]  # per picture: None if not known or c is not the label
 
     @property
-    def size(self) -> Size | None:
-        """Size at which the protocol compares maps: the picture's, or None for the map's cells."""
-        height, width = self.images.shape[-2:]
-        return (height, width) if self.protocol.compared_at == "image" else None
+    def comparison(self) -> dict[str, Any]:
+        """How the protocol compares maps: cell by cell, or upsampled to the picture's size."""
+        size = self.images.shape[-2:] if self.protocol.compared_at == "image" else None
+        return {"size": size, "mode": self.protocol.upsampling}
 
     @cached_property
     def baseline(self) -> np.ndarray:
@@ -135,14 +135,6 @@ class Metric:
         return (protocol.adcc if self.aggregate == "protocol" else self.aggregate) == "means"
 
 
-def _coherency(seen: Observation) -> np.ndarray:
-    return coherency(seen.maps, seen.masked_maps, size=seen.size, mode=seen.protocol.upsampling)
-
-
-def _complexity(seen: Observation) -> np.ndarray:
-    return complexity(seen.maps, size=seen.size, mode=seen.protocol.upsampling)
-
-
 def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndarray]:
     """Return insertion or deletion with the protocol's settings."""
 
@@ -200,7 +192,7 @@ METRICS: dict[str, Metric] = {
             "Coher",
             higher=True,
             kind="adcc",
-            compute=_coherency,
+            compute=lambda seen: coherency(seen.maps, seen.masked_maps, **seen.comparison),
             description="(1 + Pearson(A, A')) / 2; a constant map correlates 0",
             source="Poppi et al. 2021",
         ),
@@ -209,7 +201,7 @@ METRICS: dict[str, Metric] = {
             "Compl",
             higher=False,
             kind="adcc",
-            compute=_complexity,
+            compute=lambda seen: complexity(seen.maps, **seen.comparison),
             description="mean of A",
             source="Poppi et al. 2021",
         ),

@@ -28,6 +28,8 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "−": "$-$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
     **{sign: f"\\{sign}" for sign in "&%$#_"},
 }
 
@@ -44,11 +46,11 @@ def markdown(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str
     """Return sheets as Markdown, each followed by the origin of its figures, and then the notes."""
     text = [f"## {_escape(heading(table))}", ""]
     for sheet in sheets:
-        columns = ["Method", *(METRICS[metric].heading_with_arrow for metric in sheet.metrics)]
-        text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", markdown_row(columns)]
-        text.append(markdown_row([":--", *("--:" for _ in sheet.metrics)]))
+        empty = [""] * (len(sheet.columns) - 1)
+        text += [f"### {sheet.title}", "", f"{sheet.caption}.", "", markdown_row(sheet.columns)]
+        text.append(markdown_row([":--", *("--:" for _ in empty)]))
         for block in sheet.blocks:
-            text.append(markdown_row([f"*{_escape(block.heading)}*", *("" for _ in sheet.metrics)]))
+            text.append(markdown_row([f"*{_escape(block.heading)}*", *empty]))
             text += [
                 markdown_row([_escape(line.name), *map(_markdown_cell, line.cells)])
                 for line in block.lines
@@ -79,15 +81,15 @@ def latex(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
     text += [f"% {name}: {' '.join(value.split())}" for name, value in full_provenance(table)]
     text += [f"% {' '.join(note.split())}" for note in notes]
     for sheet in sheets:
-        width = 1 + len(sheet.metrics)
+        width = len(sheet.columns)
         text += [
             "\\begin{table*}[t]",
             "\\centering\\small",
             f"\\caption{{{_tex(sheet.caption)}.}}",
             "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
-            f"\\begin{{tabular}}{{l{'r' * len(sheet.metrics)}}}",
+            f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
             "\\toprule",
-            " & ".join(["Method", *map(_tex_heading, sheet.metrics)]) + r" \\",
+            " & ".join(map(_tex, sheet.columns)) + r" \\",
         ]
         for block in sheet.blocks:
             text += [
@@ -105,11 +107,6 @@ def latex(table: Table, sheets: Sequence[Sheet], notes: Iterable[str]) -> str:
 
 def _tex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
-
-
-def _tex_heading(metric: str) -> str:
-    arrow = r"$\uparrow$" if METRICS[metric].higher else r"$\downarrow$"
-    return f"{_tex(METRICS[metric].heading)} {arrow}"
 
 
 def _tex_cell(cell: Cell | None) -> str:

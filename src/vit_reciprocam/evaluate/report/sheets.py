@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from vit_reciprocam.core.settings import write_value
 from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report.bootstrap import Estimate
 from vit_reciprocam.evaluate.report.tables import DEFAULTS, ModelRows, Row, Table
@@ -59,11 +60,11 @@ class Block(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A table as it is shown, whatever the format, with one column per metric."""
+    """A table as it is shown, whatever the format."""
 
     title: str
     caption: str
-    metrics: list[str]
+    columns: list[str]  # headings: the method's, then one per metric
     blocks: list[Block]
 
 
@@ -93,11 +94,16 @@ def figure_sheets(table: Table) -> list[Sheet]:
         others = [row for row in model.rows if row.differences]
         lines = [_line(row.method, row.differences, table.metrics, True) for row in others]
         differences += _blocks(f"{model.model}, minus {model.reference}", others, lines)
-    sheets = [Sheet("Table 1", "Figures of each method, in percent", table.metrics, figures)]
+    columns = _columns(table)
+    sheets = [Sheet("Table 1", "Figures of each method, in percent", columns, figures)]
     if differences:
         caption = "Differences to the reference method on the same pictures, in percentage points"
-        sheets.append(Sheet("Table 1, differences", caption, table.metrics, differences))
+        sheets.append(Sheet("Table 1, differences", caption, columns, differences))
     return sheets
+
+
+def _columns(table: Table) -> list[str]:
+    return ["Method", *(METRICS[metric].heading_with_arrow for metric in table.metrics)]
 
 
 def _line(
@@ -175,7 +181,7 @@ def ablation_sheets(table: Table) -> list[Sheet]:
             blocks.append(Block(title, lines))
         if blocks:
             caption = f"ReciproCAM with another {setting.replace('_', ' ')}, in percent"
-            sheets.append(Sheet(_TITLES[setting], caption, table.metrics, blocks))
+            sheets.append(Sheet(_TITLES[setting], caption, _columns(table), blocks))
     return sheets
 
 
@@ -190,10 +196,7 @@ def _others(row: Row, setting: str) -> dict[str, Any]:
 
 def _spell(settings: Mapping[str, Any]) -> str:
     """Return settings as they are given on the command line, such as "class_token=false"."""
-    return ", ".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in sorted(settings.items())
-    )
+    return ", ".join(f"{key}={write_value(value)}" for key, value in sorted(settings.items()))
 
 
 # --- words -----------------------------------------------------------------------------------

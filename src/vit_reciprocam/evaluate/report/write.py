@@ -13,7 +13,6 @@ import jinja2
 from markupsafe import Markup, escape
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report import formats, gallery, plots, sheets
 from vit_reciprocam.evaluate.report.tables import ModelRows, Table, read_tables
 from vit_reciprocam.evaluate.store import RUN
@@ -89,10 +88,7 @@ def render_page(tables: Sequence[Table]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {
-        "column": lambda metric: METRICS[metric].heading_with_arrow,
-        "breakable": _breakable,
-    }
+    environment.filters["breakable"] = _breakable
     source = files("vit_reciprocam.evaluate.report") / "report.html.jinja"
     return environment.from_string(source.read_text("utf-8")).render(
         tables=[
