@@ -79,21 +79,18 @@ class RunFolder:
         """Begin a run in a new or empty folder, or resume one, and let no other process write."""
         check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock", timeout=0)
         try:
-            lock.acquire()
+            lock = FileLock(path / ".lock", timeout=0).acquire()
         except Timeout as error:
             raise InputError(
                 f"another process is writing {path}: wait for it, or choose another folder"
             ) from error
-        try:
+        with lock:
             _check_content(path, settings, resume)
             (path / MANIFEST).unlink(missing_ok=True)  # the run is not complete for now
             if not (path / RUN).exists():
                 _write(path / RUN, settings)
             yield cls(path, settings)
-        finally:
-            lock.release()
 
     def done(self) -> set[tuple[int, str]]:
         """Return (index, model) of the pictures measured, without those that failed."""

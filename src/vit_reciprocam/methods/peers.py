@@ -36,7 +36,6 @@ __all__ = [
 
 Images = Float[Tensor, "B ch H W"]
 Maps = Float[Tensor, "B K h w"]
-Grid = tuple[int, int]
 
 
 class _Logits(nn.Module):
@@ -127,18 +126,16 @@ def integrated_gradients(
     """
     if steps < 1 or batch_size < 1:
         raise InputError(f"steps and batch_size must be 1 or more; got {steps} and {batch_size}")
-
-    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
+    maps = []
+    with _prepare(model, images, targets) as (logits, images, chosen, grid):
         method = captum.attr.IntegratedGradients(logits)
-        values: Tensor = method.attribute(
-            images,
-            target=chosen,
-            n_steps=steps,
-            internal_batch_size=max(batch_size, len(images)),
-        )
-        return adaptive_avg_pool2d(values.detach().abs().sum(dim=1), grid)
-
-    return _for_each_target(model, images, targets, attribute)
+        at_once = max(batch_size, len(images))
+        for one in chosen.T:
+            values: Tensor = method.attribute(
+                images, target=one, n_steps=steps, internal_batch_size=at_once
+            )
+            maps.append(adaptive_avg_pool2d(values.detach().abs().sum(dim=1), grid))
+    return torch.stack(maps, dim=1)
 
 
 def occlusion(
@@ -158,22 +155,21 @@ def occlusion(
         InputError: If the images or targets do not fit.
         ModelError: If the model is not supported.
     """
-
-    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
+    maps = []
+    with _prepare(model, images, targets) as (logits, images, chosen, grid), torch.no_grad():
         channels, height, width = images.shape[1:]
         window = (channels, height // grid[0], width // grid[1])
         method = captum.attr.Occlusion(lambda x: logits(x).softmax(dim=1))
-        with torch.no_grad():
+        for one in chosen.T:
             values: Tensor = method.attribute(
                 images,
-                target=chosen,
+                target=one,
                 sliding_window_shapes=window,
                 strides=window,
                 perturbations_per_eval=max(1, batch_size // len(images)),
             )
-        return adaptive_avg_pool2d(values[:, 0], grid)
-
-    return _for_each_target(model, images, targets, attribute)
+            maps.append(adaptive_avg_pool2d(values[:, 0], grid))
+    return torch.stack(maps, dim=1)
 
 
 def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: Any) -> Tensor:
@@ -185,58 +181,45 @@ def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: 
             "which pytorch-grad-cam needs: take occlusion or reciprocam"
         )
 
-    def attribute(logits: nn.Module, images: Tensor, chosen: Tensor, grid: Grid) -> Tensor:
-        def as_channels(tokens: Tensor) -> Tensor:
-            tokens = tokens.float()  # NumPy, which the library goes through, has no bfloat16
-            if tokens.ndim == 4:
-                return tokens if channels_first else tokens.permute(0, 3, 1, 2)
-            patches: Tensor = tokens[:, split.prefix_tokens :].unflatten(1, grid)
-            return patches.permute(0, 3, 1, 2)
+    def as_channels(tokens: Tensor) -> Tensor:
+        tokens = tokens.float()  # NumPy, which the library goes through, has no bfloat16
+        if tokens.ndim == 4:
+            return tokens if channels_first else tokens.permute(0, 3, 1, 2)
+        patches: Tensor = tokens[:, split.prefix_tokens :].unflatten(1, grid)
+        return patches.permute(0, 3, 1, 2)
 
+    maps: list[np.ndarray] = []
+    with _prepare(model, images, targets) as (logits, images, chosen, grid):
         with torch.no_grad():
             channels_first = split.cut(images[:1]).channels_first
-        with method(logits, [split.tap.modules[0]], as_channels) as cam:
-            cam.get_target_width_height = lambda _images: (grid[1], grid[0])  # not upsampled
-            with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM's progress bars
-                wanted = [ClassifierOutputTarget(int(index)) for index in chosen]
-                maps: np.ndarray = cam(images, wanted)
-        return torch.from_numpy(maps).to(images.device)
-
-    return _for_each_target(model, images, targets, attribute)
+        for column in chosen.T.tolist():
+            with method(logits, [split.tap.modules[0]], as_channels) as cam:
+                cam.get_target_width_height = lambda _images: (grid[1], grid[0])  # not upsampled
+                with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM's progress bars
+                    maps.append(cam(images, list(map(ClassifierOutputTarget, column))))
+    return torch.from_numpy(np.stack(maps, axis=1)).to(images.device)
 
 
-def _for_each_target(
-    model: nn.Module,
-    images: Tensor,
-    targets: Any,
-    attribute: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor],
-) -> Tensor:
-    """Return the maps (B, K, h, w) that `attribute` gives; the model is left as it was.
+@contextlib.contextmanager
+def _prepare(
+    model: nn.Module, images: Tensor, targets: Any
+) -> Iterator[tuple[nn.Module, Tensor, Tensor, tuple[int, int]]]:
+    """Yield a module that gives logits, images with gradients, targets (B, K), and the grid.
 
-    `attribute` takes a module that gives logits, the images, one target per image and the grid, and
-    returns maps (B, h, w).
+    Modes, gradients and `requires_grad` of the model are restored once the context ends.
     """
     split = split_and_check(model, images)
     if torch.is_inference_mode_enabled():
         raise InputError("these methods need gradients: leave torch.inference_mode first")
-    images = images.detach().clone()
-    with _keep_state(model), torch.enable_grad():
-        grid, resolved, _ = grid_and_targets(split, images, targets)
-        chosen = torch.from_numpy(resolved).to(images.device)
-        logits = _Logits(model)
-        images.requires_grad_()
-        maps = [attribute(logits, images, column, grid) for column in chosen.T]
-    return torch.stack(maps, dim=1).detach()
-
-
-@contextlib.contextmanager
-def _keep_state(model: nn.Module) -> Iterator[None]:
-    """Restore modes, gradients and `requires_grad` once the context ends."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)  # gradients of activations are all that is needed
-        yield
+        with torch.enable_grad():
+            images = images.detach().clone()
+            grid, resolved, _ = grid_and_targets(split, images, targets)
+            chosen = torch.from_numpy(resolved).to(images.device)
+            yield _Logits(model), images.requires_grad_(), chosen, grid
     finally:
         for module, training in modes:
             module.training = training

@@ -108,11 +108,7 @@ def _decode(source: Path | Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if (
-        array.dtype != np.uint8
-        or array.ndim not in (2, 3)
-        or (array.ndim == 3 and array.shape[2] != 3)
-    ):
+    if array.dtype != np.uint8 or array.ndim < 2 or array.shape[2:] not in ((), (3,)):
         raise ImageError(
             "an image array must be uint8 of shape (H, W, 3) or (H, W), "
             f"got {array.dtype} of shape {array.shape}"
