@@ -7,10 +7,15 @@ from torch.nn import functional as F
 
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.metrics.adcc import adcc
-from vit_reciprocam.evaluate.metrics.measure import measure, summarize
 from vit_reciprocam.evaluate.metrics.perturbation import baseline_images, deletion, insertion
 from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS, Protocol
-from vit_reciprocam.evaluate.metrics.registry import METRICS, Objects, Observation
+from vit_reciprocam.evaluate.metrics.registry import (
+    METRICS,
+    Objects,
+    Observation,
+    measure,
+    summarize,
+)
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 BYUN, POPPI = PROTOCOLS["byun2023"], PROTOCOLS["poppi2021"]

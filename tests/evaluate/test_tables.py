@@ -8,9 +8,8 @@ from runs import VARIANTS, columns_for, figures, rows_of, write_default_run, wri
 
 import vit_reciprocam as vr
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.metrics.measure import summarize
 from vit_reciprocam.evaluate.metrics.protocols import PROTOCOLS
-from vit_reciprocam.evaluate.metrics.registry import METRICS
+from vit_reciprocam.evaluate.metrics.registry import METRICS, summarize
 from vit_reciprocam.evaluate.report import gallery, sheets
 from vit_reciprocam.evaluate.report import write as report
 from vit_reciprocam.evaluate.report.bootstrap import resample

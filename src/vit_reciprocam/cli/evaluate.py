@@ -22,9 +22,8 @@ from rich.text import Text
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import command_line, err, errors_in_one_line, out, progress_bar, say
 from vit_reciprocam.errors import InputError, MissingDependencyError
-from vit_reciprocam.evaluate.metrics.measure import summarize
 from vit_reciprocam.evaluate.metrics.protocols import get_protocol
-from vit_reciprocam.evaluate.metrics.registry import METRICS
+from vit_reciprocam.evaluate.metrics.registry import METRICS, summarize
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.results.files import check_folder
 

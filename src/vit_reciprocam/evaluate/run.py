@@ -20,9 +20,8 @@ from vit_reciprocam.evaluate.data.datasets import (
     load_batches,
     read_dataset,
 )
-from vit_reciprocam.evaluate.metrics.measure import measure, summarize
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
-from vit_reciprocam.evaluate.metrics.registry import KINDS, Observation
+from vit_reciprocam.evaluate.metrics.registry import KINDS, Observation, measure, summarize
 from vit_reciprocam.evaluate.store import RunFolder, columns_of, read_run
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.pictures.preprocess import Preprocess

@@ -75,12 +75,7 @@ def center(images: np.ndarray, grid: Size, *, sigma: float = 0.5) -> np.ndarray:
 
 
 def uniform(images: np.ndarray, grid: Size) -> np.ndarray:
-    """Return 1 everywhere.
-
-    Args:
-        images: Images (B, ch, H, W), of which only the number matters.
-        grid: Patch grid (h, w).
-    """
+    """Return 1 everywhere."""
     return _as_dtype_of(images, np.ones((len(images), *grid)))
 
 
@@ -91,10 +86,6 @@ def image_edges(images: np.ndarray, grid: Size) -> np.ndarray:
     of the preprocessed picture's luminance (ITU-R BT.601), or of the mean of its channels if they
     are not three. If the grid does not divide the picture, patches share the pixels on their
     borders, as in adaptive average pooling.
-
-    Args:
-        images: Images (B, ch, H, W).
-        grid: Patch grid (h, w).
     """
     images, channels = _as_dtype_of(images, images), images.shape[1]
     weights = _LUMINANCE if channels == 3 else [1 / channels] * channels

@@ -101,12 +101,7 @@ def score_cam(
 
 
 def integrated_gradients(
-    model: nn.Module,
-    images: Images,
-    targets: Any = None,
-    *,
-    steps: int = 50,
-    batch_size: int = 32,
+    model: nn.Module, images: Images, targets: Any = None, *, steps: int = 50, batch_size: int = 32
 ) -> Maps:
     """Integrated Gradients (Sundararajan et al. 2017) of the target's logit.
 

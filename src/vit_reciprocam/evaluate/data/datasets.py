@@ -173,11 +173,7 @@ class Picture:
 
 
 def read_dataset(
-    data: str,
-    labels: Labels,
-    *,
-    ground_truth: Path | None = None,
-    boxes: Path | None = None,
+    data: str, labels: Labels, *, ground_truth: Path | None = None, boxes: Path | None = None
 ) -> DataSet:
     """Find the pictures of a data set.
 

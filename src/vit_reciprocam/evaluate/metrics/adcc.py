@@ -52,11 +52,7 @@ def average_increase(p: np.ndarray, o: np.ndarray) -> np.ndarray:
 
 
 def pearson(
-    maps: np.ndarray,
-    masked_maps: np.ndarray,
-    *,
-    size: Size | None = None,
-    mode: str = "bilinear",
+    maps: np.ndarray, masked_maps: np.ndarray, *, size: Size | None = None, mode: str = "bilinear"
 ) -> np.ndarray:
     """Return the correlation (...) of A and A', both (..., h, w), over their cells, in [-1, 1].
 
@@ -77,11 +73,7 @@ def pearson(
 
 
 def coherency(
-    maps: np.ndarray,
-    masked_maps: np.ndarray,
-    *,
-    size: Size | None = None,
-    mode: str = "bilinear",
+    maps: np.ndarray, masked_maps: np.ndarray, *, size: Size | None = None, mode: str = "bilinear"
 ) -> np.ndarray:
     """Return (1 + Pearson(A, A')) / 2, shape (...), in [0, 1]. Higher is better.
 

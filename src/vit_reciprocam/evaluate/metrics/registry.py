@@ -1,4 +1,4 @@
-"""METRICS: one record per metric.
+"""METRICS: one record per metric, and the measuring of batches and data sets by them.
 
 The measuring of a run, the store's columns, summaries, bootstrap intervals, tables, plots and the
 table in docs/evaluation.md all read these records, so that a new metric is one more record.
@@ -6,14 +6,14 @@ table in docs/evaluation.md all read these records, so that a new metric is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from vit_reciprocam.errors import check_choice
+from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.evaluate.metrics.adcc import (
     adcc,
     average_drop,
@@ -21,12 +21,13 @@ from vit_reciprocam.evaluate.metrics.adcc import (
     coherency,
     complexity,
 )
+from vit_reciprocam.evaluate.metrics.arrays import check_columns, check_pairs
 from vit_reciprocam.evaluate.metrics.location import mass_accuracy, pointing_game
 from vit_reciprocam.evaluate.metrics.perturbation import baseline_images, deletion, insertion
 from vit_reciprocam.evaluate.metrics.protocols import Protocol
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["KINDS", "METRICS", "Metric", "Objects", "Observation"]
+__all__ = ["KINDS", "METRICS", "Metric", "Objects", "Observation", "measure", "summarize"]
 
 KINDS = {
     "adcc": "always",
@@ -42,6 +43,7 @@ those that compare the map with the object's place, and may therefore be NaN for
 """
 
 _AGGREGATES = ("mean", "means", "protocol")
+_NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed from
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 
 
 def _locate(
-    measure: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
+    share: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
 ) -> Callable[[Observation], np.ndarray]:
     """Return `compute` of a metric that measures a map (h, w) by its object's mask (H, W), or NaN.
 
@@ -158,7 +160,7 @@ def _locate(
         values = np.full(len(seen.maps), np.nan)
         for row, objects in enumerate(seen.objects):
             if objects is not None and from_boxes in (None, objects.from_boxes):
-                values[row] = measure(seen.maps[row], objects.mask)
+                values[row] = share(seen.maps[row], objects.mask)
         return values
 
     return compute
@@ -275,3 +277,54 @@ METRICS: dict[str, Metric] = {
     )
 }
 """Column -> metric, in the order of tables."""
+
+
+def measure(seen: Observation, kinds: Collection[str] = tuple(KINDS)) -> dict[str, np.ndarray]:
+    """Return the columns (B,) of a batch's pictures: p, o and the metrics of `kinds`, in fractions.
+
+    The kind "order" calls `predict` 2 · (steps + 1) times. `InputError` is raised if shapes do not
+    fit, or something is NaN or outside [0, 1].
+    """
+    check_pairs(seen.images, seen.maps)
+    columns = {"p": np.asarray(seen.p, np.float64), "o": np.asarray(seen.o, np.float64)}
+    for metric in METRICS.values():
+        if metric.is_stored and metric.kind in kinds:
+            given: Any = [columns[term] for term in metric.terms] if metric.terms else [seen]
+            columns[metric.column] = metric.compute(*given)
+    return columns
+
+
+def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str, float]:
+    """Return a data set's figures from its pictures' columns (pictures,), in percent.
+
+    Metrics with `terms` are computed from these anew; others are left out if their column is absent
+    or NaN throughout. A metric of kind "location" may be NaN for pictures whose objects are not
+    known: its figure is the mean over the others.
+
+    The columns are fractions; those that `METRICS` does not know are ignored. `InputError` is
+    raised if p, o, coherency or complexity is missing, or a column is empty, of another length, NaN
+    or outside [0, 1].
+    """
+    missing = [name for name in _NEEDED if name not in columns]
+    if missing:
+        raise InputError(f"a summary needs column {', '.join(missing)}; got {list(columns)}")
+    pictures = {name: np.asarray(columns[name], np.float64) for name in ("p", "o")}
+    figures: dict[str, Any] = {}
+    for name, metric in METRICS.items():
+        if not metric.terms:
+            values = np.asarray(columns.get(name, np.nan), np.float64)
+            if np.isnan(values).all() and name not in _NEEDED:
+                continue  # not measured
+            if metric.kind == "location":
+                check_columns(**{name: values[~np.isnan(values)]})
+            else:
+                check_columns(p=pictures["p"], **{name: values})
+            pictures[name] = values
+        elif metric.is_stored and pictures.keys() >= set(metric.terms):
+            pictures[name] = metric.compute(*(pictures[term] for term in metric.terms))
+        if not metric.combines_means(protocol):
+            if name in pictures:
+                figures[name] = pictures[name][~np.isnan(pictures[name])].mean()
+        elif figures.keys() >= set(metric.terms):
+            figures[name] = metric.compute(*(figures[term] for term in metric.terms))
+    return {name: 100 * float(value) for name, value in figures.items()}
