@@ -118,7 +118,7 @@ def test_a_picture_is_as_the_model_saw_it_and_gone_ones_are_grey(tmp_path, monke
         digests=[digest(gradient), "another", digest(gradient)],
     )
     (table,) = read_tables([path], resamples=5)
-    (section,) = gallery.sections(table, table.models[0])
+    (section,) = gallery.sections(table.models[0])
     shown = {one.name: one for one in section.pictures}
     squashed = gradient.resize((128, 128), Image.Resampling.BILINEAR).crop((8, 8, 120, 120))
     seen = decoded(shown["here.png"].uri).convert("RGB")
@@ -141,7 +141,7 @@ def test_class_names_are_shown_where_the_run_has_them(tmp_path):
     about["models"]["demo"]["class_names"] = ["a", "b", "c", "tench, Tinca tinca", "shark"]
     (path / "manifest.json").write_text(json.dumps(about))
     (table,) = read_tables([path], resamples=5)
-    (section,) = gallery.sections(table, table.models[0])
+    (section,) = gallery.sections(table.models[0])
     assert "Explained: tench, probability" in section.pictures[0].words
     assert section.pictures[0].words.endswith("predicted: shark.")
 
@@ -149,7 +149,7 @@ def test_class_names_are_shown_where_the_run_has_them(tmp_path):
 def test_best_worst_and_most_disputed(run):
     (table,) = read_tables([run], resamples=5)
     (model,) = table.models
-    found = gallery.choose(table, model, 4)
+    found = gallery.choose(model, 4)
     adcc = figures(np.random.default_rng(1), 40)["adcc"]  # the first method's
     order = np.argsort(adcc)
     assert found["Best"] == order[::-1][:4].tolist()
@@ -172,7 +172,7 @@ def test_a_constant_map_agrees_with_none():
 def test_few_pictures_are_not_the_best_and_the_worst(tmp_path):
     path = write_run(tmp_path / "run", columns_for("reciprocam", pictures=5))
     (table,) = read_tables([path], resamples=5)
-    found = gallery.choose(table, table.models[0])
+    found = gallery.choose(table.models[0])
     assert len(found["Best"]) == 4
     assert len(found["Worst"]) == 1
     assert not set(found["Best"]) & set(found["Worst"])

@@ -228,7 +228,7 @@ def test_runs_that_are_not_finished_and_pictures_that_failed(tmp_path):
     }
     difference = rows_of(table)["rollout"].differences["adcc"].value
     assert difference == pytest.approx(expected["rollout"]["adcc"] - expected["reciprocam"]["adcc"])
-    shown = {name for names in gallery.choose(table, model).values() for name in names}
+    shown = {name for names in gallery.choose(model).values() for name in names}
     assert shown == set(both)
 
 

@@ -28,14 +28,9 @@ def pointing_game(
     """Return 1.0 for each map whose maximum lies in its object, else 0.0. Higher is better.
 
     Zhang et al. 2016. If several pixels have the maximum, the first counts, row by row from the top
-    left.
-
-    Args:
-        maps: Maps (..., h, w) in [0, 1].
-        regions: Objects as masks (..., H, W), or as boxes (..., 4) as `box_masks` takes them.
-        size: Height and width (H, W) of the picture, needed with boxes.
-        tolerance: Distance from the object in pixels that still counts; 15 in the original.
-        mode: One of `MODES`.
+    left. Regions are objects as masks (..., H, W), or as boxes (..., 4) of `box_masks`, which need
+    the picture's size (H, W). A maximum that is no more than `tolerance` pixels from the object
+    counts too; the original has 15.
     """
     if not tolerance >= 0:
         raise InputError(f"tolerance must be 0 pixels or more; got {tolerance}")
@@ -99,10 +94,7 @@ def box_masks(boxes: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _region_masks(maps: np.ndarray, regions: np.ndarray, *, size: Size | None = None) -> np.ndarray:
-    """Return the objects' masks (..., H, W) bool, one per map (..., h, w).
-
-    Regions are masks (..., H, W), or boxes as `box_masks` takes them, with the picture's size.
-    """
+    """Return the objects' masks (..., H, W) bool, one per map, from masks or boxes."""
     regions = np.asarray(regions)
     if regions.ndim == maps.ndim - 1:
         if size is None:

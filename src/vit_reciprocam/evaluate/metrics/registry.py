@@ -149,7 +149,7 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 
 
 def _locate(
-    share: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
+    value_of: Callable[[np.ndarray, np.ndarray], np.ndarray], *, from_boxes: bool | None = None
 ) -> Callable[[Observation], np.ndarray]:
     """Return `compute` of a metric that measures a map (h, w) by its object's mask (H, W), or NaN.
 
@@ -160,7 +160,7 @@ def _locate(
         values = np.full(len(seen.maps), np.nan)
         for row, objects in enumerate(seen.objects):
             if objects is not None and from_boxes in (None, objects.from_boxes):
-                values[row] = share(seen.maps[row], objects.mask)
+                values[row] = value_of(seen.maps[row], objects.mask)
         return values
 
     return compute

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vit_reciprocam.errors import ImageError
 from vit_reciprocam.evaluate.data.datasets import Item, picture_digest
-from vit_reciprocam.evaluate.report.tables import ModelRows, Table
+from vit_reciprocam.evaluate.report.tables import ModelRows
 from vit_reciprocam.evaluate.store import records_of
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.render import overlay
@@ -55,16 +55,15 @@ class Section(NamedTuple):
     pictures: list[Example]
 
 
-def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]:
-    """Return the sections of a model in a table, each with at most `count` pictures, drawn."""
-    chosen = choose(table, model, count)
+def sections(model: ModelRows, *, count: int = 4) -> list[Section]:
+    """Return the sections of a model, each with at most `count` pictures, drawn."""
+    chosen = choose(model, count)
     wanted = sorted({index for indices in chosen.values() for index in indices})
-    run = table.run_of(model.model, model.reference)
+    run = next(row.run for row in model.rows if row.method == model.reference)
     about = run.settings["models"][model.model]
     preprocess = run.protocol.preprocess(Preprocess.from_dict(about["preprocess"]))
     records = {
-        method: _choose_pictures(each, wanted).to_pylist()
-        for method, each in _records(table, model).items()
+        method: _choose(each, wanted).to_pylist() for method, each in _records(model).items()
     }
     drawn = {  # every method has records of these pictures, in the order of their indices
         index: _draw(
@@ -87,18 +86,18 @@ def sections(table: Table, model: ModelRows, *, count: int = 4) -> list[Section]
     ]
 
 
-def choose(table: Table, model: ModelRows, count: int = 4) -> dict[str, list[int]]:
+def choose(model: ModelRows, count: int = 4) -> dict[str, list[int]]:
     """Return the indices of the best, the worst and the most disputed pictures of a model.
 
     They are chosen among the pictures that every method was measured on, the best and the worst by
     the reference method's ADCC, and no picture is both.
     """
-    records = _records(table, model)
+    records = _records(model)
     common = set.intersection(*(set(each["index"].to_pylist()) for each in records.values()))
     if not common:
         return {}
     indices = np.array(sorted(common))
-    records = {method: _choose_pictures(each, indices) for method, each in records.items()}
+    records = {method: _choose(each, indices) for method, each in records.items()}
     adcc = records[model.reference]["adcc"].to_numpy()
     ranked = indices[np.argsort(-adcc, kind="stable")].tolist()
     found = {"Best": ranked[:count], "Worst": ranked[count:][::-1][:count]}
@@ -127,17 +126,13 @@ def agreement(maps: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(((total**2).sum(axis=1) - own) / (len(maps) * (len(maps) - 1)))
 
 
-def _records(table: Table, model: ModelRows) -> dict[str, pyarrow.Table]:
+def _records(model: ModelRows) -> dict[str, pyarrow.Table]:
     """Return method -> records of the pictures that it was measured on, in their order."""
-    return {
-        row.method: records_of(
-            table.run_of(model.model, row.method).records, model.model, row.method
-        )
-        for row in model.rows
-    }
+    return {row.method: records_of(row.run.records, model.model, row.method) for row in model.rows}
 
 
-def _choose_pictures(records: pyarrow.Table, indices: Sequence[int] | np.ndarray) -> pyarrow.Table:
+def _choose(records: pyarrow.Table, indices: Sequence[int] | np.ndarray) -> pyarrow.Table:
+    """Return the records of some pictures."""
     wanted = pyarrow.array(indices, pyarrow.int64())
     return records.filter(pyarrow.compute.is_in(records["index"], wanted))
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vit_reciprocam.evaluate.metrics.registry import METRICS
-from vit_reciprocam.evaluate.report.tables import ModelRows, Row, Table
+from vit_reciprocam.evaluate.report.tables import ModelRows, Row
 from vit_reciprocam.evaluate.store import columns_of
 
 __all__ = ["difference_plot", "distribution_plot"]
@@ -56,7 +56,7 @@ def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
     return _svg(figure, key)
 
 
-def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) -> str:
+def distribution_plot(model: ModelRows, metric: str, *, key: str) -> str:
     """Return an SVG with the histogram and the median of one metric over pictures per method.
 
     Every picture must have the metric. The key is that of `difference_plot`.
@@ -64,8 +64,7 @@ def distribution_plot(table: Table, model: ModelRows, metric: str, *, key: str) 
     figure, axes = _axes(model.rows)
     edges = np.linspace(0, 100, _BINS + 1)
     for place, row in enumerate(model.rows):
-        run = table.run_of(model.model, row.method)
-        values = 100 * columns_of(run.records, model.model, row.method)[metric]
+        values = 100 * columns_of(row.run.records, model.model, row.method)[metric]
         counts, _ = np.histogram(values.clip(0, 100), edges)
         heights = 0.55 * counts / counts.max()
         colour = _NULL if row.is_null else _REAL

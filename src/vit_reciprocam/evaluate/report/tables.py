@@ -36,12 +36,34 @@ Draw = Callable[[Mapping[str, Columns]], Resampled]
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a run's folder holds, as `read_run` returns it."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    records: pyarrow.Table
+
+    @property
+    def protocol(self) -> Protocol:
+        """Protocol of the run."""
+        return Protocol.from_dict(self.settings["protocol"])
+
+    @property
+    def digests(self) -> dict[int, str]:
+        """Index -> digest of the picture, for those that could be read."""
+        columns = self.records.select(["index", "digest"]).to_pydict()
+        pairs = zip(columns["index"], columns["digest"], strict=True)
+        return {index: digest for index, digest in pairs if digest}
+
+
+@dataclass(frozen=True)
 class Row:
     """A method's line of a table; its figures and differences are by metric."""
 
     method: str  # with its settings, as `MethodSpec` writes it
     name: str  # without them
     settings: Mapping[str, Any]
+    run: Run  # in which it was measured
     images: int  # number of pictures that it was measured on
     figures: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]  # to the model's reference, paired; it has none itself
@@ -66,27 +88,6 @@ class ModelRows:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run's folder holds, as `read_run` returns it."""
-
-    path: Path
-    settings: Mapping[str, Any]
-    records: pyarrow.Table
-
-    @property
-    def protocol(self) -> Protocol:
-        """Protocol of the run."""
-        return Protocol.from_dict(self.settings["protocol"])
-
-    @property
-    def digests(self) -> dict[int, str]:
-        """Index -> digest of the picture, for those that could be read."""
-        columns = self.records.select(["index", "digest"]).to_pydict()
-        pairs = zip(columns["index"], columns["digest"], strict=True)
-        return {index: digest for index, digest in pairs if digest}
-
-
-@dataclass(frozen=True)
 class Table:
     """Runs of one protocol on the same pictures."""
 
@@ -102,14 +103,6 @@ class Table:
         """Metrics that were measured with any method, in the order of `METRICS`."""
         rows = [row for model in self.models for row in model.rows]
         return [name for name in METRICS if any(name in row.figures for row in rows)]
-
-    def run_of(self, model: str, method: str) -> Run:
-        """Return the run in which a method of a model was measured; there is exactly one."""
-        return next(
-            run
-            for run in self.runs
-            if model in run.settings["models"] and method in run.settings["methods"]
-        )
 
 
 def read_tables(
@@ -179,11 +172,12 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
     having = [run for run in runs if model in run.settings["models"]]
     specs: dict[str, Mapping[str, Any]] = {}
     columns: dict[str, Columns] = {}
+    origins: dict[str, Run] = {}
     for run in having:
         for method, spec in run.settings["methods"].items():
             found = columns_of(run.records, model, method)
             if len(found["index"]):
-                specs[method], columns[method] = spec, found
+                specs[method], columns[method], origins[method] = spec, found, run
     if not columns:
         return None
     draw = partial(resample, protocol=runs[0].protocol, resamples=resamples, seed=seed)
@@ -198,6 +192,7 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
             method,
             spec["method"],
             {key: value for key, value in spec.items() if key != "method"},
+            origins[method],
             own[method].pictures,
             figures[method],
             paired.differences(method, reference) if paired and method != reference else {},

@@ -104,7 +104,7 @@ def render_page(tables: Sequence[Table]) -> str:
                 "provenance": sheets.provenance(table),
                 "details": sheets.full_provenance(table),
                 "models": [
-                    _illustrate(table, model, f"t{number}-{place}")
+                    _illustrate(model, f"t{number}-{place}")
                     for place, model in enumerate(table.models)
                 ],
             }
@@ -114,7 +114,7 @@ def render_page(tables: Sequence[Table]) -> str:
     )
 
 
-def _illustrate(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
+def _illustrate(model: ModelRows, key: str) -> dict[str, Any]:
     drawn = [
         (metric, plots.difference_plot(model, metric, key=f"{key}-{metric}-d"))
         for metric in _DIFFERENCES
@@ -124,10 +124,10 @@ def _illustrate(table: Table, model: ModelRows, key: str) -> dict[str, Any]:
         "key": key,
         "differences": [(metric, Markup(svg)) for metric, svg in drawn if svg],
         "distributions": [
-            (metric, Markup(plots.distribution_plot(table, model, metric, key=f"{key}-{metric}")))
+            (metric, Markup(plots.distribution_plot(model, metric, key=f"{key}-{metric}")))
             for metric in _DISTRIBUTIONS
         ],
-        "sections": gallery.sections(table, model),
+        "sections": gallery.sections(model),
     }
 
 
