@@ -42,7 +42,6 @@ map: metrics of the map alone; order: those that perturb the picture in the map'
 those that compare the map with the object's place, and may therefore be NaN for some pictures.
 """
 
-_AGGREGATES = ("mean", "means", "protocol")
 _NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed from
 
 
@@ -120,7 +119,7 @@ class Metric:
     def __post_init__(self) -> None:
         """Refuse a choice that does not exist."""
         check_choice("kind of metric", self.kind, KINDS)
-        check_choice("aggregate of metric", self.aggregate, _AGGREGATES)
+        check_choice("aggregate of metric", self.aggregate, ("mean", "means", "protocol"))
 
     @property
     def is_stored(self) -> bool:

@@ -63,7 +63,7 @@ class Row:
     method: str  # with its settings, as `MethodSpec` writes it
     name: str  # without them
     settings: Mapping[str, Any]
-    run: Run  # in which it was measured
+    run: Run  # that measured it
     images: int  # number of pictures that it was measured on
     figures: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]  # to the model's reference, paired; it has none itself
