@@ -1,17 +1,20 @@
-"""Edit a graph that PyTorch's exporter wrote: remove notes, add a loop, narrow weights."""
+"""Edit and save a graph of PyTorch's exporter: remove notes, add a loop, narrow weights."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+import onnx
 from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 
-__all__ = ["chunk_size", "loop_over_masks", "store_as_half", "strip_notes"]
+__all__ = ["chunk_size", "loop_over_masks", "save", "store_as_half", "strip_notes"]
 
 _LARGEST_CHUNK = 8  # masks in one step of the loop
-_SMALL = 1024  # smaller constants are not worth a conversion
+_SMALL = 1024  # smaller constants are not worth a conversion or a place in a file of weights
 
 
 def strip_notes(model: ir.Model) -> None:
@@ -164,3 +167,13 @@ def store_as_half(model: ir.Model) -> None:
         del graph.initializers[name]
         graph.append(cast)
     graph.sort()
+
+
+def save(model: ir.Model, file: Path, *, external_data: bool) -> None:
+    """Write a graph, with its weights in a file beside it if wanted, and check what was written."""
+    data = f"{file.name}.data" if external_data else None
+    ir.save(model, file, external_data=data, size_threshold_bytes=_SMALL)
+    try:
+        onnx.checker.check_model(file, full_check=True)
+    except Exception as error:  # the checker and its shape inference share no base
+        raise ModelError(f"ONNX's checker refuses the exported graph: {error}") from error

@@ -21,6 +21,7 @@ from vit_reciprocam.onnx.export.check import compare
 from vit_reciprocam.onnx.export.edit import (
     chunk_size,
     loop_over_masks,
+    save,
     store_as_half,
     strip_notes,
 )
@@ -34,8 +35,7 @@ from vit_reciprocam.onnx.export.prepare import (
     unpack_classifier,
 )
 from vit_reciprocam.onnx.export.trace import LogitsAlone, ModelWithMaps, trace
-from vit_reciprocam.onnx.export.write import file_names, write_then_move
-from vit_reciprocam.onnx.paths import check_output
+from vit_reciprocam.onnx.files import check_output, write_then_move
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
 
@@ -179,9 +179,10 @@ def export(
     graph.metadata_props.update(metadata.to_properties())
     if external_data is None:
         external_data = count_bytes(converted) > _LARGE
-    with write_then_move(graph, path, external_data=external_data) as file:
+    with write_then_move(path) as file:
+        save(graph, file, external_data=external_data)
         difference = _compare_at(sizes, file, converted, metadata)
-    files = file_names(path, external_data=external_data)
+    files = (path, path.with_name(f"{path.name}.data")) if external_data else (path,)
     return ExportedFile(
         files=files,
         metadata=metadata,
@@ -202,8 +203,8 @@ def export_prediction(
     module = LogitsAlone(convert_to_float32(model, half=False))
     graph = trace(module, inputs, outputs=["logits"], dynamic=dynamic, opset=opset)
     strip_notes(graph)
-    with write_then_move(graph, check_output(path), external_data=count_bytes(model) > _LARGE):
-        pass  # there are no maps to compare
+    with write_then_move(check_output(path)) as file:
+        save(graph, file, external_data=count_bytes(model) > _LARGE)
 
 
 def _check_opset(opset: int) -> None:

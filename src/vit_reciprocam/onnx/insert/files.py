@@ -10,8 +10,7 @@ from google.protobuf.message import DecodeError
 import onnx
 from onnx import external_data_helper
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.paths import find_weights
-from vit_reciprocam.results.files import write_atomically
+from vit_reciprocam.onnx.files import find_weights, write_then_move
 
 __all__ = ["external_files", "load_model", "save_model"]
 
@@ -39,39 +38,28 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 def save_model(model: onnx.ModelProto, path: Path, *, folder: Path) -> None:
     """Write a model, whole or not at all, and copy its external weights from `folder` beside it."""
-    places = external_files(model)
-    beside = path.parent.resolve() == folder.resolve()
     names = {
-        place: place if beside else f"{path.name}.{number}.data"
-        for number, place in enumerate(places)
+        place: f"{path.name}.{number}.data" for number, place in enumerate(external_files(model))
     }
-    partial = {} if beside else {place: f"{name}.partial" for place, name in names.items()}
-    try:
-        for place, name in partial.items():
-            shutil.copyfile(folder / place, path.parent / name)
-        if partial:  # so that the old graph never lies beside the new weights
-            path.unlink(missing_ok=True)
-        for place, name in partial.items():
-            (path.parent / name).replace(path.parent / names[place])
-    finally:
-        for name in partial.values():
-            (path.parent / name).unlink(missing_ok=True)
-    for tensor in _external(model):
-        for entry in tensor.external_data:
-            if entry.key == "location":
+    with write_then_move(path) as file:
+        if path.parent.resolve() != folder.resolve():
+            for place, name in names.items():
+                shutil.copyfile(folder / place, file.with_name(name))
+            for entry in _locations(model):
                 entry.value = names[entry.value]
-    write_atomically(path, model.SerializeToString())
+        file.write_bytes(model.SerializeToString())
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:
     """Return the paths of external weights, relative to the folder of the model's file."""
-    return sorted({_location(tensor) for tensor in _external(model)})
+    return sorted({entry.value for entry in _locations(model)})
 
 
-def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    tensors = external_data_helper._get_all_tensors(model)
-    return [tensor for tensor in tensors if external_data_helper.uses_external_data(tensor)]
-
-
-def _location(tensor: onnx.TensorProto) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+def _locations(model: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:
+    return [
+        entry
+        for tensor in external_data_helper._get_all_tensors(model)
+        if external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.paths import find_weights
+from vit_reciprocam.onnx.files import find_weights
 
 __all__ = ["Header", "digest", "read_header"]
 

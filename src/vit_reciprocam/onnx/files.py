@@ -1,13 +1,17 @@
-"""Check the path of a file to write, and the paths of weights that lie beside a file."""
+"""Find the weights that lie beside an ONNX file, and write such a file whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from vit_reciprocam.errors import InputError, ModelError
 
-__all__ = ["check_output", "find_weights"]
+__all__ = ["check_output", "find_weights", "write_then_move"]
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -44,3 +48,27 @@ def find_weights(file: Path, location: str) -> Path:
             f"{file.parent} too"
         )
     return weights
+
+
+@contextlib.contextmanager
+def write_then_move(path: Path) -> Iterator[Path]:
+    """Yield where to write a graph, and files of its weights beside it, before they are moved.
+
+    That place is a hidden folder. When the block ends, all files there are moved beside `path`.
+    After an error in the block they are gone, and an older file is still in its place.
+    """
+    folder = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        weights = [file for file in folder.iterdir() if file.name != path.name]
+        files = [*weights, folder / path.name]
+        for file in files:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if weights:  # so that a graph never lies beside the weights of another
+            path.unlink(missing_ok=True)
+        for file in files:
+            file.replace(path.with_name(file.name))
+    finally:
+        shutil.rmtree(folder)
