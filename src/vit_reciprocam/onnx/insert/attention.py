@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.insert.find import FUSED, PRODUCTS, FoundAttention
+from vit_reciprocam.onnx.insert.find import FUSED, FoundAttention
 from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = ["AttentionTensor", "SelfAttention", "read_attention"]
@@ -95,7 +95,7 @@ def read_attention(
         return _read_fused(graph, node, values)
     if node.op_type == "QLinearSoftmax":
         raise ModelError("the last attention is computed in integers")
-    _, query, key, value, output = found
+    _, query, key, value, output, product = found
     leading = values[query].shape[:-2]
     joined: tuple[str, ...]
     if len(leading) == 2 and leading[0] == batch:
@@ -104,7 +104,8 @@ def read_attention(
         joined, heads = ("bh",), leading[0] // batch
     else:
         raise ModelError(f"attention's heads have the unknown layout {values[query].shape}")
-    product = _find_product(graph, node.input[0], query, key)
+    if product is None or product.op_type.startswith("QLinear"):
+        raise ModelError(f"stopped at {graph.describe(node.input[0])}")
     flags = _attributes(product)
     if any(flags.get(flag) for flag in ("transA", "transBatchA", "transBatchB")):
         raise ModelError(f"stopped at {graph.describe(product.output[0])}: transposed queries")
@@ -127,14 +128,6 @@ def read_attention(
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
-
-
-def _find_product(graph: Graph, scores: str, query: str, key: str) -> onnx.NodeProto:
-    for number in graph.nodes_above([scores], until=[query, key]):
-        node = graph.nodes[number]
-        if node.op_type in PRODUCTS and list(node.input[:2]) == [query, key]:
-            return node
-    raise ModelError(f"stopped at {graph.describe(scores)}")
 
 
 def _measure_scale_and_bias(

@@ -6,16 +6,16 @@ and learned queries are not.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import onnx
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.insert.graph import Graph, node_inputs
+from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = [
     "FUSED",
-    "PRODUCTS",
     "FoundAttention",
     "find_attention",
     "find_normed",
@@ -43,8 +43,8 @@ _VIEWS = _KEEP | {
     "Gather",
     "Expand",
 }
-PRODUCTS = frozenset({"MatMul", "FusedMatMul", "QLinearMatMul"})
-_PROJECTIONS = PRODUCTS | {
+_PRODUCTS = frozenset({"MatMul", "FusedMatMul", "QLinearMatMul"})
+_PROJECTIONS = _PRODUCTS | {
     "Gemm",
     "FusedGemm",
     "Conv",
@@ -69,6 +69,7 @@ _NORMS = frozenset(
     }
 )
 FUSED = frozenset({"Attention", "MultiHeadAttention", "QAttention", "PackedAttention"})
+_SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax"})
 
 
 class FoundAttention(NamedTuple):
@@ -79,21 +80,13 @@ class FoundAttention(NamedTuple):
     key: str
     value: str
     output: str
+    product: onnx.NodeProto | None = None  # queries times keys, unless the attention is fused
 
 
 def find_attention(graph: Graph) -> Iterator[FoundAttention]:
     """Yield the attentions, the last one first, except those whose queries are learned vectors."""
     for number in reversed(range(len(graph.nodes))):
-        node = graph.nodes[number]
-        found = None
-        if node.op_type in FUSED:
-            query = node.input[0]
-            # ONNX Runtime's Attention, QAttention and PackedAttention project one input themselves.
-            projects = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
-            key, value = (query, query) if projects else (node.input[1], node.input[2])
-            found = FoundAttention(number, query, key, value, node.output[0])
-        elif node.op_type in ("Softmax", "QLinearSoftmax"):
-            found = _read_softmax(graph, number)
+        found = _read_node(graph, number)
         if found and found.query in graph.image_values:
             yield found
 
@@ -107,14 +100,12 @@ def refuse_other_attention(graph: Graph, found: FoundAttention, normed: str, log
     above = set(graph.nodes_above([normed]))
     for number in graph.nodes_above([logits]):
         node = graph.nodes[number]
-        mixes = node.op_type in FUSED or node.op_type in ("Softmax", "QLinearSoftmax")
-        if not mixes or number in above or number == found.number:
+        if node.op_type not in FUSED | _SOFTMAXES or number in above or number == found.number:
             continue
-        if node.op_type not in FUSED and node.output[0] in graph.walk_up(logits, _KEEP):
+        if node.op_type in _SOFTMAXES and node.output[0] in graph.walk_up(logits, _KEEP):
             continue
-        other = _read_softmax(graph, number)
-        query = node.input[0] if node.op_type in FUSED else other and other.query
-        if query is None or query in graph.image_values:
+        other = _read_node(graph, number)
+        if other is None or other.query in graph.image_values:
             raise ModelError(
                 f"besides the last attention that could be read, {graph.describe(found.output)}, "
                 f"images reach the logits through {graph.describe(node.output[0])}; target_node= "
@@ -122,14 +113,22 @@ def refuse_other_attention(graph: Graph, found: FoundAttention, normed: str, log
             )
 
 
-def _read_softmax(graph: Graph, number: int) -> FoundAttention | None:
-    """Return the attention that a softmax belongs to: softmax(queries · keys) · values."""
+def _read_node(graph: Graph, number: int) -> FoundAttention | None:
+    """Return the attention that a node is, or to which it belongs as the softmax."""
     node = graph.nodes[number]
+    if node.op_type in FUSED:
+        query = node.input[0]
+        # ONNX Runtime's Attention, QAttention and PackedAttention project one input themselves.
+        projects = node.domain == "com.microsoft" and node.op_type != "MultiHeadAttention"
+        key, value = (query, query) if projects else (node.input[1], node.input[2])
+        return FoundAttention(number, query, key, value, node.output[0])
+    if node.op_type not in _SOFTMAXES:
+        return None
     weights, products = [node.output[0]], set()
     for name in weights:  # each cast and guard adds its output to the list
         for consumer in graph.consumers.get(name, []):
             after = graph.nodes[consumer]
-            if after.op_type in PRODUCTS:
+            if after.op_type in _PRODUCTS:
                 products.add(consumer)
             elif after.op_type in _KEEP | _GUARDS:
                 weights += [each for each in after.output if each not in weights]
@@ -138,21 +137,15 @@ def _read_softmax(graph: Graph, number: int) -> FoundAttention | None:
     after = graph.nodes[products.pop()]
     if after.input[0] not in weights or _factor(after) not in graph.image_values:
         return None
-    before = _find_product(graph, node.input[0])
-    if before is None:
-        return None
-    return FoundAttention(number, before.input[0], _factor(before), _factor(after), after.output[0])
-
-
-def _find_product(graph: Graph, name: str) -> onnx.NodeProto | None:
-    """Return the product of queries and keys above a softmax, past scale, bias and casts."""
-    while (node := graph.producer(name)) is not None:
-        if node.op_type in PRODUCTS and _factor(node) in graph.image_values:
-            return node
-        above = graph.image_inputs(node)
-        if len(above) != 1:
-            return None
-        name = above[0]
+    for name in graph.walk_up(node.input[0]):  # past scale, bias and casts
+        before = graph.producer(name)
+        if (
+            before is not None
+            and before.op_type in _PRODUCTS
+            and _factor(before) in graph.image_values
+        ):
+            key, value = _factor(before), _factor(after)
+            return FoundAttention(number, before.input[0], key, value, after.output[0], before)
     return None
 
 
@@ -183,24 +176,17 @@ def find_normed(graph: Graph, found: FoundAttention) -> str:
 
 def _find_projected(graph: Graph, names: list[str]) -> list[str]:
     """Return the inputs of the nearest projections above some values."""
-    waiting, seen = list(names), set()
-    found: dict[str, None] = {}
-    while waiting:
-        name = waiting.pop()
-        node = graph.producer(name)
-        if name in seen or node is None:
-            continue
-        seen.add(name)
-        # A product of two values that both depend on the images, such as a gate, does not project.
-        # A dynamic quantiser splits a value into numbers, scale and zero point, which are then
-        # projected: its input counts.
-        if node.op_type == "DynamicQuantizeLinear" or (
+
+    # A product of two values that both depend on the images, such as a gate, does not project.
+    # A dynamic quantiser splits a value into numbers, scale and zero point, which are then
+    # projected: its input counts.
+    def projects(node: onnx.NodeProto) -> bool:
+        return node.op_type == "DynamicQuantizeLinear" or (
             node.op_type in _PROJECTIONS and _factor(node) not in graph.image_values
-        ):
-            found[node.input[0]] = None
-        else:
-            waiting += graph.image_inputs(node)
-    return list(found)
+        )
+
+    found = (node.input[0] for node in graph.search_up(names, until=projects) if projects(node))
+    return [*dict.fromkeys(found)]
 
 
 def _factor(node: onnx.NodeProto) -> str:
@@ -210,32 +196,17 @@ def _factor(node: onnx.NodeProto) -> str:
 
 def _is_norm(graph: Graph, name: str) -> bool:
     """Tell whether a value comes from a LayerNorm, written as one node or as single operators."""
-    waiting, seen = [name], 0
-    while waiting and seen < 16:  # a LayerNorm of single operators has about ten
-        node = graph.producer(waiting.pop(0))
-        if node is None:
-            continue
-        seen += 1
-        if node.op_type in _NORMS:
-            return True
-        above = [each for each in node_inputs(node) if each in graph.image_values]
-        residual = node.op_type == "Add" and len(above) > 1
-        if not residual and node.op_type not in _PROJECTIONS:
-            waiting += above
-    return False
+
+    def ends(node: onnx.NodeProto) -> bool:
+        residual = node.op_type == "Add" and len(graph.image_inputs(node)) > 1
+        return residual or node.op_type in _PROJECTIONS
+
+    # A LayerNorm of single operators has about ten.
+    nodes = itertools.islice(graph.search_up([name], until=ends), 16)
+    return any(node.op_type in _NORMS for node in nodes)
 
 
 def has_head(graph: Graph, logits: str) -> bool:
     """Tell whether a projection stands between the last LayerNorm and the logits."""
-    waiting, seen = [logits], set()
-    while waiting:
-        number = graph.number_of.get(waiting.pop())
-        if number is None or number in seen:
-            continue
-        seen.add(number)
-        node = graph.nodes[number]
-        if node.op_type in _PROJECTIONS:
-            return True
-        if node.op_type not in _NORMS:
-            waiting += graph.image_inputs(node)
-    return False
+    nodes = graph.search_up([logits], until=lambda node: node.op_type in _NORMS)
+    return any(node.op_type in _PROJECTIONS for node in nodes)

@@ -14,16 +14,11 @@ from pathlib import Path
 import numpy as np
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.run.sessions import open_onnxruntime
 
-__all__ = [
-    "Graph",
-    "node_inputs",
-    "open_unoptimized",
-    "subgraphs",
-]
+__all__ = ["Graph", "node_inputs", "open_unoptimized", "remove_rounding", "subgraphs"]
 
 
 def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -55,33 +50,18 @@ def _wrap_runtime_errors() -> Iterator[None]:
 def open_unoptimized(
     model: onnx.ModelProto, folder: Path
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Return a function from a model's inputs to its outputs; each node runs as it stands.
-
-    Both that function and this one raise a ModelError if ONNX Runtime fails.
-    """
+    """Return a function from a model's inputs to its outputs; each node runs as it stands."""
     with _wrap_runtime_errors():
         content = model.SerializeToString()
         session = open_onnxruntime(content, optimize=False, weights_folder=folder)
-    inputs = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
 
+    @_wrap_runtime_errors()
     def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        feeds = {name: given[name] for name in inputs}
-        with _wrap_runtime_errors():
-            found = session.run(None, feeds)
-        return dict(zip(outputs, found, strict=True))
+        feeds = {value.name: given[value.name] for value in session.get_inputs()}
+        return dict(zip(outputs, session.run(None, feeds), strict=True))
 
     return run
-
-
-def _all_names(graph: onnx.GraphProto) -> set[str]:
-    """Return the names of all values and nodes in a graph and in its subgraphs."""
-    found = {value.name for value in (*graph.input, *graph.initializer)}
-    for node in graph.node:
-        found.update((node.name, *node.input, *node.output))
-        for body in subgraphs(node):
-            found |= _all_names(body)
-    return found
 
 
 def _sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -112,7 +92,7 @@ class Graph:
         nodes: The nodes of the main graph, in an order in which they can run.
         number_of: Value -> the number of the node that computes it.
         weights: Initializers by name.
-        inputs: The graph's inputs that are not initializers.
+        inputs: The graph's inputs by name, without those that are initializers.
     """
 
     def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
@@ -125,14 +105,21 @@ class Graph:
             name: number for number, node in enumerate(self.nodes) for name in node.output if name
         }
         self.weights = {value.name: value for value in model.graph.initializer}
-        self.inputs: list[onnx.ValueInfoProto] = [
-            value for value in model.graph.input if value.name not in self.weights
-        ]
+        self.inputs: dict[str, onnx.ValueInfoProto] = {
+            value.name: value for value in model.graph.input if value.name not in self.weights
+        }
 
-    @functools.cached_property
+    @property
     def names(self) -> set[str]:
         """The names of all values and nodes, including those in subgraphs."""
-        return _all_names(self.model.graph)
+        found: set[str] = set()
+        graphs = [self.model.graph]
+        for graph in graphs:  # subgraphs are appended on the way
+            found.update(value.name for value in (*graph.input, *graph.initializer))
+            for node in graph.node:
+                found.update((node.name, *node.input, *node.output))
+                graphs += subgraphs(node)
+        return found
 
     @functools.cached_property
     def consumers(self) -> dict[str, list[int]]:
@@ -150,7 +137,7 @@ class Graph:
     @functools.cached_property
     def image_values(self) -> set[str]:
         """The values that depend on the images; masks and learned queries, for example, do not."""
-        return self.dependents(*(value.name for value in self.inputs))
+        return self.dependents(*self.inputs)
 
     def dependents(self, *sources: str) -> set[str]:
         """Return the values that depend on what some values hold, not only on their shapes."""
@@ -186,18 +173,15 @@ class Graph:
         """Return the values that some nodes use from other nodes or from the graph's inputs."""
         made = {name for number in numbers for name in self.nodes[number].output}
         used = dict.fromkeys(name for number in numbers for name in self._used[number])
-        outside = self.number_of.keys() | {value.name for value in self.inputs}
-        return [name for name in used if name not in made and name in outside]
+        outside = (self.number_of.keys() | self.inputs.keys()) - made
+        return [name for name in used if name in outside]
 
     def constant(self, name: str) -> np.ndarray | None:
         """Return the content of a value, or None if it depends on an input of the graph."""
-        inputs = {value.name for value in self.inputs}
-        numbers = self.nodes_above([name])
-        if any(not inputs.isdisjoint(self._used[number]) for number in numbers):
+        above = self.nodes_above([name])
+        if any(not self.inputs.keys().isdisjoint(self._used[number]) for number in above):
             return None
-        if name in self.weights and not self.weights[name].external_data:
-            return np.asarray(numpy_helper.to_array(self.weights[name]))
-        return self.run({}, [name])[name] if numbers or name in self.weights else None
+        return self.run({}, [name])[name] if above or name in self.weights else None
 
     def run(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """Compute values from other values in ONNX Runtime, by the nodes between them alone."""
@@ -214,7 +198,6 @@ class Graph:
         """Return the nodes from some values to others as a model of their own."""
         numbers = self.nodes_above(wanted, until=given)
         used = {name for number in numbers for name in self._used[number]} | set(wanted)
-        made = {name for number in numbers for name in self.nodes[number].output}
         inputs = [
             helper.make_tensor_value_info(
                 name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
@@ -223,17 +206,12 @@ class Graph:
             if name in used
         ]
         # An input or a weight of a graph cannot also be its output: an Identity copies it.
-        ends = [name if name in made else f"{name}/seen" for name in wanted]
-        seen = [
-            helper.make_node("Identity", [name], [end])
-            for name, end in zip(wanted, ends, strict=True)
-            if name != end
-        ]
+        seen = [helper.make_node("Identity", [name], [f"{name}/seen"]) for name in wanted]
         graph = helper.make_graph(
             [*(self.nodes[number] for number in numbers), *seen],
             "piece",
             inputs,
-            [onnx.ValueInfoProto(name=end) for end in ends],
+            [onnx.ValueInfoProto(name=node.output[0]) for node in seen],
             [value for name, value in self.weights.items() if name in used - given.keys()],
         )
         model = helper.make_model(graph, opset_imports=self.model.opset_import)
@@ -249,17 +227,65 @@ class Graph:
         """Return the inputs of a node that depend on the images, each once."""
         return [name for name in dict.fromkeys(node_inputs(node)) if name in self.image_values]
 
-    def walk_up(self, name: str, through: Collection[str]) -> Iterator[str]:
+    def walk_up(self, name: str, through: Collection[str] | None = None) -> Iterator[str]:
         """Yield a value and those above it, as long as nodes of the kinds `through` compute them.
 
         It ends at a node of which not exactly one input depends on the images.
         """
-        while True:
-            yield name
-            node = self.producer(name)
-            if node is None or node.op_type not in through:
+        above = [name]
+        while len(above) == 1:
+            yield above[0]
+            node = self.producer(above[0])
+            if node is None or (through is not None and node.op_type not in through):
                 return
             above = self.image_inputs(node)
-            if len(above) != 1:
-                return
-            name = above[0]
+
+    def search_up(
+        self, names: Iterable[str], *, until: Callable[[onnx.NodeProto], bool]
+    ) -> Iterator[onnx.NodeProto]:
+        """Yield the nodes that compute some values from the images, the nearest first.
+
+        The search goes on above all nodes but those for which `until` is true.
+        """
+        waiting, seen = list(names), set()
+        for name in waiting:  # what comes next is appended on the way
+            node = self.producer(name)
+            if node is None or self.number_of[name] in seen:
+                continue
+            seen.add(self.number_of[name])
+            yield node
+            if not until(node):
+                waiting += self.image_inputs(node)
+
+
+def remove_rounding(graph: Graph) -> Graph:
+    """Return a quantised graph that does not round what it computes; other graphs as they are.
+
+    Under a mask the scores of a class often change by less than a hundredth, which the rounding to
+    int8 would drown. So in a graph with QuantizeLinear and DequantizeLinear nodes the explanation
+    computes in float from the masked value on, with the graph's own int8 weights.
+    """
+    rounding = {
+        node.output[0]: node
+        for node in graph.nodes
+        if node.op_type == "QuantizeLinear" and node.input[0] in graph.image_values
+    }
+    if not rounding:
+        return graph
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in rounding:
+            first = rounding[node.input[0]]
+            # Quantisers fold a ReLU into a node that can hold no negative numbers.
+            kind = "Relu" if _holds_no_negative(graph, first) else "Identity"
+            node.CopyFrom(helper.make_node(kind, first.input[:1], node.output, node.name))
+    return Graph(model, graph.folder)
+
+
+def _holds_no_negative(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Tell whether the zero point of a QuantizeLinear node is the smallest number of its type."""
+    if len(node.input) < 3:
+        return True  # uint8 from 0 on
+    zero = graph.constant(node.input[2])
+    return zero is not None and bool((zero == np.iinfo(zero.dtype).min).all())

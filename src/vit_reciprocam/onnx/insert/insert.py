@@ -23,10 +23,9 @@ from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
 from vit_reciprocam.onnx.insert.direct import append_direct
 from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
-from vit_reciprocam.onnx.insert.graph import Graph
+from vit_reciprocam.onnx.insert.graph import Graph, remove_rounding
 from vit_reciprocam.onnx.insert.outputs import append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, read
-from vit_reciprocam.onnx.insert.rounding import remove_rounding
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
 

@@ -139,16 +139,18 @@ def _find_images(graph: Graph) -> onnx.ValueInfoProto:
     """Return the input for images, and refuse a model that has none, or others besides."""
     found = [
         value
-        for value in graph.inputs
+        for value in graph.inputs.values()
         if value.type.tensor_type.elem_type in _FLOATS and len(_dims(value)) == 4
     ]
     if len(found) != 1 or _dims(found[0])[1] not in (3, None):
-        have = ", ".join(f"{value.name} {_dims(value)}" for value in graph.inputs) or "none"
+        have = (
+            ", ".join(f"{value.name} {_dims(value)}" for value in graph.inputs.values()) or "none"
+        )
         raise ModelError(
             f"no single input of images (batch, 3, height, width) was found; the inputs are: {have}"
         )
     if len(graph.inputs) > 1:
-        others = [value.name for value in graph.inputs if value.name != found[0].name]
+        others = [name for name in graph.inputs if name != found[0].name]
         raise ModelError(f"the model takes more than images: {', '.join(others)}")
     return found[0]
 
