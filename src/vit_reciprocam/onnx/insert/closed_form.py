@@ -18,8 +18,7 @@ them like the attention's output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -49,12 +48,15 @@ def append_closed_form(
     patches, prefix = reading.layout.grid[0] * reading.layout.grid[1], reading.layout.prefix
     rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix)
     masks = np.concatenate([np.ones((prefix, rows.shape[1])), rows]).astype(np.float32)
-    operands = _append_operands(branch, graph, reading, attention, masks, rounded=rounded)
+    attend = _prepare_attention(
+        branch, graph, reading, attention, masks, class_token=masking.class_token, rounded=rounded
+    )
     values: dict[str, str] = {}
     for token in sorted({read.token for read in head.reads.values()}):
         slots = branch.ints(*[token] * (prefix + patches))
-        output = _append_attention(branch, attention, operands, token, masking.class_token)
-        given = {attention.output.name: _join_heads(branch, output, reading, attention.output)}
+        given = {
+            attention.output.name: _join_heads(branch, attend(token), reading, attention.output)
+        }
         # What the nodes use beside the attention's output, such as the skip path, is not masked:
         # every row is that of the readout token.
         for name, axis in head.sides.items():
@@ -76,61 +78,109 @@ def append_closed_form(
     return branch.op("Reshape", logits, branch.ints(-1, patches, reading.classes))
 
 
-@dataclass(frozen=True)
-class _Level0:
-    """The projections of a token at level 0, the same for every image.
+def _prepare_attention(
+    branch: Branch,
+    graph: Graph,
+    reading: Reading,
+    attention: SelfAttention,
+    masks: np.ndarray,
+    *,
+    class_token: bool,
+    rounded: bool,
+) -> Callable[[int], str]:
+    """Append what the attentions of all readout tokens share, in float32: operands and masks M.
 
-    Attributes:
-        query: Queries (1, h, T, d).
-        key: Keys (1, h, T, d), or (1, h, 1, d) if all tokens have the same.
-        value: Values (1, h, 1, d).
-        affine: Whether keys at other levels lie on the line between those at levels 0 and 1.
+    The function that is returned appends the attention of one readout token, (B, h, T, d) with
+    masks in T. The keys and values are those at level 1 minus those at level 0.
     """
+    normed, heads, scale = reading.normed, attention.heads, np.float32(attention.scale)
+    query_0, key_0, value_0, affine = _read_level_0(graph, reading, attention)
+    mask = branch.floats(masks)
+    names = {operand.name: operand.name for operand in attention.operands}
+    if rounded:
+        names = branch.copy(graph, graph.nodes_between([normed], names), {normed: normed})
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    affine: bool
+    def split_heads(operand: AttentionTensor, names: Mapping[str, str], axes: str) -> str:
+        return _split_heads(branch, operand, names[operand.name], reading, heads, axes)
+
+    query = split_heads(attention.query, names, "bhtd")
+    keys = {1.0: split_heads(attention.key, names, "bhdt")}
+    value = split_heads(attention.value, names, "bhtd")
+    if value_0.any():
+        value = branch.op("Sub", value, branch.floats(value_0))
+    if not affine:  # the keys of each level, by the graph's own nodes
+        for level in sorted({float(level) for level in np.unique(masks)} - {0.0, 1.0}):
+            factor = branch.const(level, reading.values[normed].dtype.type)
+            given = {normed: branch.op("Mul", normed, factor)}
+            copied = branch.copy(graph, graph.nodes_between(given, [attention.key.name]), given)
+            keys[level] = split_heads(attention.key, copied, "bhdt")
+    columns_0 = branch.floats(np.swapaxes(key_0, -1, -2))
+    if key_0.any():
+        keys = {level: branch.op("Sub", key, columns_0) for level, key in keys.items()}
+
+    def attend(token: int) -> str:
+        if class_token:
+            ends = (branch.ints(token), branch.ints(token + 1), branch.ints(2))
+            row = branch.op("Mul", branch.op("Slice", query, *ends), branch.floats(scale))
+        else:  # the readout token is masked too: its query is that at level 0 for every image
+            row = branch.floats(query_0[:, :, token : token + 1] * scale)
+        scores = ""
+        for level, key in keys.items():
+            weight = mask if affine else branch.floats(masks == level)
+            s = branch.op("Mul", branch.op("MatMul", row, key), weight)
+            scores = branch.op("Add", scores, s) if scores else s
+        if key_0.shape[2] > 1:  # else s_0 is the same for all tokens, and softmax ignores it
+            scores = branch.op("Add", scores, branch.op("MatMul", row, columns_0))
+        if attention.bias is not None:
+            scores = branch.op("Add", scores, branch.floats(attention.bias[:, token : token + 1]))
+        weights = branch.op("Mul", branch.op("Softmax", scores, axis=-1), mask)
+        output = branch.op("MatMul", weights, value)
+        return branch.op("Add", output, branch.floats(value_0)) if value_0.any() else output
+
+    return attend
 
 
-def _read_level_0(graph: Graph, reading: Reading, attention: SelfAttention) -> _Level0:
-    """Run the projections at levels 0, 1/2 and 1, and refuse values that are not affine."""
-    query_0, key_0, value_0 = _project(graph, reading, attention, 0.0)
-    _, key_half, value_half = _project(graph, reading, attention, 0.5)
-    _, key_1, value_1 = _project(graph, reading, attention, 1.0)
-    tolerance = reading.tolerance
-    if not _close(value_half, (value_0 + value_1) / 2, tolerance) or np.ptp(value_0, axis=2).any():
-        raise ModelError("values are not projected affinely from the LayerNorm's output")
-    if not np.ptp(key_0, axis=2).any():  # rotary keys do differ, by the token's position
-        key_0 = key_0[:, :, :1]
-    affine = _close(key_half, (key_0 + key_1) / 2, tolerance)
-    return _Level0(query_0, key_0, value_0[:, :, :1], affine)
+def _read_level_0(
+    graph: Graph, reading: Reading, attention: SelfAttention
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Return queries, keys and values of all images' tokens at level 0, and if keys are affine.
 
-
-def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
-    return bool(np.abs(a - b).max() <= tolerance * np.abs(b).max())
-
-
-def _project(
-    graph: Graph, reading: Reading, attention: SelfAttention, level: float
-) -> list[np.ndarray]:
-    """Return queries, keys and values (1, h, T, d) of one image's tokens at a level."""
+    They are (1, h, T, d), with T = 1 for values, and for keys if all tokens have the same. Keys are
+    affine if those at other levels lie on the line between those at levels 0 and 1; values that
+    are not are refused.
+    """
     names = [operand.name for operand in attention.operands]
     entering = graph.values_entering(graph.nodes_between([reading.normed], names))
     given = {name: reading.values[name] for name in entering}
     normed = reading.values[reading.normed]
-    given[reading.normed] = (normed * normed.dtype.type(level)).astype(normed.dtype)
-    found = graph.run(given, names)
-    arrays = []
-    for operand in attention.operands:
-        array = found[operand.name].astype(np.float32)
-        if operand.weight is not None:
-            array = array @ operand.weight.astype(np.float32)
-        if operand.bias is not None:
-            array = array + operand.bias.astype(np.float32)
-        shape, axes = _give_heads_an_axis(operand.axes, array.shape, attention.heads)
-        arrays.append(array.reshape(shape).transpose([axes.index(a) for a in "bhtd"])[:1])
-    return arrays
+
+    def project(level: float) -> list[np.ndarray]:
+        given[reading.normed] = (normed * normed.dtype.type(level)).astype(normed.dtype)
+        found = graph.run(given, names)
+        arrays = []
+        for operand in attention.operands:
+            array = found[operand.name].astype(np.float32)
+            if operand.weight is not None:
+                array = array @ operand.weight.astype(np.float32)
+            if operand.bias is not None:
+                array = array + operand.bias.astype(np.float32)
+            shape, axes = _give_heads_an_axis(operand.axes, array.shape, attention.heads)
+            arrays.append(array.reshape(shape).transpose([axes.index(a) for a in "bhtd"])[:1])
+        return arrays
+
+    def is_middle(half: np.ndarray, zero: np.ndarray, one: np.ndarray) -> bool:
+        off = np.abs(half - (zero + one) / 2).max()
+        return bool(off <= reading.tolerance * np.abs((zero + one) / 2).max())
+
+    query_0, key_0, value_0 = project(0.0)
+    _, key_half, value_half = project(0.5)
+    _, key_1, value_1 = project(1.0)
+    if not is_middle(value_half, value_0, value_1) or np.ptp(value_0, axis=2).any():
+        raise ModelError("values are not projected affinely from the LayerNorm's output")
+    affine = is_middle(key_half, key_0, key_1)
+    if not np.ptp(key_0, axis=2).any():  # rotary keys do differ, by the token's position
+        key_0 = key_0[:, :, :1]
+    return query_0, key_0, value_0[:, :, :1], affine
 
 
 def _give_heads_an_axis(
@@ -144,98 +194,11 @@ def _give_heads_an_axis(
     return (-1, *shape[1:]), axes
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """What the attentions of all readout tokens share: names of float32 values in the branch.
-
-    Attributes:
-        query: Queries (B, h, T, d).
-        keys: Level of the masks -> keys at that level minus keys at level 0, (B, h, d, T); only
-            level 1 if keys are affine.
-        key_0: Keys at level 0, (1, h, d, T or 1).
-        value: Values minus those at level 0, (B, h, T, d).
-        mask: M (T, T).
-        masks: M as an array.
-        level_0: The projections at level 0 as arrays.
-    """
-
-    query: str
-    keys: Mapping[float, str]
-    key_0: str
-    value: str
-    mask: str
-    masks: np.ndarray
-    level_0: _Level0
-
-
-def _append_operands(
-    branch: Branch,
-    graph: Graph,
-    reading: Reading,
-    attention: SelfAttention,
-    masks: np.ndarray,
-    *,
-    rounded: bool,
-) -> _Operands:
-    """Append queries, keys and values, the last two minus those at level 0, and the masks."""
-    heads, level_0 = attention.heads, _read_level_0(graph, reading, attention)
-    mask = branch.floats(masks)
-    names = {operand.name: operand.name for operand in attention.operands}
-    if rounded:
-        between = graph.nodes_between([reading.normed], names)
-        names = branch.copy(graph, between, {reading.normed: reading.normed})
-    query = _split_heads(branch, attention.query, reading, heads, names)
-    key = _split_heads(branch, attention.key, reading, heads, names, transposed=True)
-    value = _split_heads(branch, attention.value, reading, heads, names)
-    if level_0.value.any():
-        value = branch.op("Sub", value, branch.floats(level_0.value))
-    keys = {1.0: key}
-    if not level_0.affine:
-        for level in sorted({float(level) for level in np.unique(masks)} - {0.0, 1.0}):
-            keys[level] = _append_keys(branch, graph, reading, attention, level)
-    key_0 = branch.floats(np.swapaxes(level_0.key, -1, -2))
-    if level_0.key.any():
-        keys = {level: branch.op("Sub", key, key_0) for level, key in keys.items()}
-    return _Operands(query, keys, key_0, value, mask, masks, level_0)
-
-
-def _append_attention(
-    branch: Branch, attention: SelfAttention, operands: _Operands, token: int, class_token: bool
-) -> str:
-    """Append a readout token's attention under all masks, (B, h, T, d) with masks in T."""
-    level_0, scale = operands.level_0, np.float32(attention.scale)
-    if class_token:
-        ends = (branch.ints(token), branch.ints(token + 1), branch.ints(2))
-        query = branch.op("Slice", operands.query, *ends)
-        query = branch.op("Mul", query, branch.floats(scale))
-    else:  # the readout token is masked too: its query is that at level 0 for every image
-        query = branch.floats(level_0.query[:, :, token : token + 1] * scale)
-    scores = ""
-    for level, key in operands.keys.items():
-        weight = operands.mask if level_0.affine else branch.floats(operands.masks == level)
-        s = branch.op("Mul", branch.op("MatMul", query, key), weight)
-        scores = branch.op("Add", scores, s) if scores else s
-    if level_0.key.shape[2] > 1:  # else s_0 is the same for all tokens, and softmax ignores it
-        scores = branch.op("Add", scores, branch.op("MatMul", query, operands.key_0))
-    if attention.bias is not None:
-        scores = branch.op("Add", scores, branch.floats(attention.bias[:, token : token + 1]))
-    weights = branch.op("Mul", branch.op("Softmax", scores, axis=-1), operands.mask)
-    output = branch.op("MatMul", weights, operands.value)
-    return branch.op("Add", output, branch.floats(level_0.value)) if level_0.value.any() else output
-
-
 def _split_heads(
-    branch: Branch,
-    operand: AttentionTensor,
-    reading: Reading,
-    heads: int,
-    names: Mapping[str, str],
-    *,
-    transposed: bool = False,
+    branch: Branch, operand: AttentionTensor, name: str, reading: Reading, heads: int, axes: str
 ) -> str:
-    """Append an operand as (B, h, T, d) float32, or as (B, h, d, T) if transposed."""
+    """Append an operand, of which `name` is the value, as float32 with `axes` "bhtd" or "bhdt"."""
     shape = reading.values[operand.name].shape
-    name = names[operand.name]
     if operand.weight is not None:
         name = branch.op("MatMul", name, branch.const(operand.weight))
         shape = (*shape[:-1], operand.weight.shape[1])
@@ -243,23 +206,11 @@ def _split_heads(
         name = branch.op("Add", name, branch.const(operand.bias))
     if reading.values[operand.name].dtype != np.float32:
         name = branch.op("Cast", name, to=onnx.TensorProto.FLOAT)
-    opened, axes = _give_heads_an_axis(operand.axes, shape, heads)
+    opened, given = _give_heads_an_axis(operand.axes, shape, heads)
     if len(opened) != len(shape):
         name = branch.op("Reshape", name, branch.ints(*opened))
-    perm = [axes.index(axis) for axis in ("bhdt" if transposed else "bhtd")]
+    perm = [given.index(axis) for axis in axes]
     return name if perm == [0, 1, 2, 3] else branch.op("Transpose", name, perm=perm)
-
-
-def _append_keys(
-    branch: Branch, graph: Graph, reading: Reading, attention: SelfAttention, level: float
-) -> str:
-    """Append the keys of all tokens at a level, by the graph's own nodes."""
-    normed = reading.normed
-    kind = reading.values[normed].dtype
-    given = {normed: branch.op("Mul", normed, branch.const(level, kind.type))}
-    numbers = graph.nodes_between([normed], [attention.key.name])
-    names = branch.copy(graph, numbers, given)
-    return _split_heads(branch, attention.key, reading, attention.heads, names, transposed=True)
 
 
 def _join_heads(branch: Branch, value: str, reading: Reading, output: AttentionTensor) -> str:

@@ -7,7 +7,7 @@ from. The rest is found by running pieces of the graph with changed inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,33 +35,20 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DO
 
 @dataclass(frozen=True)
 class Reading:
-    """What has to be known about a graph to explain it.
+    """What has to be known about a graph to explain it."""
 
-    Attributes:
-        images: Name of the input for pictures.
-        logits: Name of the output that holds the prediction.
-        batch: Number of pictures per run; None if the graph leaves it open.
-        classes: Number C of classes.
-        is_softmax: Whether the prediction consists of probabilities instead of logits.
-        normed: Name of F.
-        layout: Places of F's tokens.
-        attention: The last attention; None if it could not be read.
-        head: What the head reads; None if the closed form does not hold.
-        direct_because: Why the closed form does not hold; empty if it does.
-        values: The values of one run: its random pictures, F, the logits, and all that the nodes
-            between F and the logits use and compute.
-    """
-
-    images: str
-    logits: str
-    batch: int | None
+    images: str  # name of the input for pictures
+    logits: str  # name of the output that holds the prediction
+    batch: int | None  # number of pictures per run; None if the graph leaves it open
     classes: int
-    is_softmax: bool
-    normed: str
-    layout: Layout
-    attention: SelfAttention | None
-    head: HeadReads | None
-    direct_because: str
+    is_softmax: bool  # whether the prediction consists of probabilities instead of logits
+    normed: str  # name of F
+    layout: Layout  # places of F's tokens
+    attention: SelfAttention | None  # the last one; None if it could not be read
+    head: HeadReads | None  # what the head reads; None if the closed form does not hold
+    direct_because: str  # why the closed form does not hold; empty if it does
+    # The values of one run: its random pictures, F, the logits, and all that the nodes between F
+    # and the logits use and compute.
     values: Mapping[str, np.ndarray]
 
     @property
@@ -89,11 +76,7 @@ def read(
     size: tuple[int, int] | None = None,
     target_node: str | None = None,
 ) -> Reading:
-    """Read a classifier's graph without rounding; the options are those of `insert`.
-
-    Raises:
-        ModelError: If it cannot be explained; names the node where reading stopped.
-    """
+    """Read a classifier's graph without rounding; the options are those of `insert`."""
     images, logits = _find_images(graph), _find_logits(graph)
     if logits not in graph.image_values:
         raise ModelError(f"output {logits!r} does not depend on input {images.name!r}")
@@ -101,7 +84,9 @@ def read(
     below = graph.nodes_between([normed], [logits])
     wanted = [normed, logits, *graph.values_entering(below)]
     wanted += [name for number in below for name in graph.nodes[number].output if name]
-    convolutions = _find_convolutions(graph, normed)
+    above = [graph.nodes[number] for number in graph.nodes_above([normed])]
+    outputs = [node.output[0] for node in above if node.op_type in _CONVOLUTIONS]
+    convolutions = [name for name in outputs if name in graph.image_values]
     pictures, values = _run_once(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
     is_softmax = _check_logits(graph, logits, values[logits], len(pictures))
     if not np.issubdtype(values[normed].dtype, np.floating):
@@ -111,7 +96,7 @@ def read(
         )
     shapes = [values[name].shape for name in convolutions]
     layout = find_layout(values[normed].shape, len(pictures), shapes, grid)
-    check_layout(graph, {images.name: pictures}, normed, values[normed], layout)
+    check_layout(graph, images.name, pictures, normed, values[normed].shape, layout)
     attention, head, because = None, None, ""
     try:
         if found is None or found.number not in below:
@@ -143,9 +128,7 @@ def _find_images(graph: Graph) -> onnx.ValueInfoProto:
         if value.type.tensor_type.elem_type in _FLOATS and len(_dims(value)) == 4
     ]
     if len(found) != 1 or _dims(found[0])[1] not in (3, None):
-        have = (
-            ", ".join(f"{value.name} {_dims(value)}" for value in graph.inputs.values()) or "none"
-        )
+        have = _list_values(graph.inputs.values())
         raise ModelError(
             f"no single input of images (batch, 3, height, width) was found; the inputs are: {have}"
         )
@@ -164,9 +147,13 @@ def _find_logits(graph: Graph) -> str:
     named = [value for value in outputs if value.name in ("logits", "logits_per_image")]
     flat = named or [value for value in outputs if len(_dims(value)) == 2]
     if len(flat) != 1 and len(outputs) != 1:
-        have = ", ".join(f"{value.name} {_dims(value)}" for value in outputs)
+        have = _list_values(outputs)
         raise ModelError(f"which output holds the classes' logits is not clear; there are: {have}")
     return str((flat or outputs)[0].name)
+
+
+def _list_values(values: Iterable[onnx.ValueInfoProto]) -> str:
+    return ", ".join(f"{value.name} {_dims(value)}" for value in values) or "none"
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
@@ -181,7 +168,13 @@ def _find_cut(
     used = set(graph.nodes_above([logits]))
     found = next((each for each in find_attention(graph) if each.number in used), None)
     if target_node is not None:
-        return found, _find_target(graph, target_node)
+        outputs = [node.output[0] for node in graph.nodes if node.name == target_node]
+        for name in (target_node, *outputs):
+            if name in graph.number_of and name in graph.image_values:
+                return found, name
+        raise ModelError(
+            f"the graph has no node or value {target_node!r} that depends on the images"
+        )
     if found is None:
         kinds = {graph.nodes[number].op_type for number in used}
         seems = "; it looks like a CNN" if "Conv" in kinds and "Softmax" not in kinds else ""
@@ -192,25 +185,6 @@ def _find_cut(
     normed = find_normed(graph, found)
     refuse_other_attention(graph, found, normed, logits)
     return found, normed
-
-
-def _find_target(graph: Graph, target: str) -> str:
-    """Return the value of that name, or the output of the node of that name."""
-    outputs: list[str] = [node.output[0] for node in graph.nodes if node.name == target]
-    for name in (target, *outputs):
-        if name in graph.number_of and name in graph.image_values:
-            return name
-    raise ModelError(f"the graph has no node or value {target!r} that depends on the images")
-
-
-def _find_convolutions(graph: Graph, normed: str) -> list[str]:
-    """Return the outputs of convolutions above F; one of these embeds the patches."""
-    nodes = [graph.nodes[number] for number in graph.nodes_above([normed])]
-    return [
-        node.output[0]
-        for node in nodes
-        if node.op_type in _CONVOLUTIONS and node.output[0] in graph.image_values
-    ]
 
 
 def _run_once(
@@ -230,16 +204,14 @@ def _run_once(
     draw = np.random.default_rng(0)
     shape = (batch or 2, 3, height or 0, width or 0)
     pictures = draw.standard_normal(shape).astype(kind)
-    try:
-        return pictures, graph.run({images.name: pictures}, wanted)
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        if batch is not None:
-            raise ModelError(f"the graph does not run: {error}") from error
-    # Some exporters leave the batch open in the input's shape but fix it to 1 inside.
-    try:
-        return pictures[:1], graph.run({images.name: pictures[:1]}, wanted)
-    except Exception as error:
-        raise ModelError(f"the graph does not run: {error}") from error
+    while True:
+        try:
+            return pictures, graph.run({images.name: pictures}, wanted)
+        except ModelError as error:
+            if batch is not None or len(pictures) == 1:
+                raise ModelError(f"the graph does not run: {error}") from error
+        # Some exporters leave the batch open in the input's shape but fix it to 1 inside.
+        pictures = pictures[:1]
 
 
 def _check_logits(graph: Graph, name: str, logits: np.ndarray, batch: int) -> bool:
