@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,35 +37,19 @@ _HARMLESS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class AttentionTensor:
-    """Queries, keys, values or the output of all heads, as a value of the graph.
-
-    Attributes:
-        name: Name of the value.
-        axes: Meaning of each of its axes: b images, h heads, t tokens, d width of a head; "bh"
-            and "hd" stand for two axes joined into one, of which the first varies slower.
-        weight: What the value is first multiplied with, (D, h·d); None if it is projected already.
-        bias: What is then added, (h·d,); None if nothing is.
-    """
+class AttentionTensor(NamedTuple):
+    """Queries, keys, values or the output of all heads, as a value of the graph."""
 
     name: str
+    # What each axis means: b images, h heads, t tokens, d width of a head; "bh" and "hd" stand for
+    # two axes joined into one, of which the first varies slower.
     axes: tuple[str, ...]
-    bias: np.ndarray | None = None
-    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None  # (h·d,), added after the weight
+    weight: np.ndarray | None = None  # (D, h·d), if the value is still to be projected
 
 
-@dataclass(frozen=True)
-class SelfAttention:
-    """softmax(scale · q kᵀ + bias) v.
-
-    Attributes:
-        query, key, value: q, k and v.
-        output: Result.
-        heads: Number of heads.
-        scale: Factor of q kᵀ.
-        bias: Bias (h or 1, t, t) or None.
-    """
+class SelfAttention(NamedTuple):
+    """softmax(scale · q kᵀ + bias) v."""
 
     query: AttentionTensor
     key: AttentionTensor
@@ -74,7 +57,7 @@ class SelfAttention:
     output: AttentionTensor
     heads: int
     scale: float
-    bias: np.ndarray | None
+    bias: np.ndarray | None  # (h or 1, t, t)
 
     @property
     def operands(self) -> tuple[AttentionTensor, AttentionTensor, AttentionTensor]:
@@ -85,10 +68,9 @@ class SelfAttention:
 def read_attention(
     graph: Graph, found: FoundAttention, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
-    """Return an attention with its operands, scale and bias; refuse scores made in another way.
+    """Return an attention as the `values` of a run with `batch` images show it.
 
-    The `values` are those of a run with `batch` images, from the attention's queries, keys and
-    values to its output.
+    Scores that are made in another way are refused.
     """
     node = graph.nodes[found.number]
     if node.op_type in FUSED:
@@ -111,9 +93,7 @@ def read_attention(
         raise ModelError(f"stopped at {graph.describe(product.output[0])}: transposed queries")
     # Keys come as (…, d, t) to be multiplied with; a FusedMatMul may transpose them itself.
     transposes = bool(flags.get("transB", 0))
-    scale, bias = _measure_scale_and_bias(
-        graph, node.input[0], query, key, values, transposes, batch
-    )
+    scale, bias = _measure_scale_and_bias(graph, found, values, transposes, batch)
     rows = (*joined, "t", "d")
     return SelfAttention(
         query=AttentionTensor(query, rows),
@@ -132,9 +112,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 def _measure_scale_and_bias(
     graph: Graph,
-    scores: str,
-    query: str,
-    key: str,
+    found: FoundAttention,
     values: Mapping[str, np.ndarray],
     transposes: bool,
     batch: int,
@@ -144,6 +122,7 @@ def _measure_scale_and_bias(
     If queries and keys are zeros, the scores are the bias. With the real ones, scores minus that
     bias must be a multiple of q kᵀ, and the factor is the scale.
     """
+    scores, query, key = graph.nodes[found.number].input[0], found.query, found.key
     entering = graph.values_entering(graph.nodes_between([query, key], [scores]))
     given = {name: values[name] for name in entering}
 
@@ -225,13 +204,13 @@ def _read_multi_head(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> list[AttentionTensor]:
     """Return the operands of ONNX Runtime's MultiHeadAttention, whose biases are one input."""
-    names, axes = list(node.input[:3]), ("b", "t", "hd")
+    names = list(node.input[:3])
     # packed: queries, keys and values in one input (b, t, h, 3, d), or keys in (b, h, t, d)
     if any(values[name].ndim != 3 for name in names):
         raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
     bias = graph.constant(node.input[3]) if node.input[3:] and node.input[3] else None
     biases = [None] * 3 if bias is None else np.split(bias, 3)
-    return [AttentionTensor(name, axes, b) for name, b in zip(names, biases, strict=True)]
+    return [AttentionTensor(n, ("b", "t", "hd"), b) for n, b in zip(names, biases, strict=True)]
 
 
 def _read_projecting(

@@ -1,4 +1,4 @@
-"""Build the nodes and weights that are added to a graph."""
+"""Build the nodes, weights, inputs and outputs that are added to a graph."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ PREFIX = "reciprocam/"
 
 
 class Branch:
-    """Nodes and weights to add to a graph.
+    """What is added to a graph; every name in it begins with PREFIX, except of inputs and outputs.
 
-    Every name in it begins with PREFIX, except those of outputs.
-
-    Attributes:
-        opset: The graph's version of ONNX's own operators.
-        nodes: Nodes so far, in an order in which they can run.
-        weights: Weights so far.
+    Nodes lie in an order in which they can run.
     """
 
     def __init__(self, opset: int) -> None:
-        """Start without nodes."""
+        """Start without nodes, for a version of ONNX's own operators."""
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
         self._numbers = itertools.count(1)
 
     def body(self) -> Branch:
@@ -66,11 +63,6 @@ class Branch:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=node_name, **attributes))
         return output
 
-    def top(self, values: str, count: int, *, indices: str) -> None:
-        """Add a TopK on the last axis, and name its output of indices `indices`."""
-        outputs = [self.new_name("TopK"), indices]
-        self.nodes.append(helper.make_node("TopK", [values, self.ints(count)], outputs, axis=-1))
-
     def reduce(self, kind: str, value: str, *axes: int) -> str:
         """Add a ReduceMax or ReduceMin that keeps the axes, which are an input since opset 18."""
         if self.opset >= 18:
@@ -82,13 +74,8 @@ class Branch:
     ) -> dict[str, str]:
         """Add copies of some of a graph's nodes that use other values than the originals.
 
-        Args:
-            graph: The graph.
-            numbers: Numbers of the nodes, in order.
-            given: Name of a value in the graph -> name of the value that copies use instead.
-
-        Returns:
-            Name in the graph -> name in the branch, for `given` and all that the copies compute.
+        These are `given` as name in the graph -> name in the branch; the names of all that the
+        copies compute are returned with them.
         """
         names = dict(given)
         prefix = self.new_name("copy")

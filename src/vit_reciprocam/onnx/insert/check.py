@@ -26,16 +26,8 @@ def prove(
 ) -> float:
     """Refuse an explained model whose own outputs changed, or whose scores are wrong.
 
-    Args:
-        graph: The file's graph.
-        unrounded: The same graph without rounding.
-        reading: What was read from `unrounded`.
-        masking: What the masks keep.
-        model: The file's model with the explanation in it.
-        targets: Classes that are explained.
-
-    Returns:
-        The largest difference of scores, relative to the largest score.
+    `reading` is what was read from `unrounded`, the file's graph without rounding. The result is
+    the largest difference of scores, relative to the largest score.
     """
     run = open_unoptimized(model, graph.folder)
     noise = reading.values[reading.images]

@@ -8,7 +8,7 @@ count, only which values change when a token is changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,35 +20,23 @@ from vit_reciprocam.onnx.insert.layout import Layout
 __all__ = ["HeadReads", "SingleTokenRead", "read_head"]
 
 
-@dataclass(frozen=True)
-class SingleTokenRead:
-    """A value after the last attention that depends on one token.
-
-    Attributes:
-        token: Number of that token.
-        source: Name of the value with all tokens, from which the token is picked.
-        axis: Token axis of `source`.
-        shape: Shape of the value with one token.
-    """
+class SingleTokenRead(NamedTuple):
+    """A value after the last attention that depends on one token."""
 
     token: int
-    source: str
-    axis: int
-    shape: tuple[int, ...]
+    source: str  # name of the value with all tokens, from which the token is picked
+    axis: int  # token axis of `source`
+    shape: tuple[int, ...]  # shape of the value with one token
 
 
-@dataclass(frozen=True)
-class HeadReads:
-    """How the head reads prefix tokens.
+class HeadReads(NamedTuple):
+    """How the head reads prefix tokens."""
 
-    Attributes:
-        sides: The values with all tokens that are used beside the attention's output, such as the
-            skip path: name -> token axis.
-        reads: The values that depend on one token each: name -> which token, and where it is
-            picked. The logits depend on tokens only through these values.
-    """
-
+    # The values with all tokens that are used beside the attention's output, such as the skip path:
+    # name -> token axis.
     sides: Mapping[str, int]
+    # The values that depend on one token each: name -> which token, and where it is picked. The
+    # logits depend on tokens only through these values.
     reads: Mapping[str, SingleTokenRead]
 
 
@@ -127,15 +115,14 @@ def _prepare_changes(
                 part += noise.astype(part.dtype)
                 changed[name] = value
             after = run(changed)
-            moved |= {name for name in made if not _equal(before[name], after[name])}
+            for name in made:
+                floats = np.issubdtype(before[name].dtype, np.floating)
+                if not np.array_equal(before[name], after[name], equal_nan=floats):
+                    moved.add(name)
         return moved
 
     shapes = {name: value.shape for name, value in (*given.items(), *before.items())}
     return moved_by, shapes
-
-
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.floating)))
 
 
 def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:

@@ -21,10 +21,9 @@ from vit_reciprocam.onnx.files import check_output
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
-from vit_reciprocam.onnx.insert.direct import append_direct
 from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph, remove_rounding
-from vit_reciprocam.onnx.insert.outputs import append_outputs
+from vit_reciprocam.onnx.insert.outputs import append_direct, append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, read
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
@@ -111,7 +110,14 @@ def insert(
         reading = read(unrounded, grid=grid, size=size, target_node=target_node)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
-    preprocess = _check_settings(reading, targets, class_names, preprocess)
+    check_classes(reading.classes, class_names, check_file_targets(targets))
+    height, width = reading.values[reading.images].shape[2:]
+    if isinstance(preprocess, str):
+        preprocess = Preprocess.parse(preprocess, size=(height, width))
+    if preprocess is not None and preprocess.size != (height, width):
+        raise InputError(
+            f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
+        )
     explained, inserted = _explain(graph, unrounded, reading, masking, targets, raw)
     metadata = Metadata(
         name=name or source.stem,
@@ -166,24 +172,6 @@ def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
         )
 
 
-def _check_settings(
-    reading: Reading,
-    targets: str,
-    class_names: Sequence[str] | None,
-    preprocess: Preprocess | str | None,
-) -> Preprocess | None:
-    """Refuse settings that do not fit the model, and return the preprocessing."""
-    check_classes(reading.classes, class_names, check_file_targets(targets))
-    height, width = reading.values[reading.images].shape[2:]
-    if isinstance(preprocess, str):
-        preprocess = Preprocess.parse(preprocess, size=(height, width))
-    if preprocess is not None and preprocess.size != (height, width):
-        raise InputError(
-            f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
-        )
-    return preprocess
-
-
 def _explain(
     graph: Graph, unrounded: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
 ) -> tuple[onnx.ModelProto, Inserted]:
@@ -199,7 +187,19 @@ def _explain(
         else:
             rounded = unrounded is not graph
             logits = append_closed_form(branch, unrounded, reading, masking, rounded=rounded)
-        model = _add_branch(graph, reading, branch, logits, targets, raw)
+        append_outputs(branch, reading, logits, targets=targets, raw=raw)
+        model = onnx.ModelProto()
+        model.CopyFrom(graph.model)
+        # Everything is appended, so that no node, weight or output of the file changes. Only the
+        # size of the pictures becomes fixed, since masks are made for one grid.
+        images = next(each for each in model.graph.input if each.name == reading.images)
+        for axis in (2, 3):
+            dim = images.type.tensor_type.shape.dim[axis]
+            dim.dim_value = reading.values[reading.images].shape[axis]
+        model.graph.node.extend(branch.nodes)
+        model.graph.initializer.extend(branch.weights)
+        model.graph.input.extend(branch.inputs)
+        model.graph.output.extend(branch.outputs)
         return model, Inserted(
             path="direct" if because else "closed-form",
             direct_because=because,
@@ -217,25 +217,3 @@ def _explain(
         except ModelError as error:  # it cannot be built, does not run, or gives wrong scores
             because = str(error)
     return build(because)
-
-
-def _add_branch(
-    graph: Graph, reading: Reading, branch: Branch, logits: str, targets: str, raw: bool
-) -> onnx.ModelProto:
-    """Return a copy of a graph's model with a branch and its outputs.
-
-    Everything is appended, so that no node, weight or output of the file changes. Only the size of
-    the pictures becomes fixed, since masks are made for one grid.
-    """
-    inputs, outputs = append_outputs(branch, reading, logits, targets=targets, raw=raw)
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    model.graph.node.extend(branch.nodes)
-    model.graph.initializer.extend(branch.weights)
-    images = next(each for each in model.graph.input if each.name == reading.images)
-    for axis in (2, 3):
-        dim = images.type.tensor_type.shape.dim[axis]
-        dim.dim_value = reading.values[reading.images].shape[axis]
-    model.graph.input.extend(inputs)
-    model.graph.output.extend(outputs)
-    return model

@@ -1,4 +1,4 @@
-"""Append nodes that turn the logits under all masks into the outputs of an explained file."""
+"""Append the loop of the direct path, and what turns logits under all masks into outputs."""
 
 from __future__ import annotations
 
@@ -6,36 +6,64 @@ import numpy as np
 
 import onnx
 from onnx import helper
+from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.onnx.contract import check_file_targets
-from vit_reciprocam.onnx.insert.branch import Branch
+from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
+from vit_reciprocam.onnx.insert.graph import Graph
 from vit_reciprocam.onnx.insert.read import Reading
 
-__all__ = ["append_outputs"]
+__all__ = ["append_direct", "append_outputs"]
+
+_info = helper.make_tensor_value_info
+_FLOAT, _INT64, _BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
+
+
+def append_direct(branch: Branch, graph: Graph, reading: Reading, masking: Masking) -> str:
+    """Append a loop that runs the nodes after F once per mask; return the logits (B, N, C)."""
+    masks = reading.masks(masking)
+    all_masks = branch.const(masks)
+    body = branch.body()
+    mask = body.op("Gather", all_masks, f"{PREFIX}number", axis=0)
+    given = {reading.normed: body.op("Mul", reading.normed, mask)}
+    numbers = graph.nodes_between(given, [reading.logits])
+    logits = body.copy(graph, numbers, given)[reading.logits]
+    logits = body.op("Cast", logits, to=_FLOAT)
+    go_on = body.op("Identity", f"{PREFIX}going")
+    loop = helper.make_graph(
+        body.nodes,
+        f"{PREFIX}mask",
+        [_info(f"{PREFIX}number", _INT64, []), _info(f"{PREFIX}going", _BOOL, [])],
+        [_info(go_on, _BOOL, []), _info(logits, _FLOAT, [None, reading.classes])],
+    )
+    count, always = branch.const(len(masks), np.int64), branch.const(True, np.bool_)
+    stacked = branch.op("Loop", count, always, body=loop)  # (N, B, C)
+    return branch.op("Transpose", stacked, perm=[1, 0, 2])
 
 
 def append_outputs(
     branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool
-) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+) -> None:
     """Append scores, maps and classes as `vit_reciprocam.onnx.contract` names them.
 
     `logits` is the name of the logits (B, N, C) under all masks; `targets` and `raw` are those of
-    `insert`. The result is the inputs and the outputs to add to the graph's own.
+    `insert`.
     """
     top = check_file_targets(targets)
     batch = reading.batch or "batch"
-    inputs, outputs = [], []
     probabilities = logits if reading.is_softmax else branch.op("Softmax", logits, axis=-1)
     count: int | str = reading.classes
     if targets != "all":
         count = top or "targets"
-        chosen = helper.make_tensor_value_info("targets", onnx.TensorProto.INT64, [batch, count])
+        chosen = _info("targets", _INT64, [batch, count])
         if top:
-            most = branch.op("Cast", reading.logits, to=onnx.TensorProto.FLOAT)
-            branch.top(most, top, indices="classes")
+            most = branch.op("Cast", reading.logits, to=_FLOAT)
+            found = [branch.new_name("TopK"), "classes"]
+            node = helper.make_node("TopK", [most, branch.ints(top)], found, axis=-1)
+            branch.nodes.append(node)
             chosen.name = "classes"
-            outputs.append(chosen)
+            branch.outputs.append(chosen)
         else:
-            inputs.append(chosen)
+            branch.inputs.append(chosen)
         index = branch.op("Reshape", chosen.name, branch.ints(0, 1, -1))
         patches = reading.layout.grid[0] * reading.layout.grid[1]
         index = branch.op("Expand", index, branch.ints(1, patches, 1))
@@ -44,11 +72,10 @@ def append_outputs(
     # In this order a runtime copies the scores of all classes only once, into the output.
     opened = branch.op("Reshape", probabilities, branch.ints(0, *reading.layout.grid, -1))
     scores = branch.op("Transpose", opened, perm=[0, 3, 1, 2], name="scores")
-    outputs.insert(0, helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, dims))
+    branch.outputs.insert(0, _info("scores", _FLOAT, dims))
     if not raw:
         _append_maps(branch, scores)
-        outputs.insert(0, helper.make_tensor_value_info("saliency", onnx.TensorProto.FLOAT, dims))
-    return inputs, outputs
+        branch.outputs.insert(0, _info("saliency", _FLOAT, dims))
 
 
 def _append_maps(branch: Branch, scores: str) -> None:
