@@ -35,6 +35,17 @@ _HARMLESS = frozenset(
         "softmax_precision",
     }
 )
+_STANDARD = ("", "Attention")
+_MULTI_HEAD = ("com.microsoft", "MultiHeadAttention")
+# The numbers of the inputs that are read here; no node may have others.
+_READ_INPUTS = {
+    # Q, K, V, attn_mask; not past_key, past_value, nonpad_kv_seqlen
+    _STANDARD: (0, 1, 2, 3),
+    # query, key, value, bias, attention_bias; not key_padding_mask, past_key, past_value, …
+    _MULTI_HEAD: (0, 1, 2, 3, 5),
+    # input, weights, bias; not mask_index, past, attention_bias, …
+    ("com.microsoft", "Attention"): (0, 1, 2),
+}
 
 
 class AttentionTensor(NamedTuple):
@@ -151,82 +162,63 @@ def _read_fused(
     graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
 ) -> SelfAttention:
     """Read a fused attention node: ONNX's own, or one that ONNX Runtime's optimizer wrote."""
+    stopped = f"stopped at {graph.describe(node.output[0])}"
+    kind = (node.domain.removeprefix("ai.onnx"), node.op_type)
+    if kind not in _READ_INPUTS:
+        raise ModelError(f"{stopped}: its kind is not known")
     flags = _attributes(node)
-    given = [*node.input, *[""] * 8]  # inputs left out at the end are empty names too
-    output_axes: tuple[str, ...] = ("b", "t", "hd")
+    extra = [name for name, value in flags.items() if name not in _HARMLESS and value]
+    given = [*node.input, *[""] * 6]  # inputs left out at the end are empty names too
+    if extra or any(name for n, name in enumerate(given) if n not in _READ_INPUTS[kind]):
+        raise ModelError(
+            f"{stopped}, which has options that are not known here: "
+            f"{', '.join(extra) or 'further inputs'}"
+        )
+    axes: tuple[str, ...] = ("b", "t", "hd")
     mask = ""
-    if node.domain in ("", "ai.onnx"):
-        # Q, K, V, attn_mask; then past_key, past_value and nonpad_kv_seqlen
-        _refuse_extras(graph, node, flags, given[4:])
-        operands, mask = _read_standard(graph, node, values), given[3]
-        output_axes = operands[0].axes
-        shape = values[given[0]].shape
-        heads = shape[1] if len(shape) == 4 else flags["q_num_heads"]
-    elif node.domain == "com.microsoft" and node.op_type == "MultiHeadAttention":
-        # query, key, value, bias, key_padding_mask, attention_bias; then past_key, past_value, …
-        _refuse_extras(graph, node, flags, [given[4], *given[6:]])
-        operands, heads, mask = _read_multi_head(graph, node, values), flags["num_heads"], given[5]
-    elif node.domain == "com.microsoft" and node.op_type == "Attention":
-        # input, weights, bias; then mask_index, past, attention_bias, …
-        _refuse_extras(graph, node, flags, given[3:])
-        operands, heads = _read_projecting(graph, node, flags), flags["num_heads"]
-    else:
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: its kind is not known")
-    query, key, value = operands
+    weights: Sequence[np.ndarray | None] = [None] * 3
+    biases: Sequence[np.ndarray | None] = [None] * 3
+    names, shape = given[:3], values[given[0]].shape
+    if kind == _STANDARD:
+        if values[given[1]].shape != shape:
+            raise ModelError(f"{stopped}: shared keys")
+        if len(shape) == 4:
+            axes = ("b", "h", "t", "d")
+        heads, mask = shape[1] if len(shape) == 4 else flags["q_num_heads"], given[3]
+    elif kind == _MULTI_HEAD:
+        # packed: queries, keys and values in one input (b, t, h, 3, d), or keys in (b, h, t, d)
+        if any(values[name].ndim != 3 for name in names):
+            raise ModelError(f"{stopped}: packed inputs")
+        heads, mask, bias = flags["num_heads"], given[5], graph.constant(given[3])
+        if bias is not None:
+            biases = np.split(bias, 3)
+    else:  # it projects its one input itself
+        heads, weight, bias = flags["num_heads"], graph.constant(given[1]), graph.constant(given[2])
+        if weight is None:
+            raise ModelError(f"{stopped}: its weights vary")
+        # those of queries, keys and values side by side, of the same width if no widths are given
+        ends = np.cumsum(flags.get("qkv_hidden_sizes") or [weight.shape[1] // 3] * 3)[:2]
+        names, weights = [given[0]] * 3, np.split(weight, ends, axis=1)
+        if bias is not None:
+            biases = np.split(bias, ends)
     if mask in graph.image_values:
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: a mask that varies")
-    bias = None if not mask else values[mask] if mask in values else graph.constant(mask)
-    inner = values[query.name].shape[-1] if query.weight is None else query.weight.shape[1]
-    width = inner if query.axes[-1] == "d" else inner // heads
+        raise ModelError(f"{stopped}: a mask that varies")
+    added = None if not mask else values[mask] if mask in values else graph.constant(mask)
+    query, key, value = (
+        AttentionTensor(name, axes, bias, weight)
+        for name, bias, weight in zip(names, biases, weights, strict=True)
+    )
+    inner = shape[-1] if query.weight is None else query.weight.shape[1]
+    width = inner if axes[-1] == "d" else inner // heads
     return SelfAttention(
         query=query,
         key=key,
         value=value,
-        output=AttentionTensor(node.output[0], output_axes),
+        output=AttentionTensor(node.output[0], axes),
         heads=heads,
         scale=float(flags.get("scale") or 1 / math.sqrt(width)),  # 0 and absent mean the usual one
-        bias=None if bias is None else _to_bias(bias),
+        bias=None if added is None else _to_bias(added),
     )
-
-
-def _read_standard(
-    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
-) -> list[AttentionTensor]:
-    """Return the operands of ONNX's Attention (opset 23), in (b, h, t, d) or (b, t, h·d)."""
-    shape = values[node.input[0]].shape
-    if values[node.input[1]].shape != shape:
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: shared keys")
-    axes = ("b", "h", "t", "d") if len(shape) == 4 else ("b", "t", "hd")
-    return [AttentionTensor(name, axes) for name in node.input[:3]]
-
-
-def _read_multi_head(
-    graph: Graph, node: onnx.NodeProto, values: Mapping[str, np.ndarray]
-) -> list[AttentionTensor]:
-    """Return the operands of ONNX Runtime's MultiHeadAttention, whose biases are one input."""
-    names = list(node.input[:3])
-    # packed: queries, keys and values in one input (b, t, h, 3, d), or keys in (b, h, t, d)
-    if any(values[name].ndim != 3 for name in names):
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: packed inputs")
-    bias = graph.constant(node.input[3]) if node.input[3:] and node.input[3] else None
-    biases = [None] * 3 if bias is None else np.split(bias, 3)
-    return [AttentionTensor(n, ("b", "t", "hd"), b) for n, b in zip(names, biases, strict=True)]
-
-
-def _read_projecting(
-    graph: Graph, node: onnx.NodeProto, flags: Mapping[str, Any]
-) -> list[AttentionTensor]:
-    """Return the operands of ONNX Runtime's Attention, which projects its one input itself."""
-    weight = graph.constant(node.input[1])
-    if weight is None:
-        raise ModelError(f"stopped at {graph.describe(node.output[0])}: its weights vary")
-    # weights of queries, keys and values side by side, of the same width if no widths are given
-    ends = np.cumsum(flags.get("qkv_hidden_sizes") or [weight.shape[1] // 3] * 3)[:2]
-    bias = graph.constant(node.input[2]) if node.input[2:] and node.input[2] else None
-    biases = [None] * 3 if bias is None else np.split(bias, ends)
-    weights = np.split(weight, ends, axis=1)
-    pairs = zip(biases, weights, strict=True)
-    return [AttentionTensor(node.input[0], ("b", "t", "hd"), b, w) for b, w in pairs]
 
 
 def _to_bias(mask: np.ndarray) -> np.ndarray | None:
@@ -237,15 +229,3 @@ def _to_bias(mask: np.ndarray) -> np.ndarray | None:
     if not (mask == mask[:1]).all():
         raise ModelError("the last attention's mask differs between images")
     return mask[0] if mask.any() else None
-
-
-def _refuse_extras(
-    graph: Graph, node: onnx.NodeProto, flags: Mapping[str, object], inputs: Sequence[str]
-) -> None:
-    """Refuse options of a fused attention that change what it computes."""
-    extra = [name for name, value in flags.items() if name not in _HARMLESS and value]
-    if extra or any(inputs):
-        raise ModelError(
-            f"stopped at {graph.describe(node.output[0])}, which has options that are not known "
-            f"here: {', '.join(extra) or 'further inputs'}"
-        )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import inliner
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_classes, check_file_targets
@@ -21,7 +20,7 @@ from vit_reciprocam.onnx.files import check_output
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
 from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
-from vit_reciprocam.onnx.insert.files import external_files, load_model, save_model
+from vit_reciprocam.onnx.insert.files import find_opset, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph, remove_rounding
 from vit_reciprocam.onnx.insert.outputs import append_direct, append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, read
@@ -29,8 +28,6 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Inserted", "insert"]
-
-_LEAST_OPSET = 11
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def insert(
     masking = Masking(kernel, class_token)
     check_file_targets(targets)
     source, destination = Path(source), check_output(destination)
-    graph = _open(source, destination)
+    graph = Graph(load_model(source, destination), source.parent)
     _refuse_names(graph, source, targets, raw)
     try:
         unrounded = remove_rounding(graph)
@@ -137,27 +134,6 @@ def insert(
     return inserted
 
 
-def _open(source: Path, destination: Path) -> Graph:
-    """Read a file into a graph, with calls of the model's functions inlined."""
-    model = load_model(source)
-    files = [source, *(source.parent / place for place in external_files(model))]
-    if destination.resolve() in [file.resolve() for file in files]:
-        raise InputError(f"{destination} belongs to the file to read: write to another place")
-    opset, newest = _opset(model), onnx.defs.onnx_opset_version()
-    if not _LEAST_OPSET <= opset <= newest:
-        raise ModelError(
-            f"{source} is written in opset {opset}; {_LEAST_OPSET} to {newest} are read here"
-        )
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    return Graph(model, source.parent)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    versions = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx")]
-    return max(versions, default=0)
-
-
 def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
     """Refuse a file that has an explanation, or values named like the outputs to add."""
     ours = any(entry.key == METADATA_KEY for entry in graph.model.metadata_props)
@@ -181,7 +157,7 @@ def _explain(
     """
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
-        branch = Branch(_opset(graph.model))
+        branch = Branch(find_opset(graph.model))
         if because:
             logits = append_direct(branch, unrounded, reading, masking)
         else:
