@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vit_reciprocam as vr
-from vit_reciprocam.onnx.export.export import export_prediction
+from export_demo import export_prediction
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.pictures.read import read_image
 

@@ -26,10 +26,11 @@ from timm.models.vision_transformer import VisionTransformer
 import onnx
 import vit_reciprocam as vr
 from conftest import tiny_model
+from export_demo import export_prediction
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.onnx.export.export import export, export_prediction
+from vit_reciprocam.onnx.export.export import export
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

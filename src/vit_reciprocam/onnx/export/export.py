@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
 
 import onnx
@@ -26,20 +26,20 @@ from vit_reciprocam.onnx.export.edit import (
     strip_notes,
 )
 from vit_reciprocam.onnx.export.prepare import (
+    all_tensors,
     check_model,
     choose_size,
     convert_to_float32,
-    count_bytes,
     cut_example,
     find_second_size,
     unpack_classifier,
 )
-from vit_reciprocam.onnx.export.trace import LogitsAlone, ModelWithMaps, trace
+from vit_reciprocam.onnx.export.trace import ModelWithMaps, trace
 from vit_reciprocam.onnx.files import check_output, write_then_move
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
 
-__all__ = ["ExportedFile", "export", "export_prediction"]
+__all__ = ["OPSET", "ExportedFile", "export"]
 
 OPSET = 18
 _LEAST_OPSET = 17
@@ -47,8 +47,6 @@ _LARGE = 2_000_000_000  # bytes of weights; an ONNX file itself cannot exceed 2 
 # Batch sizes. They differ, so that the check fails if the trace froze the batch size.
 _TRACED, _CHECKED = 2, 3
 _BATCH = Dim("batch")
-
-Dynamic = dict[str, dict[int, Any]]  # input -> its free dimensions -> a Dim, or a multiple of one
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,12 @@ def export(
     masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
     top = check_file_targets(targets)
     path = check_output(path)
-    _check_opset(opset)
+    newest = onnx.defs.onnx_opset_version()
+    if not isinstance(opset, int) or not _LEAST_OPSET <= opset <= newest:
+        raise InputError(
+            f"opset must be between {_LEAST_OPSET}, the first with LayerNormalization, and "
+            f"{newest}, the newest of the installed onnx; got {opset!r}"
+        )
     preprocess, size = choose_size(preprocess, size)
     check_model(model)
     converted = convert_to_float32(model, half=half)
@@ -151,7 +154,15 @@ def export(
     module = ModelWithMaps(converted, masking, top=top, raw=raw)
     # If there are two sizes, the second is traced: at its own size a model may not resize its
     # position embedding, and the trace would lack that.
-    inputs, dynamic = _example_inputs(sizes[-1], patch if dynamic_size else None, targets)
+    inputs = {"images": torch.zeros(_TRACED, 3, *sizes[-1])}
+    # input -> its free dimensions -> a Dim, or a multiple of one
+    dynamic: dict[str, dict[int, Any]] = {"images": {0: _BATCH}}
+    if dynamic_size:
+        rows, columns = Dim("rows", min=2), Dim("columns", min=2)
+        dynamic["images"] |= {2: patch[0] * rows, 3: patch[1] * columns}
+    if targets == "input":
+        inputs["targets"] = torch.zeros(_TRACED, 2, dtype=torch.int64)
+        dynamic["targets"] = {0: _BATCH, 1: Dim("targets")}
     chunk = []
     if split.direct_because:  # see `trace`: one chunk of masks, and the logits of all chunks
         count = cut.grid[0] * cut.grid[1]
@@ -178,7 +189,8 @@ def export(
     )
     graph.metadata_props.update(metadata.to_properties())
     if external_data is None:
-        external_data = count_bytes(converted) > _LARGE
+        numbers = sum(tensor.numel() for tensor in all_tensors(converted))
+        external_data = 4 * numbers > _LARGE
     with write_then_move(path) as file:
         save(graph, file, external_data=external_data)
         difference = _compare_at(sizes, file, converted, metadata)
@@ -193,45 +205,6 @@ def export(
         bytes=sum(each.stat().st_size for each in files),
         difference=difference,
     )
-
-
-def export_prediction(
-    model: nn.Module, path: str | os.PathLike[str], *, size: tuple[int, int], opset: int = OPSET
-) -> None:
-    """Write a model without maps, by the same exporter, so that costs can be compared."""
-    inputs, dynamic = _example_inputs(size, None, "all")
-    module = LogitsAlone(convert_to_float32(model, half=False))
-    graph = trace(module, inputs, outputs=["logits"], dynamic=dynamic, opset=opset)
-    strip_notes(graph)
-    with write_then_move(check_output(path)) as file:
-        save(graph, file, external_data=count_bytes(model) > _LARGE)
-
-
-def _check_opset(opset: int) -> None:
-    newest = onnx.defs.onnx_opset_version()
-    if not isinstance(opset, int) or not _LEAST_OPSET <= opset <= newest:
-        raise InputError(
-            f"opset must be between {_LEAST_OPSET}, the first with LayerNormalization, and "
-            f"{newest}, the newest of the installed onnx; got {opset!r}"
-        )
-
-
-def _example_inputs(
-    size: tuple[int, int], patch: tuple[int, int] | None, targets: str
-) -> tuple[dict[str, Tensor], Dynamic]:
-    """Return inputs to trace with, and their free dimensions.
-
-    If a `patch` (height, width) is given, the size of the images is free, in multiples of it.
-    """
-    inputs = {"images": torch.zeros(_TRACED, 3, *size)}
-    dynamic: Dynamic = {"images": {0: _BATCH}}
-    if patch is not None:
-        rows, columns = Dim("rows", min=2), Dim("columns", min=2)
-        dynamic["images"] |= {2: patch[0] * rows, 3: patch[1] * columns}
-    if targets == "input":
-        inputs["targets"] = torch.zeros(_TRACED, 2, dtype=torch.int64)
-        dynamic["targets"] = {0: _BATCH, 1: Dim("targets")}
-    return inputs, dynamic
 
 
 def _compare_at(

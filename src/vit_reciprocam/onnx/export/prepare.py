@@ -18,10 +18,10 @@ from vit_reciprocam.libraries.validation import check_mode
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = [
+    "all_tensors",
     "check_model",
     "choose_size",
     "convert_to_float32",
-    "count_bytes",
     "cut_example",
     "find_second_size",
     "unpack_classifier",
@@ -31,11 +31,7 @@ __all__ = [
 def unpack_classifier(
     model: Any, class_names: Sequence[str] | None, preprocess: Preprocess | None, name: str | None
 ) -> tuple[nn.Module, Sequence[str] | None, Preprocess | None, str]:
-    """Return a module with its class names, preprocessing and name.
-
-    Whatever is None is taken from the model if that is a `Classifier`. A model that is neither a
-    module nor a classifier with one is refused.
-    """
+    """Return the module in a model or `Classifier`, which also gives what else is None."""
     if isinstance(model, nn.Module):
         return model, class_names, preprocess, name or type(model).__name__
     inner = getattr(model, "model", None)
@@ -76,7 +72,7 @@ def choose_size(
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot run, or that may not give the same result each time."""
-    if any(tensor.is_meta for tensor in _all_tensors(model)):
+    if any(tensor.is_meta for tensor in all_tensors(model)):
         raise ModelError(
             f"the {type(model).__name__} is on the meta device, which holds shapes and no numbers: "
             "load its weights onto a device"
@@ -90,9 +86,9 @@ def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
 
     If `half`, it is a copy whose weight matrices are rounded to numbers that float16 can hold.
     """
-    floats = [tensor for tensor in _all_tensors(model) if tensor.is_floating_point()]
+    floats = [tensor for tensor in all_tensors(model) if tensor.is_floating_point()]
     fits = all(tensor.dtype == torch.float32 for tensor in floats)
-    if fits and not half and all(one.device.type == "cpu" for one in _all_tensors(model)):
+    if fits and not half and all(one.device.type == "cpu" for one in all_tensors(model)):
         return model
     try:
         converted = copy.deepcopy(model).to("cpu").float()
@@ -120,12 +116,8 @@ def _round_to_half(model: nn.Module) -> None:
             weight.copy_(rounded)
 
 
-def count_bytes(model: nn.Module) -> int:
-    """Return how many bytes the model's numbers take in float32."""
-    return 4 * sum(tensor.numel() for tensor in _all_tensors(model))
-
-
-def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
+def all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Return a model's parameters and buffers."""
     return itertools.chain(model.parameters(), model.buffers())
 
 
@@ -144,11 +136,7 @@ def cut_example(split: Split, size: tuple[int, int]) -> tuple[Cut, int]:
 def find_second_size(
     split: Split, size: tuple[int, int], patch: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return another image size that the model takes, for a file that leaves the size open.
-
-    It is one patch higher and two patches wider. A model that takes only one size is refused, with
-    its own reason.
-    """
+    """Return an image size one patch higher and two wider; refuse a model that takes only one."""
     if split.direct_because:
         raise InputError(
             "this model's maps need a loop over the masks of one image size "

@@ -21,26 +21,11 @@ from torch import Tensor, nn
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import under_masks
 from vit_reciprocam.core.masks import Masking
-from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.onnx.export.attention import attend_by_convolution
 
-__all__ = ["LogitsAlone", "ModelWithMaps", "trace"]
-
-
-class LogitsAlone(nn.Module):
-    """A model that returns only its logits, as a tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap a model."""
-        super().__init__()
-        self.training = model.training
-        self.model = model
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
-        """Return the model's logits."""
-        return logits_of(self.model(images))
+__all__ = ["ModelWithMaps", "trace"]
 
 
 class ModelWithMaps(nn.Module):
@@ -111,12 +96,8 @@ def trace(
 ) -> ir.Model:
     """Return a module as an ONNX model, or refuse it with the exporter's reason.
 
-    Args:
-        module: Module that takes the inputs by name.
-        inputs: Example of each input.
-        outputs: Names of the outputs.
-        dynamic: Name of an input -> its free dimensions -> a `torch.export.Dim`, or a multiple.
-        opset: Version of ONNX's standard operators.
+    There is an example of each of its `inputs`. The free dimensions of an input are `dynamic`, each
+    as a `torch.export.Dim` or a multiple.
     """
     try:
         with _silence_exporter(), torch.no_grad():
