@@ -18,7 +18,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError, check_choice
@@ -76,51 +75,43 @@ class Metadata:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], *, file: str) -> Metadata:
-        """Read the metadata from the properties of a file, whose name appears in messages.
-
-        Raises:
-            ModelError: If the file holds no explanation, or one whose layout this version of the
-                package does not read.
-        """
+        """Read the metadata from the properties of a file, whose name appears in messages."""
         if METADATA_KEY not in properties:
             raise ModelError(
                 f"{file} holds no explanation. `vit-reciprocam insert {file} explained.onnx` adds "
                 "one to a Vision Transformer's file"
             )
         try:
-            return cls._from_json(json.loads(properties[METADATA_KEY]), file)
+            values = json.loads(properties[METADATA_KEY])
+            if values["schema"] != _SCHEMA:
+                writer = values.get("versions", {}).get("vit-reciprocam", "of another version")
+                raise ModelError(
+                    f"{file} was written by vit-reciprocam {writer}, in a layout that this version "
+                    "does not read: write it anew, or install that version"
+                )
+            check_choice("path", values["path"], ("closed-form", "direct"))
+            check_file_targets(values["targets"])
+            if not isinstance(values["probabilities"], bool):
+                raise TypeError("probabilities has to be true or false")
+            names, preprocess = values["class_names"], values["preprocess"]
+            texts = [values["name"], values["images"], values["logits"]]
+            if names is not None:
+                texts += names if isinstance(names, list) else [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("name, images, logits and class_names have to be text")
+            fields = {each.name: values[each.name] for each in dataclasses.fields(cls)}
+            fields |= {
+                "masking": Masking(**values["masking"]),
+                "class_names": None if names is None else tuple(names),
+                "preprocess": None if preprocess is None else Preprocess.from_dict(preprocess),
+            }
+            return cls(**fields)
+        except ModelError:
+            raise
         except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, ModelError):
-                raise
             raise ModelError(
                 f"{file}: its metadata cannot be read ({error!r}); write it anew"
             ) from error
-
-    @classmethod
-    def _from_json(cls, values: dict[str, Any], file: str) -> Metadata:
-        if values["schema"] != _SCHEMA:
-            writer = values.get("versions", {}).get("vit-reciprocam", "of another version")
-            raise ModelError(
-                f"{file} was written by vit-reciprocam {writer}, in a layout that this version "
-                "does not read: write it anew, or install that version"
-            )
-        fields = {each.name: values[each.name] for each in dataclasses.fields(cls)}
-        names, preprocess = values["class_names"], values["preprocess"]
-        check_choice("path", values["path"], ("closed-form", "direct"))
-        check_file_targets(values["targets"])
-        if not isinstance(values["probabilities"], bool):
-            raise TypeError("probabilities has to be true or false")
-        texts = [values["name"], values["images"], values["logits"]]
-        if names is not None:
-            texts += names if isinstance(names, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("name, images, logits and class_names have to be text")
-        fields |= {
-            "masking": Masking(**values["masking"]),
-            "class_names": None if names is None else tuple(names),
-            "preprocess": None if preprocess is None else Preprocess.from_dict(preprocess),
-        }
-        return cls(**fields)
 
 
 def check_file_targets(targets: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -50,18 +51,8 @@ class OnnxExplainer:
     ) -> None:
         """Open a file, and check that its graph is what its metadata says.
 
-        Args:
-            path: ONNX file with an explanation.
-            backend: Runtime, as in `open_session`.
-            device: Device that computes, as in `open_session`.
-            threads: Number of threads, as in `open_session`.
-            streams: Number of streams, over which a batch is spread, as in `open_session`.
-            preprocess: Preprocessing instead of the file's own, or text for `Preprocess.parse`.
-            class_names: Names of the classes, instead of the file's own.
-
-        Raises:
-            ModelError: If the file cannot be loaded, holds no explanation, or contradicts itself.
-            InputError: If an option does not fit.
+        Preprocessing and class names take the place of the file's own; `Preprocess.parse` reads the
+        former if it is text. The other options are those of `open_session`.
         """
         self.path = Path(path)
         self.metadata = Metadata.from_properties(read_header(path).properties, file=str(path))
@@ -94,15 +85,10 @@ class OnnxExplainer:
     def make_explainer(
         self, *, method: str = "reciprocam", check: bool = True, **settings: Any
     ) -> Callable[..., Explanation]:
-        """Return an explainer for the ReciproCAM in the graph, or for a null baseline.
+        """Return an explainer for the ReciproCAM in the graph, or for a null baseline in `NULLS`.
 
-        Args:
-            method: "reciprocam", or a name in `methods.null.NULLS`.
-            check: Has no effect, since a file is checked when it is opened.
-            settings: Settings that the graph was written with, or those of the null baseline.
-
-        Raises:
-            InputError: If the file has no such method or setting.
+        The settings are those that the graph was written with, or those of the null baseline.
+        `check` has no effect, since a file is checked when it is opened.
         """
         check_choice("method of an ONNX file", method, ("reciprocam", *NULLS))
         if method == "reciprocam":
@@ -118,12 +104,8 @@ class OnnxExplainer:
         for name in masking:
             check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
         check_choice("path", path, ("auto", self.metadata.path))
-        self.check_settings(Masking(**masking) if masking else self.metadata.masking, score)
-
-    def check_settings(self, masking: Masking, score: str) -> None:
-        """Refuse settings other than those in the graph."""
         have = self.metadata.masking
-        if masking != have or score != "probability":
+        if (masking and Masking(**masking) != have) or score != "probability":
             raise InputError(
                 f"the maps of model {self.metadata.name!r} were fixed when its file was written: "
                 f"kernel={have.kernel!r}, class_token={have.class_token}, layer={have.layer!r}, "
@@ -154,38 +136,30 @@ class OnnxExplainer:
         return batch.logits
 
     def __call__(self, images: np.ndarray | Batch, targets: Any = None) -> Explanation:
-        """Explain preprocessed images (B, 3, H, W) float32.
+        """Explain preprocessed images (B, 3, H, W) float32, or a `Batch` of them.
 
-        Args:
-            images: Images, or a `Batch` of them. If the batch has logits already, a file with an
-                input for targets needs no extra run to find each image's top classes.
-            targets: Classes, as in `ReciproCAM`. If the file explains the most probable classes
-                only, they must be among these.
-
-        Raises:
-            InputError: If the images or targets do not fit the model or the file.
+        The targets are as in `ReciproCAM`; if the file explains the most probable classes only,
+        they must be among these. If a batch has logits already, a file with an input for targets
+        needs no extra run to find each image's top classes.
         """
         batch = self.batch(images)
-        if self.metadata.targets == "input":
-            logits, scores, chosen = self._run_for(batch, targets)
-        else:
-            logits, scores, chosen = self._run_and_pick(batch.images, targets)
+        run = self._run_for if self.metadata.targets == "input" else self._run_and_pick
+        logits, scores, chosen = run(batch, targets)
         return Explanation(
             scores=scores.astype(np.float32, copy=False),
             logits=logits,
             probs=softmax(logits),
             targets=chosen,
             path=self.metadata.path,
-            settings={
-                "method": "reciprocam",
-                "model": self.metadata.name,
-                "kernel": self.metadata.masking.kernel,
-                "class_token": self.metadata.masking.class_token,
-                "layer": self.metadata.masking.layer,
-                "score": "probability",
-                "backend": self.session.backend,
-            },
+            settings=self._describe(
+                "reciprocam", dataclasses.asdict(self.metadata.masking) | {"score": "probability"}
+            ),
         )
+
+    def _describe(self, method: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that an `Explanation` holds."""
+        first = {"method": method, "model": self.metadata.name}
+        return first | settings | {"backend": self.session.backend}
 
     def _explain_by_null(
         self,
@@ -206,12 +180,7 @@ class OnnxExplainer:
             probs=softmax(logits),
             targets=chosen,
             path="",
-            settings={
-                "method": method,
-                "model": self.metadata.name,
-                **settings,
-                "backend": self.session.backend,
-            },
+            settings=self._describe(method, settings),
         )
 
     def _grid(self, images: np.ndarray) -> tuple[int, int]:
@@ -233,11 +202,11 @@ class OnnxExplainer:
         return self._as_logits(logits), scores, chosen
 
     def _run_and_pick(
-        self, images: np.ndarray, targets: Any
+        self, batch: Batch, targets: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return logits, scores and targets of a file whose graph chooses the classes."""
         names = [self.metadata.logits, "scores"] + ["classes"] * (self._top is not None)
-        logits, scores, *classes = self.session.run(names, {self.metadata.images: images})
+        logits, scores, *classes = self.session.run(names, {self.metadata.images: batch.images})
         logits = self._as_logits(logits)
         chosen = resolve_targets(targets, logits)
         if not classes:

@@ -18,45 +18,33 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.files import find_weights
 
 __all__ = ["Header", "digest", "read_header"]
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # how a field's value is stored
+_VARINT, _BYTES = 0, 2  # how a field's value is stored
+_FIXED_SIZES = {1: 8, 5: 4}
 
 
 class _DamagedError(Exception):
     """The bytes are not a protobuf message."""
 
 
-@dataclass(frozen=True)
-class Header:
-    """Facts about an ONNX file.
+class Header(NamedTuple):
+    """Facts about an ONNX file."""
 
-    Attributes:
-        properties: Metadata properties.
-        opset: Version of ONNX's own operators.
-        external: Files beside it that hold its weights.
-        ports: Names of the graph's inputs and outputs.
-    """
-
-    properties: dict[str, str]
-    opset: int
-    external: tuple[Path, ...]
-    ports: frozenset[str]
+    properties: dict[str, str]  # metadata properties
+    opset: int  # version of ONNX's own operators
+    external: tuple[Path, ...]  # files beside it that hold its weights
+    ports: frozenset[str]  # names of the graph's inputs and outputs
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read the header of an ONNX file, and check that the files of its weights are there.
-
-    Raises:
-        ModelError: If there is no such file, it is not an ONNX file or not a whole one, or its
-            weights lie outside its folder or are not there.
-    """
+    """Read the header of an ONNX file, and check that the files of its weights are there."""
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"no such model file: {file}")
@@ -75,15 +63,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if not ports:
         what = "truncated or damaged: it holds no graph" if looks_like_onnx else "not an ONNX file"
         raise ModelError(f"{file} is {what}")
-    return Header(properties, opset, _find_external(file, locations), frozenset(ports))
+    external = []
+    for location, end in sorted(locations.items()):
+        weights = find_weights(file, location)
+        if weights.stat().st_size < end:
+            raise ModelError(
+                f"{weights}, which holds weights of {file.name}, is truncated: it has "
+                f"{weights.stat().st_size} bytes, and {end} are needed"
+            )
+        external.append(weights)
+    return Header(properties, opset, tuple(external), frozenset(ports))
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file followed by the files of its weights in the order of names.
-
-    Raises:
-        ModelError: If the file cannot be read, as in `read_header`.
-    """
+    """Return the SHA-256 of a file followed by the files of its weights in the order of names."""
     summary = hashlib.sha256()
     for file in (Path(path), *read_header(path).external):
         with file.open("rb") as opened:
@@ -107,28 +100,25 @@ def _read_model(data: Data) -> tuple[dict[str, str], int, dict[str, int], set[st
     ports: set[str] = set()
     for number, value in _read_fields(data, (0, len(data))):
         if number == 7:  # graph
-            for inner, part in _read_fields(data, _as_span(value)):
+            for inner, part in _read_fields(data, value):
                 if inner == 5:  # initializer
-                    _note_external(data, _as_span(part), locations)
+                    _note_external(data, part, locations)
                 elif inner in (11, 12):  # input, output
-                    fields = dict(_read_fields(data, _as_span(part)))
-                    ports.add(_as_text(data, fields.get(1, (0, 0))))
+                    ports.add(_read_text(data, part, 1)[0])
         elif number == 8:  # opset_import
-            fields = dict(_read_fields(data, _as_span(value)))
-            domain, version = _as_text(data, fields.get(1, (0, 0))), fields.get(2, 0)
-            if domain == "":
+            version = dict(_read_fields(data, value)).get(2, 0)
+            if _read_text(data, value, 1) == [""]:  # the domain
                 opset = version if isinstance(version, int) else 0
-        elif number == 14:  # metadata_props
-            properties |= _read_entry(data, _as_span(value))
+        elif number == 14:  # metadata_props, each with a key and a value
+            key, text = _read_text(data, value, 1, 2)
+            properties[key] = text
     return properties, opset, locations, ports
 
 
-def _note_external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
+def _note_external(data: Data, tensor: int | Span, locations: dict[str, int]) -> None:
     """If the values of a TensorProto are in another file, add that file to `locations`."""
-    about: dict[str, str] = {}
-    for number, value in _read_fields(data, tensor):
-        if number == 13:  # external_data
-            about |= _read_entry(data, _as_span(value))
+    parts = [value for number, value in _read_fields(data, tensor) if number == 13]  # external_data
+    about = dict(_read_text(data, part, 1, 2) for part in parts)
     if "location" in about:
         offset_and_length = (about.get("offset", "0"), about.get("length", "0"))
         if not all(text.isdigit() for text in offset_and_length):
@@ -137,29 +127,33 @@ def _note_external(data: Data, tensor: Span, locations: dict[str, int]) -> None:
         locations[about["location"]] = max(locations.get(about["location"], 0), needed)
 
 
-def _read_entry(data: Data, span: Span) -> dict[str, str]:
-    """Read a StringStringEntryProto: a key and its value."""
-    pair = dict(_read_fields(data, span))
-    return {_as_text(data, pair.get(1, (0, 0))): _as_text(data, pair.get(2, (0, 0)))}
+def _read_text(data: Data, message: int | Span, *numbers: int) -> list[str]:
+    """Return the fields of a message with these numbers, which hold text; "" if they are absent."""
+    fields = dict(_read_fields(data, message))
+    spans = [fields.get(number, (0, 0)) for number in numbers]
+    try:
+        return [data[slice(*_as_span(span))].decode() for span in spans]
+    except UnicodeDecodeError as error:
+        raise _DamagedError from error
 
 
-def _read_fields(data: Data, span: Span) -> Iterator[tuple[int, int | Span]]:
+def _read_fields(data: Data, message: int | Span) -> Iterator[tuple[int, int | Span]]:
     """Yield the number and value of each field; a value is an integer, or where its bytes lie."""
-    at, end = span
+    at, end = _as_span(message)
     while at < end:
         key, at = _read_varint(data, at, end)
         number, kind = key >> 3, key & 7
         value: int | Span
         if kind == _VARINT:
             value, at = _read_varint(data, at, end)
-        elif kind in (_FIXED64, _FIXED32):
-            size = 8 if kind == _FIXED64 else 4
-            value, at = (at, at + size), at + size
-        elif kind == _BYTES:
-            size, at = _read_varint(data, at, end)
-            value, at = (at, at + size), at + size
         else:
-            raise _DamagedError
+            if kind == _BYTES:
+                size, at = _read_varint(data, at, end)
+            elif kind in _FIXED_SIZES:
+                size = _FIXED_SIZES[kind]
+            else:
+                raise _DamagedError
+            value, at = (at, at + size), at + size
         if at > end or number == 0:
             raise _DamagedError
         yield number, value
@@ -183,25 +177,3 @@ def _as_span(value: int | Span) -> Span:
     if isinstance(value, int):
         raise _DamagedError
     return value
-
-
-def _as_text(data: Data, value: int | Span) -> str:
-    start, end = _as_span(value)
-    try:
-        return data[start:end].decode()
-    except UnicodeDecodeError as error:
-        raise _DamagedError from error
-
-
-def _find_external(file: Path, locations: dict[str, int]) -> tuple[Path, ...]:
-    """Return the files of external weights, and refuse those that are missing or too short."""
-    found = []
-    for location, end in sorted(locations.items()):
-        weights = find_weights(file, location)
-        if weights.stat().st_size < end:
-            raise ModelError(
-                f"{weights}, which holds weights of {file.name}, is truncated: it has "
-                f"{weights.stat().st_size} bytes, and {end} are needed"
-            )
-        found.append(weights)
-    return tuple(found)

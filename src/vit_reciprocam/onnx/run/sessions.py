@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ _VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # OpenVINO's devices that stand
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(NamedTuple):
     """An input or output: its type, and its shape with None where that is dynamic."""
 
     dtype: np.dtype[Any]
@@ -38,24 +37,15 @@ class Port:
 
 @dataclass(frozen=True)
 class Session:
-    """A file loaded into a runtime.
+    """A file loaded into a runtime."""
 
-    Attributes:
-        backend: Runtime, one of `BACKENDS`.
-        device: Device that computes, by the runtime's name for it.
-        inputs: Name -> type and shape of each input.
-        outputs: Name -> type and shape of each output.
-        run_all: Function from the names of outputs, and a list of inputs by name, one for each run,
-            to a list of these outputs for each run.
-        streams: Number of runs that may overlap.
-    """
-
-    backend: str
-    device: str
+    backend: str  # one of `BACKENDS`
+    device: str  # the device that computes, by the runtime's name for it
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
+    # Names of outputs, and the inputs of each run -> these outputs of each run.
     run_all: Callable[[Sequence[str], Sequence[Feed]], list[list[np.ndarray]]]
-    streams: int = 1
+    streams: int = 1  # number of runs that may overlap
 
     def run(self, names: Sequence[str], batch: Feed) -> list[np.ndarray]:
         """Return outputs of a batch, each with the batch as its first axis.
@@ -125,12 +115,8 @@ def open_onnxruntime(
 ) -> Any:
     """Return an `onnxruntime.InferenceSession`; errors are ONNX Runtime's own.
 
-    Args:
-        model: An ONNX file, or the bytes of one.
-        provider: Name of the execution provider.
-        threads: Number of CPU threads inside one run; None leaves it to ONNX Runtime.
-        optimize: Whether nodes may be rearranged and fused. If not, each runs as it stands.
-        weights_folder: Folder of the external weights, if the model is given as bytes.
+    Without `optimize` no nodes are rearranged or fused. A model that is given as bytes needs the
+    folder of its external weights.
     """
     import onnxruntime
 
@@ -197,16 +183,9 @@ def _find_provider(device: str, available: Sequence[str]) -> str:
     )
 
 
-_DTYPES = {
-    "float": "float32",
-    "float16": "float16",
-    "double": "float64",
-    "int64": "int64",
-    "int32": "int32",
-    "uint8": "uint8",
-    "int8": "int8",
-    "bool": "bool",
-}
+# ONNX Runtime's names of types -> NumPy's
+_DTYPES = {"float": "float32", "double": "float64"}
+_DTYPES |= {name: name for name in ("float16", "int64", "int32", "uint8", "int8", "bool")}
 
 
 def _to_dtype(path: Path, name: str, type_name: str) -> np.dtype[Any]:
