@@ -56,7 +56,7 @@ def test_ways_through_a_graph():
     below = graph.nodes_between(["size"], ["y"])
     assert kinds(graph, below) == ["Mul", "Add"]
     assert graph.values_entering(below) == ["size", "positive"]
-    assert kinds(graph, graph.consumers["x"]) == ["Relu", "Abs"]
+    assert kinds(graph, graph.consumers("x")) == ["Relu", "Abs"]
     assert graph.producer("x") is None
     assert graph.producer("w") is None
 
@@ -90,7 +90,7 @@ def test_what_nodes_take_inside_of_them_is_seen():
     graph = with_a_branch()
     assert kinds(graph)[-1] == "If"  # although its input alone would let it run earlier
     assert kinds(graph, graph.nodes_above(["y"])) == kinds(graph)
-    assert kinds(graph, graph.consumers["size"]) == ["If"]
+    assert kinds(graph, graph.consumers("size")) == ["If"]
     assert "z" in graph.names
     x = np.array([-1, 2], np.float32)
     np.testing.assert_array_equal(graph.run({"x": x}, ["y"])["y"], [1, 2])

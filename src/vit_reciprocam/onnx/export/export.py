@@ -164,7 +164,9 @@ def export(
         inputs["targets"] = torch.zeros(_TRACED, 2, dtype=torch.int64)
         dynamic["targets"] = {0: _BATCH, 1: Dim("targets")}
     chunk = []
-    if split.direct_because:  # see `trace`: one chunk of masks, and the logits of all chunks
+    if (
+        split.direct_because
+    ):  # see `ModelWithMaps`: one chunk of masks, and the logits of all chunks
         count = cut.grid[0] * cut.grid[1]
         inputs["masks"] = torch.ones(chunk_size(count), split.prefix_tokens + count)  # (M, T)
         inputs["rows"] = torch.zeros(count, _TRACED, classes)  # (N, B, C)

@@ -81,6 +81,7 @@ def check_model(model: nn.Module) -> None:
     split_model(model)  # if it refuses, its reasons name the user's own model, not a copy
 
 
+@torch.no_grad()
 def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
     """Return the model in float32 on the CPU, as a copy unless it is that already.
 
@@ -97,23 +98,16 @@ def convert_to_float32(model: nn.Module, *, half: bool) -> nn.Module:
             f"the model cannot be copied, which float32 on the CPU needs ({error}): convert it "
             "with model.float().cpu() before"
         ) from error
-    if half:
-        _round_to_half(converted)
-    return converted
-
-
-@torch.no_grad()
-def _round_to_half(model: nn.Module) -> None:
-    """Round weight matrices to float16, in place; vectors, such as biases, stay as they are."""
-    for weight in model.parameters():
+    for weight in converted.parameters() if half else ():
         rounded = weight.half().float()
         if not rounded.isfinite().all():
             raise ModelError(
                 "weights of this model exceed float16, whose largest number is 65504: leave out "
                 "half"
             )
-        if weight.ndim > 1:
+        if weight.ndim > 1:  # vectors, such as biases, stay as they are
             weight.copy_(rounded)
+    return converted
 
 
 def all_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -1,9 +1,4 @@
-"""Join a PyTorch model and its explanation into one module, and trace it into an ONNX graph.
-
-The direct path needs a loop over the masks, which the exporter cannot trace through a user's
-modules. So the module takes one chunk of masks, and the result of all chunks as another input. In
-the traced graph `edit.loop_over_masks` connects the two by an ONNX Loop.
-"""
+"""Join a PyTorch model and its explanation into one module, and trace it into an ONNX graph."""
 
 from __future__ import annotations
 
@@ -31,8 +26,10 @@ __all__ = ["ModelWithMaps", "trace"]
 class ModelWithMaps(nn.Module):
     """A model that gives logits (B, C), saliency and scores (B, K, h, w), and classes (B, K).
 
-    On the direct path it also takes `masks`, one chunk of them (M, T), and `rows`, the logits of
-    all chunks (N, B, C), and has one more output: the logits of this chunk (M, B, C).
+    The exporter cannot trace a loop over the masks through a user's modules. So on the direct path
+    the module also takes `masks`, one chunk of them (M, T), and `rows`, the logits of all chunks
+    (N, B, C), and has one more output: the logits of this chunk (M, B, C). Afterwards
+    `edit.loop_over_masks` connects the two.
     """
 
     def __init__(self, model: nn.Module, masking: Masking, *, top: int | None, raw: bool) -> None:

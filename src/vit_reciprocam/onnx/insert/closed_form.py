@@ -46,11 +46,7 @@ def append_closed_form(
     assert attention is not None
     assert head is not None
     patches, prefix = reading.layout.grid[0] * reading.layout.grid[1], reading.layout.prefix
-    rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix)
-    masks = np.concatenate([np.ones((prefix, rows.shape[1])), rows]).astype(np.float32)
-    attend = _prepare_attention(
-        branch, graph, reading, attention, masks, class_token=masking.class_token, rounded=rounded
-    )
+    attend = _prepare_attention(branch, graph, reading, attention, masking, rounded)
     values: dict[str, str] = {}
     for token in sorted({read.token for read in head.reads.values()}):
         slots = branch.ints(*[token] * (prefix + patches))
@@ -83,9 +79,7 @@ def _prepare_attention(
     graph: Graph,
     reading: Reading,
     attention: SelfAttention,
-    masks: np.ndarray,
-    *,
-    class_token: bool,
+    masking: Masking,
     rounded: bool,
 ) -> Callable[[int], str]:
     """Append what the attentions of all readout tokens share, in float32: operands and masks M.
@@ -95,6 +89,9 @@ def _prepare_attention(
     """
     normed, heads, scale = reading.normed, attention.heads, np.float32(attention.scale)
     query_0, key_0, value_0, affine = _read_level_0(graph, reading, attention)
+    prefix = reading.layout.prefix
+    rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix)
+    masks = np.concatenate([np.ones((prefix, rows.shape[1])), rows]).astype(np.float32)
     mask = branch.floats(masks)
     names = {operand.name: operand.name for operand in attention.operands}
     if rounded:
@@ -119,7 +116,7 @@ def _prepare_attention(
         keys = {level: branch.op("Sub", key, columns_0) for level, key in keys.items()}
 
     def attend(token: int) -> str:
-        if class_token:
+        if masking.class_token:
             ends = (branch.ints(token), branch.ints(token + 1), branch.ints(2))
             row = branch.op("Mul", branch.op("Slice", query, *ends), branch.floats(scale))
         else:  # the readout token is masked too: its query is that at level 0 for every image

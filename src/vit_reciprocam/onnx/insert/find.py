@@ -126,7 +126,7 @@ def _read_node(graph: Graph, number: int) -> FoundAttention | None:
         return None
     weights, products = [node.output[0]], set()
     for name in weights:  # each cast and guard adds its output to the list
-        for consumer in graph.consumers.get(name, []):
+        for consumer in graph.consumers(name):
             after = graph.nodes[consumer]
             if after.op_type in _PRODUCTS:
                 products.add(consumer)

@@ -121,14 +121,9 @@ class Graph:
                 graphs += subgraphs(node)
         return found
 
-    @functools.cached_property
-    def consumers(self) -> dict[str, list[int]]:
-        """Value -> the numbers of the nodes that use it."""
-        consumers: dict[str, list[int]] = {}
-        for number, used in enumerate(self._used):
-            for name in dict.fromkeys(used):
-                consumers.setdefault(name, []).append(number)
-        return consumers
+    def consumers(self, name: str) -> list[int]:
+        """Return the numbers of the nodes that use a value."""
+        return [number for number, used in enumerate(self._used) if name in used]
 
     def producer(self, name: str) -> onnx.NodeProto | None:
         """Return the node that computes a value; None for inputs and initializers."""

@@ -1,9 +1,4 @@
-"""Insert an explanation into an ONNX file of any origin, without PyTorch and without changing it.
-
-The file keeps its nodes and outputs; a branch beside them computes scores and maps. Before the
-result is written, its outputs are compared with the file's own, and its scores with those of the
-file's own nodes run on masked F, one mask after the other.
-"""
+"""Insert an explanation into an ONNX file of any origin; all that it holds stays as it is."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Find the token axes and the patch grid of F, and check that its tokens lie row by row.
-
-Axes and grid follow from shapes. The order of the tokens does not, so it is tested: patches of a
-picture are changed one by one, and each has to change its own token most.
-"""
+"""Find the token axes and the patch grid of F, and check that its tokens lie row by row."""
 
 from __future__ import annotations
 

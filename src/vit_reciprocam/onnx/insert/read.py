@@ -1,8 +1,7 @@
 """Read an ONNX graph as a Vision Transformer: find F, the patch grid, and what the head reads.
 
-Exporters and optimizers write the same model in many ways. So only what cannot vary is read from
-the graph's structure: the last attention, and the value that its queries, keys and values come
-from. The rest is found by running pieces of the graph with changed inputs.
+Exporters and optimizers write the same model in many ways. So only the last attention and what its
+queries, keys and values come from are read from the structure of the graph.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """Read facts about an ONNX file without the package onnx, with a small protobuf reader.
 
-An ONNX file is one protobuf message. The package onnx is a large dependency, and would read all of
-the file, weights included. The core, which only runs explained files, does without it: it reads the
-metadata, the opset, the names of inputs and outputs, and where external weights lie. Everything
-else is skipped, so that a file of gigabytes takes a few milliseconds. A damaged file is told apart
-from one that is not an ONNX file.
+docs/decisions/0002 says why. Weights are skipped, so that a file of gigabytes takes a few
+milliseconds. A damaged file is told apart from one that is not an ONNX file.
 
-A message is a sequence of fields. Each begins with an integer that holds the number of the field
-and how its value is stored: as an integer of variable length ("varint"), in 4 or 8 bytes, or as a
-length followed by that many bytes, which are text or another message
+An ONNX file is one protobuf message, a sequence of fields. Each begins with an integer that holds
+the number of the field and how its value is stored: as an integer of variable length ("varint"), in
+4 or 8 bytes, or as a length followed by that many bytes, which are text or another message
 (https://protobuf.dev/programming-guides/encoding). The numbers of the fields are in onnx.proto.
 """
 
