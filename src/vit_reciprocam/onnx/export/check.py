@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,7 @@ def compare(file: Path, model: nn.Module, metadata: Metadata, shape: tuple[int, 
     than 1e-4, or the file cannot be run, the file is refused.
     """
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    masking = metadata.masking
-    explainer = ReciproCAM(
-        model, kernel=masking.kernel, class_token=masking.class_token, layer=masking.layer
-    )
-    expected = explainer(images, "all")
+    expected = ReciproCAM(model, **dataclasses.asdict(metadata.masking))(images, "all")
     classes = expected.logits.shape[1]
     feeds: dict[str, np.ndarray] = {"images": images.numpy()}
     if metadata.targets == "input":

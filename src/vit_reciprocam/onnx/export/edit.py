@@ -154,13 +154,8 @@ def store_as_half(model: ir.Model) -> None:
             narrow = wide.astype(np.float16)
         if not np.array_equal(narrow.astype(np.float32), wide):
             continue
-        cast = ir.Node(
-            "",
-            "Cast",
-            [_add_constant(graph, f"{name}_half", narrow)],
-            {"to": ir.AttrInt64("to", ir.DataType.FLOAT)},
-            name=f"{name}_widened",
-        )
+        half = _add_constant(graph, f"{name}_half", narrow)
+        cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_widened")
         cast.outputs[0].name = f"{name}_float"
         cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])

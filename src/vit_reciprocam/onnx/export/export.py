@@ -17,23 +17,8 @@ from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.onnx.contract import Metadata, check_classes, check_file_targets
+from vit_reciprocam.onnx.export import edit, prepare
 from vit_reciprocam.onnx.export.check import compare
-from vit_reciprocam.onnx.export.edit import (
-    chunk_size,
-    loop_over_masks,
-    save,
-    store_as_half,
-    strip_notes,
-)
-from vit_reciprocam.onnx.export.prepare import (
-    all_tensors,
-    check_model,
-    choose_size,
-    convert_to_float32,
-    cut_example,
-    find_second_size,
-    unpack_classifier,
-)
 from vit_reciprocam.onnx.export.trace import ModelWithMaps, trace
 from vit_reciprocam.onnx.files import check_output, write_then_move
 from vit_reciprocam.pictures.preprocess import Preprocess
@@ -131,7 +116,9 @@ def export(
         ModelError: If the model is not supported or cannot be written, with the reason, or if the
             file's results differ from PyTorch's. No file is left then.
     """
-    model, class_names, preprocess, name = unpack_classifier(model, class_names, preprocess, name)
+    model, class_names, preprocess, name = prepare.unpack_classifier(
+        model, class_names, preprocess, name
+    )
     masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
     top = check_file_targets(targets)
     path = check_output(path)
@@ -141,13 +128,13 @@ def export(
             f"opset must be between {_LEAST_OPSET}, the first with LayerNormalization, and "
             f"{newest}, the newest of the installed onnx; got {opset!r}"
         )
-    preprocess, size = choose_size(preprocess, size)
-    check_model(model)
-    converted = convert_to_float32(model, half=half)
+    preprocess, size = prepare.choose_size(preprocess, size)
+    prepare.check_model(model)
+    converted = prepare.convert_to_float32(model, half=half)
     split = split_model(converted, pool=layer == "pool")
-    cut, classes = cut_example(split, size)
+    cut, classes = prepare.cut_example(split, size)
     patch = size[0] // cut.grid[0], size[1] // cut.grid[1]
-    sizes = [size, find_second_size(split, size, patch)] if dynamic_size else [size]
+    sizes = [size, prepare.find_second_size(split, size, patch)] if dynamic_size else [size]
     check_classes(classes, class_names, top)
 
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
@@ -168,18 +155,18 @@ def export(
         split.direct_because
     ):  # see `ModelWithMaps`: one chunk of masks, and the logits of all chunks
         count = cut.grid[0] * cut.grid[1]
-        inputs["masks"] = torch.ones(chunk_size(count), split.prefix_tokens + count)  # (M, T)
+        inputs["masks"] = torch.ones(edit.chunk_size(count), split.prefix_tokens + count)  # (M, T)
         inputs["rows"] = torch.zeros(count, _TRACED, classes)  # (N, B, C)
         dynamic["rows"] = {1: _BATCH}
         chunk = ["chunk"]
     graph = trace(module, inputs, outputs=[*outputs, *chunk], dynamic=dynamic, opset=opset)
     if split.direct_because:
-        loop_over_masks(
+        edit.loop_over_masks(
             graph, cut.grid, masking, prefix_tokens=split.prefix_tokens, classes=classes
         )
-    strip_notes(graph)
+    edit.strip_notes(graph)
     if half:
-        store_as_half(graph)
+        edit.store_as_half(graph)
     metadata = Metadata(
         name=name,
         masking=masking,
@@ -191,10 +178,10 @@ def export(
     )
     graph.metadata_props.update(metadata.to_properties())
     if external_data is None:
-        numbers = sum(tensor.numel() for tensor in all_tensors(converted))
+        numbers = sum(tensor.numel() for tensor in prepare.all_tensors(converted))
         external_data = 4 * numbers > _LARGE
     with write_then_move(path) as file:
-        save(graph, file, external_data=external_data)
+        edit.save(graph, file, external_data=external_data)
         difference = _compare_at(sizes, file, converted, metadata)
     files = (path, path.with_name(f"{path.name}.data")) if external_data else (path,)
     return ExportedFile(

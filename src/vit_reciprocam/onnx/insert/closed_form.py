@@ -213,10 +213,9 @@ def _split_heads(
 def _join_heads(branch: Branch, value: str, reading: Reading, output: AttentionTensor) -> str:
     """Append a value (B, h, T, d) float32 in the layout and type of the attention's output."""
     axes, original = output.axes, reading.values[output.name]
-    if axes[0] == "bh":
-        value = branch.op("Reshape", value, branch.ints(-1, *original.shape[1:]))
-    elif axes[-1] == "hd":
+    if axes[-1] == "hd":
         value = branch.op("Transpose", value, perm=[0, 2, 1, 3])
+    if len(axes) == 3:
         value = branch.op("Reshape", value, branch.ints(-1, *original.shape[1:]))
     if original.dtype != np.float32:
         value = branch.op("Cast", value, to=helper.np_dtype_to_tensor_dtype(original.dtype))

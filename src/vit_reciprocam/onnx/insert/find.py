@@ -15,6 +15,7 @@ from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.graph import Graph
 
 __all__ = [
+    "CONVOLUTIONS",
     "FUSED",
     "FoundAttention",
     "find_attention",
@@ -30,33 +31,17 @@ __all__ = [
 _KEEP = frozenset({"Cast", "Relu", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 # Nodes that put 0 in place of the NaN that softmax gives for rows that are masked as a whole.
 _GUARDS = frozenset({"IsNaN", "Where"})
+_RESHAPES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand"})
+_PICKS = frozenset({"Slice", "Split", "Gather"})
 # Nodes that only rearrange numbers, on the way from a value to its projections and their heads.
-_VIEWS = _KEEP | {
-    "DynamicQuantizeLinear",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Slice",
-    "Split",
-    "Gather",
-    "Expand",
-}
+_VIEWS = _KEEP | _RESHAPES | _PICKS | {"DynamicQuantizeLinear"}
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul", "QLinearMatMul"})
-_PROJECTIONS = _PRODUCTS | {
-    "Gemm",
-    "FusedGemm",
-    "Conv",
-    "FusedConv",
-    "MatMulInteger",
-    "QGemm",
-    "QLinearConv",
-    "ConvInteger",
-    "MatMulNBits",
-    "DynamicQuantizeMatMul",
-    "MatMulIntegerToFloat",
-}
+_PRODUCTS_OF_INTEGERS = frozenset(
+    {"MatMulInteger", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+)
+_SUMS_OF_PRODUCTS = frozenset({"Gemm", "FusedGemm", "QGemm"})
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
+_PROJECTIONS = _PRODUCTS | _PRODUCTS_OF_INTEGERS | _SUMS_OF_PRODUCTS | CONVOLUTIONS
 # ReduceMean stands for a LayerNorm that was written as single operators, before opset 17.
 _NORMS = frozenset(
     {

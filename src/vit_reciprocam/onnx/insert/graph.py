@@ -186,11 +186,6 @@ class Graph:
         self, given: Mapping[str, np.ndarray], wanted: Sequence[str]
     ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
         """Return what `run` does as a function, to call with other values of the same shapes."""
-        run = open_unoptimized(self._cut_out(given, wanted), self.folder)
-        return lambda given: dict(zip(wanted, run(given).values(), strict=True))
-
-    def _cut_out(self, given: Mapping[str, np.ndarray], wanted: Sequence[str]) -> onnx.ModelProto:
-        """Return the nodes from some values to others as a model of their own."""
         numbers = self.nodes_above(wanted, until=given)
         used = {name for number in numbers for name in self._used[number]} | set(wanted)
         inputs = [
@@ -211,7 +206,8 @@ class Graph:
         )
         model = helper.make_model(graph, opset_imports=self.model.opset_import)
         model.ir_version = max(self.model.ir_version, 4)  # 3 wants weights among the inputs
-        return model
+        run = open_unoptimized(model, self.folder)
+        return lambda given: dict(zip(wanted, run(given).values(), strict=True))
 
     def describe(self, name: str) -> str:
         """Return how messages name the node that computes a value."""

@@ -12,12 +12,11 @@ from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.files import check_output
-from vit_reciprocam.onnx.insert.branch import PREFIX, Branch
+from vit_reciprocam.onnx.insert.branch import PREFIX, Branch, append_direct, append_outputs
 from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
 from vit_reciprocam.onnx.insert.files import find_opset, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph, remove_rounding
-from vit_reciprocam.onnx.insert.outputs import append_direct, append_outputs
 from vit_reciprocam.onnx.insert.read import Reading, read
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions

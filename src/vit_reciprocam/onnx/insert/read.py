@@ -16,6 +16,7 @@ from vit_reciprocam.core.masks import Masking, mask_matrix
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.attention import SelfAttention, read_attention
 from vit_reciprocam.onnx.insert.find import (
+    CONVOLUTIONS,
     FoundAttention,
     find_attention,
     find_normed,
@@ -28,7 +29,6 @@ from vit_reciprocam.onnx.insert.layout import Layout, check_layout, find_layout
 
 __all__ = ["Reading", "read"]
 
-_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
@@ -84,7 +84,7 @@ def read(
     wanted = [normed, logits, *graph.values_entering(below)]
     wanted += [name for number in below for name in graph.nodes[number].output if name]
     above = [graph.nodes[number] for number in graph.nodes_above([normed])]
-    outputs = [node.output[0] for node in above if node.op_type in _CONVOLUTIONS]
+    outputs = [node.output[0] for node in above if node.op_type in CONVOLUTIONS]
     convolutions = [name for name in outputs if name in graph.image_values]
     pictures, values = _run_once(graph, images, size, [*dict.fromkeys(wanted + convolutions)])
     is_softmax = _check_logits(graph, logits, values[logits], len(pictures))

@@ -113,8 +113,6 @@ class OnnxExplainer:
                 "PyTorch model, for example --model timm:NAME"
             )
 
-    # --- running --------------------------------------------------------------------------
-
     @property
     def model(self) -> OnnxExplainer:
         """This object: an explained file is a model that explains itself."""
@@ -145,21 +143,9 @@ class OnnxExplainer:
         batch = self.batch(images)
         run = self._run_for if self.metadata.targets == "input" else self._run_and_pick
         logits, scores, chosen = run(batch, targets)
-        return Explanation(
-            scores=scores.astype(np.float32, copy=False),
-            logits=logits,
-            probs=softmax(logits),
-            targets=chosen,
-            path=self.metadata.path,
-            settings=self._describe(
-                "reciprocam", dataclasses.asdict(self.metadata.masking) | {"score": "probability"}
-            ),
-        )
-
-    def _describe(self, method: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings that an `Explanation` holds."""
-        first = {"method": method, "model": self.metadata.name}
-        return first | settings | {"backend": self.session.backend}
+        settings = dataclasses.asdict(self.metadata.masking) | {"score": "probability"}
+        scores = scores.astype(np.float32, copy=False)
+        return self._explanation("reciprocam", settings, scores, logits, chosen)
 
     def _explain_by_null(
         self,
@@ -172,23 +158,31 @@ class OnnxExplainer:
         batch = self.batch(images)
         logits = self.predict(batch)
         chosen = resolve_targets(targets, logits)
-        maps = null_maps(method, batch.images, self._grid(batch.images), **settings)
+        rows, columns = self.session.outputs["scores"].shape[2:]
+        if rows is None or columns is None:  # the graph leaves the grid open
+            rows, columns = self(batch.images[:1]).scores.shape[2:]
+        maps = null_maps(method, batch.images, (rows, columns), **settings)
+        scores = np.repeat(maps[:, None], chosen.shape[1], axis=1)
+        return self._explanation(method, settings, scores, logits, chosen)
+
+    def _explanation(
+        self,
+        method: str,
+        settings: dict[str, Any],
+        scores: np.ndarray,
+        logits: np.ndarray,
+        targets: np.ndarray,
+    ) -> Explanation:
+        about = {"method": method, "model": self.metadata.name}
         return Explanation(
-            scores=np.repeat(maps[:, None], chosen.shape[1], axis=1),
-            scores_are_maps=True,
+            scores=scores,
+            scores_are_maps=method != "reciprocam",
             logits=logits,
             probs=softmax(logits),
-            targets=chosen,
-            path="",
-            settings=self._describe(method, settings),
+            targets=targets,
+            path=self.metadata.path if method == "reciprocam" else "",
+            settings=about | settings | {"backend": self.session.backend},
         )
-
-    def _grid(self, images: np.ndarray) -> tuple[int, int]:
-        """Return the patch grid; if the graph leaves it open, run the first image to find it."""
-        rows, columns = self.session.outputs["scores"].shape[2:]
-        if rows is None or columns is None:
-            rows, columns = self(images[:1]).scores.shape[2:]
-        return rows, columns
 
     def _run_for(self, batch: Batch, targets: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return logits, scores and targets of a file with an input for targets."""
@@ -234,8 +228,6 @@ class OnnxExplainer:
         if not self.metadata.probabilities:
             return values
         return np.log(np.maximum(values, np.finfo(np.float32).tiny))
-
-    # --- checks ---------------------------------------------------------------------------
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
         """Return images in the dtype of the graph, if they fit it."""

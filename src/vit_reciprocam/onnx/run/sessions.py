@@ -25,6 +25,9 @@ BACKENDS = ("onnxruntime", "openvino")
 Feed = Mapping[str, np.ndarray]  # inputs by name
 
 _VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")  # OpenVINO's devices that stand for others
+# ONNX Runtime's names of types -> NumPy's
+_DTYPES = {"float": "float32", "double": "float64"}
+_DTYPES |= {name: name for name in ("float16", "int64", "int32", "uint8", "int8", "bool")}
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -159,13 +162,17 @@ def _open_in_onnxruntime(path: Path, opset: int, device: str, threads: int | Non
             raise ModelError(f"{path} failed in ONNX Runtime: {_one_line(error)}") from error
 
     def ports(nodes: Any) -> dict[str, Port]:
-        return {
-            node.name: Port(
-                _to_dtype(path, node.name, node.type),
-                tuple(side if isinstance(side, int) else None for side in node.shape),
-            )
-            for node in nodes
-        }
+        found = {}
+        for node in nodes:
+            kind = node.type.removeprefix("tensor(").removesuffix(")")
+            if kind not in _DTYPES:
+                raise ModelError(
+                    f"{path}: {node.name!r} is {node.type}, and only tensors of NumPy's types can "
+                    "be read"
+                )
+            shape = tuple(side if isinstance(side, int) else None for side in node.shape)
+            found[node.name] = Port(np.dtype(_DTYPES[kind]), shape)
+        return found
 
     inputs, outputs = ports(session.get_inputs()), ports(session.get_outputs())
     return Session("onnxruntime", provider, inputs, outputs, run_all)
@@ -181,21 +188,6 @@ def _find_provider(device: str, available: Sequence[str]) -> str:
         f"ONNX Runtime has no {device!r} here; available: {', '.join(available)}. Others come with "
         "other builds of it, such as the package onnxruntime-gpu"
     )
-
-
-# ONNX Runtime's names of types -> NumPy's
-_DTYPES = {"float": "float32", "double": "float64"}
-_DTYPES |= {name: name for name in ("float16", "int64", "int32", "uint8", "int8", "bool")}
-
-
-def _to_dtype(path: Path, name: str, type_name: str) -> np.dtype[Any]:
-    """Return the NumPy type for ONNX Runtime's name of a type, such as "tensor(float)"."""
-    kind = re.fullmatch(r"tensor\((\w+)\)", type_name)
-    if kind is None or kind[1] not in _DTYPES:
-        raise ModelError(
-            f"{path}: {name!r} is {type_name}, and only tensors of NumPy's types can be read"
-        )
-    return np.dtype(_DTYPES[kind[1]])
 
 
 def _open_in_openvino(
