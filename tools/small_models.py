@@ -23,10 +23,10 @@ from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.building import PROMPTS, NoValues, with_prompts
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.listing import architectures
-from vit_reciprocam.libraries.open_clip import listing as open_clip_listing
+from vit_reciprocam.libraries.open_clip import load as open_clip_load
 from vit_reciprocam.libraries.timm.families import FAMILIES as HIERARCHICAL
-from vit_reciprocam.libraries.torchvision import listing as torchvision_listing
-from vit_reciprocam.libraries.transformers import listing as transformers_listing
+from vit_reciprocam.libraries.torchvision import load as torchvision_load
+from vit_reciprocam.libraries.transformers import load as transformers_load
 
 __all__ = ["Candidate", "find_candidates"]
 
@@ -204,7 +204,7 @@ def _first_that_builds(name: str, options: Any, tries: Sequence[dict[str, Any]])
 
 
 def _whole_torchvision(name: str) -> Built:
-    model: Any = torchvision_listing.build(name, num_classes=CLASSES)
+    model: Any = torchvision_load.build(name, num_classes=CLASSES)
     size = getattr(model, "image_size", 224)
     return model, torch.empty(1, 3, size, size, device="meta")
 
@@ -225,7 +225,7 @@ def _small_torchvision(name: str) -> Built:
 
 
 def _whole_open_clip(name: str) -> Built:
-    model: Any = open_clip_listing.build(name)
+    model: Any = open_clip_load.build(name)
     return model, torch.empty(1, 3, *_pair(model.tower.image_size), device="meta")
 
 
@@ -235,10 +235,10 @@ def _small_open_clip(name: str) -> Built:
     vision = config["vision_cfg"]
     if "timm_model_name" not in vision:
         size = 4 * vision["patch_size"]
-        tower = open_clip_listing.build_tower(config, layers=2, image_size=size)
+        tower = open_clip_load.build_tower(config, layers=2, image_size=size)
         return with_prompts(tower, config["embed_dim"]), _noise(3, size, size)
     with torch.device("meta"):
-        tower = open_clip_listing.build_tower(config)
+        tower = open_clip_load.build_tower(config)
     classes, pool = tower.trunk.num_classes, tower.trunk.global_pool
     tower.trunk, images = _small_timm(
         vision["timm_model_name"], num_classes=classes, global_pool=pool
@@ -316,7 +316,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 def _build_transformers(name: str, config: dict[str, Any]) -> tuple[nn.Module, tuple[int, int]]:
     """Build a model of a class with a configuration; return it and its image size."""
-    model: Any = transformers_listing.build(name, num_labels=CLASSES, **config)
+    model: Any = transformers_load.build(name, num_labels=CLASSES, **config)
     sizes = model.config if hasattr(model, "config") else model.tower.vision.config
     return model, _pair(getattr(sizes, "vision_config", sizes).image_size)
 

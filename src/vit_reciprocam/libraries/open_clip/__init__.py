@@ -12,6 +12,6 @@ LIBRARY = Library(
     split=import_on_call(f"{__name__}.split:split"),
     split_tower=import_on_call(f"{__name__}.split:split_tower"),
     load=import_on_call(f"{__name__}.load:load_open_clip"),
-    listing=import_on_call(f"{__name__}.listing:architectures"),
+    listing=import_on_call(f"{__name__}.load:architectures"),
     takes_prompts=True,
 )

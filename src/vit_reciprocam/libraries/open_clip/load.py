@@ -1,32 +1,35 @@
-"""Load open_clip's models by name, with their preprocessing, and prompts as classes."""
+"""Load open_clip's models by name, with prompts as classes, and list them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import _build_vision_tower
+from torch import nn
 
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
-from vit_reciprocam.libraries.common.downloading import (
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
+from vit_reciprocam.libraries.common.loading import (
+    RANDOM,
     first_sentence,
     no_such_model,
     not_fetched,
     quiet,
 )
-from vit_reciprocam.libraries.common.weights import RANDOM
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
-from vit_reciprocam.libraries.open_clip.listing import build_tower
 from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["load_open_clip"]
+__all__ = ["architectures", "build", "build_tower", "load_open_clip"]
 
 
 def load_open_clip(
@@ -37,17 +40,11 @@ def load_open_clip(
     templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
 ) -> tuple[ZeroShot, Preprocess, tuple[str, ...]]:
-    """Load an open_clip model with prompts as classes, its preprocessing, and the prompts as names.
+    """Load an open_clip model, with options for `create_model`, such as `force_image_size=336`.
 
-    Args:
-        name: "NAME/TAG": NAME is the model's name in `open_clip.create_model`, and TAG names
-            published weights. With local weights, the tag tells how they were trained: with
-            which preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has
-            no tag, because its weights come from there.
-        weights: A local file, "random", or None for the published weights.
-        prompts: One text per class, see `zero_shot`.
-        templates: Sentences with a place {} for the prompt, see `zero_shot`.
-        options: Keyword arguments for `open_clip.create_model`, such as `force_image_size=336`.
+    The name is "NAME/TAG". With local weights, the tag tells how they were trained: with which
+    preprocessing and activation. A name with a prefix, "hf-hub:" or "local-dir:", has no tag,
+    because its weights come from there.
     """
     if prompts is None:
         raise InputError(
@@ -169,3 +166,25 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
 def _expand(value: Any, count: int) -> tuple[Any, ...]:
     """Return the values of a list as they are, and a single value `count` times."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * count
+
+
+def architectures() -> Iterator[Architecture]:
+    """Yield every model."""
+    for name in open_clip.list_models():
+        yield Architecture(f"open_clip:{name}", functools.partial(build, name))
+
+
+def build(name: str) -> nn.Module:
+    """Return a model's image tower on the meta device, with random prompts as classes."""
+    config: Any = open_clip.get_model_config(name)
+    with torch.device("meta"), NoValues():
+        return with_prompts(build_tower(config), config["embed_dim"])
+
+
+def build_tower(config: Any, **changes: Any) -> Any:
+    """Build the image tower of a configuration, with changes to its "vision_cfg"."""
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False, **changes}
+    tower = _build_vision_tower(config["embed_dim"], vision)
+    if getattr(tower, "output_tokens", False):
+        tower.output_tokens = False
+    return tower

@@ -1,8 +1,11 @@
-"""Load timm's models by name, with their preprocessing and class names."""
+"""Load timm's models by name, with their preprocessing and class names, and list them."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +14,30 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from torch import Tensor, nn
 
 from vit_reciprocam.errors import ModelError, WeightsError
-from vit_reciprocam.libraries.common.downloading import (
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
+from vit_reciprocam.libraries.common.loading import (
+    RANDOM,
     first_sentence,
     no_such_model,
     not_fetched,
     quiet,
+    read_weights,
 )
-from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
+from vit_reciprocam.libraries.timm.families import FAMILIES
 from vit_reciprocam.libraries.timm.split import split
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["load_timm", "outline"]
+__all__ = ["architectures", "load_timm"]
 
 
 def load_timm(
     name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """Load a timm model in evaluation mode, its preprocessing, and its class names if known.
-
-    Args:
-        name: The model's name, as `timm.create_model` takes it.
-        weights: A local file, "random", or None for the published weights.
-        options: Keyword arguments for `timm.create_model`, such as `img_size=384`.
-    """
+    """Load a timm model, with options for `timm.create_model`, such as `img_size=384`."""
     if not timm.is_model(name):
         raise no_such_model(timm, name, timm.list_models())
     if weights == RANDOM:
-        split(outline(name, options))
+        split(_outline(name, options))
         model: nn.Module = timm.create_model(name, **options)
     elif weights is not None:
         model = _create_from_file(name, Path(weights), options)
@@ -46,18 +46,19 @@ def load_timm(
     return model.eval(), _preprocess(model), _class_names(model)
 
 
-def outline(name: str, options: dict[str, Any]) -> nn.Module:
+def _outline(name: str, options: dict[str, Any]) -> nn.Module:
     """Create a model on the meta device, without weights or memory, to look at its structure."""
     try:
-        model: nn.Module = timm.create_model(name, **options, device="meta")
+        with NoValues():
+            model: nn.Module = timm.create_model(name, **options, device="meta")
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ModelError(f"timm cannot create {name!r} with options {options}: {error}") from error
-    return model
+    return model.eval()
 
 
 def _download(name: str, options: dict[str, Any]) -> nn.Module:
     """Create a model with its published weights; refuse one that cannot be explained."""
-    split(outline(name, options))  # refuse what cannot be explained before fetching it
+    split(_outline(name, options))  # refuse what cannot be explained before fetching it
     if not timm.is_model_pretrained(name):
         raise ModelError(f"timm has no published weights for {name!r}: pass a file with weights=")
     try:
@@ -75,13 +76,13 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
 def _create_from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     """Create a model with the weights and the number of classes of a file."""
     state = read_weights(path)
-    published: Any = outline(name, options)
+    published: Any = _outline(name, options)
     classifier = published.pretrained_cfg.get("classifier")
     first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
     head = state.get(f"{first}.weight")
     if "num_classes" not in options and head is not None and head.ndim:
         options = {**options, "num_classes": len(head)}  # fine-tuned for other classes
-    split(outline(name, options))
+    split(_outline(name, options))
     model: nn.Module = timm.create_model(name, **options)
     have, want = set(state), set(model.state_dict())
     # the position embedding for another image size has another shape, and is resampled
@@ -146,3 +147,18 @@ def _class_names(model: nn.Module) -> tuple[str, ...] | None:
         return None
     info = ImageNetInfo(subset)
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+
+
+def architectures() -> Iterator[Architecture]:
+    """Yield every model, module by module."""
+    for module in timm.list_modules():
+        listed = _is_listed(module)
+        for name in timm.list_models(module=module):
+            yield Architecture(f"timm:{name}", functools.partial(_outline, name, {}), listed=listed)
+
+
+def _is_listed(module: str) -> bool:
+    """Return whether a module of timm is named as a transformer or uses a supported class."""
+    supported = {*FAMILIES, "VisionTransformer", "Beit", "Cait", "Eva"}
+    held = vars(importlib.import_module(f"timm.models.{module}"))
+    return is_named_transformer(module) or not supported.isdisjoint(held)

@@ -11,6 +11,6 @@ LIBRARY = Library(
     extra="torch",
     split=import_on_call(f"{__name__}.split:split"),
     load=import_on_call(f"{__name__}.load:load_torchvision"),
-    listing=import_on_call(f"{__name__}.listing:architectures"),
+    listing=import_on_call(f"{__name__}.load:architectures"),
     encoder=import_on_call(f"{__name__}.encoder:encoder"),
 )

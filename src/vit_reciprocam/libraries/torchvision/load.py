@@ -1,10 +1,12 @@
-"""Load torchvision's models by name, with their preprocessing and class names."""
+"""Load torchvision's models by name, with their preprocessing and class names, and list them."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ from torchvision.models import get_model, get_model_builder, get_model_weights, 
 from torchvision.transforms._presets import ImageClassification
 
 from vit_reciprocam.errors import ModelError, WeightsError
-from vit_reciprocam.libraries.common.downloading import no_such_model, not_fetched
-from vit_reciprocam.libraries.common.weights import RANDOM, read_weights
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
+from vit_reciprocam.libraries.common.loading import (
+    RANDOM,
+    no_such_model,
+    not_fetched,
+    read_weights,
+)
 from vit_reciprocam.libraries.torchvision.split import split, unsupported
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["load_torchvision"]
+__all__ = ["architectures", "build", "load_torchvision"]
 
 _FAMILIES = ("torchvision.models.vision_transformer", "torchvision.models.swin_transformer")
 
@@ -28,15 +35,11 @@ _FAMILIES = ("torchvision.models.vision_transformer", "torchvision.models.swin_t
 def load_torchvision(
     name: str, *, weights: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """Load a torchvision model in evaluation mode, its preprocessing, and its class names if known.
+    """Load a torchvision model, with options for its builder, such as `image_size=384`.
 
-    Args:
-        name: The model's name, as `torchvision.models.get_model` takes it.
-        weights: A local file, "random", the name of published weights such as
-            "IMAGENET1K_SWAG_E2E_V1", or None for the default published weights. A local file under
-            its published name gets the preprocessing of those weights, any other file that of the
-            default ones.
-        options: Keyword arguments for torchvision's builder, such as `image_size=384`.
+    `weights` may also be the name of published ones, such as "IMAGENET1K_SWAG_E2E_V1". A file under
+    the name by which it is published gets the preprocessing of those weights, any other file that
+    of the default ones.
     """
     if name not in list_models():
         raise no_such_model(torchvision, name, list_models())
@@ -75,7 +78,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
 
 def _outline(name: str, options: dict[str, Any]) -> Any:
     """Create a model on the meta device, without memory; refuse it if it cannot be explained."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoValues():
         model = _create(name, options)
     split(model)
     return model
@@ -141,3 +144,21 @@ def _preprocess(transform: Any, image_size: int | None) -> Preprocess:
         mean=tuple(transform.mean),
         std=tuple(transform.std),
     )
+
+
+def architectures() -> Iterator[Architecture]:
+    """Yield every model that classifies images or is named as a transformer."""
+    classify = list_models(module=torchvision.models)
+    for name in list_models():
+        listed = is_named_transformer(get_model_builder(name).__module__)
+        if listed or name in classify:
+            yield Architecture(f"torchvision:{name}", functools.partial(build, name), listed=listed)
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Build a transformer on the meta device; refuse others, since some of them need memory."""
+    if not is_named_transformer(get_model_builder(name).__module__):
+        raise unsupported(name)
+    with torch.device("meta"), NoValues():
+        model: nn.Module = get_model(name, **options)
+    return model.eval()

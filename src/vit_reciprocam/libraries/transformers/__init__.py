@@ -12,7 +12,7 @@ LIBRARY = Library(
     split=import_on_call(f"{__name__}.split:split"),
     split_tower=import_on_call(f"{__name__}.split:split_tower"),
     load=import_on_call(f"{__name__}.load:load_transformers"),
-    listing=import_on_call(f"{__name__}.listing:architectures"),
+    listing=import_on_call(f"{__name__}.load:architectures"),
     encoder=import_on_call(f"{__name__}.encoder:encoder"),
     takes_prompts=True,
 )

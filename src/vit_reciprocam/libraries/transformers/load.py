@@ -1,10 +1,11 @@
-"""Load transformers' models from the hub or a folder, with preprocessing and class names."""
+"""Load transformers' models from the hub or a folder, and list their classes."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
 
 from vit_reciprocam.errors import InputError, ModelError, WeightsError
-from vit_reciprocam.libraries.common.downloading import first_sentence, not_fetched, quiet
-from vit_reciprocam.libraries.common.weights import RANDOM
+from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
+from vit_reciprocam.libraries.common.loading import RANDOM, first_sentence, not_fetched, quiet
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
 from vit_reciprocam.libraries.transformers.check import check_class
+from vit_reciprocam.libraries.transformers.families import FAMILIES
 from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
+from vit_reciprocam.libraries.transformers.towers import image_tower
 from vit_reciprocam.pictures.preprocess import Preprocess
 
-__all__ = ["load_transformers"]
+__all__ = ["architectures", "build", "load_transformers"]
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -36,16 +42,10 @@ def load_transformers(
     templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...] | None]:
-    """Load a model in evaluation mode, its preprocessing, and its class names if known.
+    """Load a model by its name on the hub, or from a folder that `save_pretrained` wrote.
 
-    Args:
-        name: A folder that `save_pretrained` wrote, or a model's name on the Hugging Face hub.
-        weights: "random" leaves the weights untrained, in float32, and reads only the configuration
-            and the processors. By default the published weights are loaded, or the folder's.
-        prompts: One text per class, for a model that compares images with texts.
-        templates: Sentences with a place {} for the prompt, see `zero_shot`.
-        options: Keyword arguments for `from_pretrained`, such as `revision` or
-            `attn_implementation`. Weights are loaded in float32 unless `dtype` says otherwise.
+    The options are those of `from_pretrained`, such as `revision` or `attn_implementation`. Weights
+    are loaded in float32 unless `dtype` says otherwise; random ones are in float32.
     """
     if weights not in (None, RANDOM):
         raise InputError("for local weights of a hub model give their folder: hf:FOLDER")
@@ -203,3 +203,51 @@ def _unsupported(name: str, processor: Any, what: str) -> ModelError:
         f"the preprocessing of {name}, a {type(processor).__name__}, is not supported: it {what}. "
         "Run the processor yourself and pass its pixel_values to ReciproCAM"
     )
+
+
+_SETTINGS = {
+    "BeitForImageClassification": "(use_mean_pooling=False)",
+    "Data2VecVisionForImageClassification": "(use_mean_pooling=False)",
+}
+"""Class -> a setting that makes it another kind of model, which is listed too."""
+
+_WITH_TEXTS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
+"""SigLIP's default tokens are outside its default vocabulary, and transformers warns about that."""
+
+
+def architectures() -> Iterator[Architecture]:
+    """Yield the supported classes, then the others that classify images."""
+    supported = []
+    for name in FAMILIES:
+        supported += [name, name + _SETTINGS[name]] if name in _SETTINGS else [name]
+    entries = [[one] if isinstance(one, str) else one for one in CLASSIFIERS.values()]
+    others = {name for names in entries for name in names} - {*supported, *_WITH_TEXTS}
+    for name in [*supported, *_WITH_TEXTS, *sorted(others)]:
+        yield Architecture(f"hf:{name}", functools.partial(_outline, name))
+
+
+def _outline(name: str) -> nn.Module:
+    with torch.device("meta"), NoValues():
+        return build(name)
+
+
+def build(name: str, **config: Any) -> nn.Module:
+    """Build a model from a class's name, to which a setting may be added in brackets.
+
+    If the model compares images with texts, build its image tower with random prompts as classes.
+    """
+    kind, _, setting = name.rstrip(")").partition("(")
+    cls: Any = getattr(transformers, kind)
+    if setting:
+        config[setting.partition("=")[0]] = setting.endswith("True")
+    if kind not in _WITH_TEXTS:
+        check_class(cls)
+    if "text_config" in cls.config_class.sub_configs:
+        config.setdefault("text_config", _TOKENS)
+    model: nn.Module = cls(cls.config_class(**config)).eval()
+    if kind in _WITH_TEXTS:
+        sizes: Any = model.config
+        width = getattr(sizes, "projection_dim", sizes.vision_config.hidden_size)
+        return with_prompts(image_tower(model), width)
+    return model

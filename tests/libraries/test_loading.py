@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vit_reciprocam.errors import DownloadError, ModelError, first_line
-from vit_reciprocam.libraries.common.downloading import (
+from vit_reciprocam.libraries.common.loading import (
     first_sentence,
     no_such_model,
     not_fetched,
