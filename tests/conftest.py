@@ -19,7 +19,7 @@ SHAPES_CHECKED = [
         "core.direct",
         "core.split",
         "core.stencil",
-        "libraries.common.blocks",
+        "libraries.common.split",
         "libraries.common.multihead",
         "libraries.timm.attention",
         "libraries.timm.blocks",

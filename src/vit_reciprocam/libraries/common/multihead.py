@@ -57,8 +57,8 @@ def multihead_output(
     return linear(heads, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def why_unknown_multihead(attention: nn.Module, what: str = "the last block's attention") -> str:
-    """Return why running the attention by its parts may differ from calling it, "" if not."""
+def why_unknown_multihead(attention: nn.Module, what: str) -> str:
+    """Return why running the attention, named `what`, by its parts may differ, "" if not."""
     if not runs_as(attention, nn.MultiheadAttention):
         return f"{what} is a {kind_of(attention)}, whose parts are not known"
     if has_hooks(attention):

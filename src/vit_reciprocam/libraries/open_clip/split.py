@@ -25,9 +25,8 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vit_reciprocam.core.split import Attention, MeanPool, Readout, Split, Tap, projections
+from vit_reciprocam.core.split import Attention, Readout, Split, Tap, projections
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.blocks import split_block
 from vit_reciprocam.libraries.common.changes import (
     is_own,
     kind_of,
@@ -40,8 +39,13 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_output,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_call, find_calls, last_blocks
+from vit_reciprocam.libraries.common.split import (
+    BlockDescription,
+    no_pool,
+    split_block,
+    split_pool,
+)
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 
 __all__ = ["split", "split_tower", "zero_shot"]
@@ -95,47 +99,55 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
             f"this {name} does not pool its tokens (pool_type='none', or a parallel or cascade "
             "attention pooler), so its output is not one vector per image"
         )
-    block, *later = last_blocks(number, list(transformer.resblocks) or [None])
+    blocks = last_blocks(number, list(transformer.resblocks) or [None])
+    block = blocks[0]
     if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
         raise ModelError(f"the {name}'s last block is a {kind_of(block)}, not open_clip's")
     refuse_bypassed(tower, block, "open_clip", methods=_POOL_METHODS if pool else ())
     if pool:
         return _split_pool(tower, block)
-    not_last = "the cut is not in the last block" if later else ""
+    reads: int | str = 1
+    if tower.attn_pool is not None:
+        reads = "the head's attention pooler reads all tokens, not the class token"
+    elif tower.pool_type != "tok":
+        reads = f"the head reads all patches (pool_type={tower.pool_type!r}), not the class token"
     changed = "" if is_own(tower, "open_clip", *_POOL_METHODS) else f"{name} has a pool of its own"
-    because = (
-        _why_no_readout(tower)
-        or not_last
-        or changed
-        or _why_unknown_block(block)
-        or why_unknown(tower.ln_post, "open_clip", "the norm after the last block")
-    )
-    b: Any = block
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         _check_size(tower, images)
-        return tower.grid_size, find_calls(tower, [block, *later], images)
+        return tower.grid_size, find_calls(tower, blocks, images)
 
     def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
         features: Tensor = tower._pool(y)[0]
         return features if tower.proj is None else features @ tower.proj
 
-    def finish_block(
+    return split_block(
+        blocks=blocks,
+        description=_describe_block(block),
+        enter=enter,
+        head=head,
+        reads=reads,
+        prefix=1,
+        why_unknown=changed
+        or why_unknown(tower.ln_post, "open_clip", "the norm after the last block"),
+    )
+
+
+def _describe_block(block: Any, what: str = "the last block") -> BlockDescription:
+    """Describe a block, which error texts call `what`."""
+
+    def finish(
         heads: Float[Tensor, "n B R A"], _normed: Tensor, x: Float[Tensor, "n B R D"]
     ) -> Float[Tensor, "n B R D"]:
-        x = x + b.ls_1(_project_heads(b, heads))
-        y: Tensor = x + b.ls_2(b.mlp(b.ln_2(x)))
+        x = x + block.ls_1(_project_heads(block, heads))
+        y: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
         return y
 
-    return split_block(
-        blocks=[block, *later],
-        enter=enter,
-        tap=Tap((b.ln_1,)),
-        head=head,
-        because=because,
-        prefix=1,
-        attention=lambda _grid, _options: _attention(b.attn),
-        finish_block=finish_block,
+    return BlockDescription(
+        tap=Tap((block.ln_1,)),
+        attention=lambda *_: _describe_attention(block.attn),
+        finish=finish,
+        why_unknown=lambda: _why_unknown_block(block, what),
     )
 
 
@@ -159,13 +171,7 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
         return project(tower.ln_post(mean) if tower.final_ln_after_pool else mean)
 
     if pooler is None:
-        return split_pool(
-            tokens=tokens,
-            pool=lambda normed: normed.mean(dim=1),
-            finish=finish_mean,
-            readout=MeanPool(finish_mean),
-            block=block,
-        )
+        return split_pool(tokens=tokens, finish=finish_mean, block=block)
     # the pooler has one output per query; the head reads the first, or the mean of the others
     read = slice(0, 1) if tower.pool_type == "tok" else slice(1, None)
 
@@ -180,8 +186,8 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
     queries = pooler.ln_q(pooler.query)[read]
     return split_pool(
         tokens=tokens,
-        pool=attend,
         finish=finish_pooler,
+        pool=attend,
         readout=_why_unknown_pooler(pooler)
         or Readout(
             tokens=len(queries),
@@ -214,31 +220,22 @@ def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
         )
 
 
-def _why_no_readout(tower: Any) -> str:
-    """Return why the head does not read the class token alone, or ""."""
-    if tower.attn_pool is not None:
-        return "the head's attention pooler reads all tokens, not the class token"
-    if tower.pool_type != "tok":
-        return f"the head reads all patches (pool_type={tower.pool_type!r}), not the class token"
-    return ""
-
-
-def _why_unknown_block(block: Any) -> str:
+def _why_unknown_block(block: Any, what: str) -> str:
     """Return why running a block by its parts may differ from calling it, or ""."""
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
     if not runs_as(block, *kinds):
-        return f"the last block is a {kind_of(block)}, whose parts are not known"
+        return f"{what} is a {kind_of(block)}, whose parts are not known"
     if not is_own(block, "open_clip", "attention"):
-        return "the last block has an attention method of its own"
+        return f"{what} has an attention method of its own"
     because = ""
     if not runs_as(block.attn, CustomAttention):
-        because = why_unknown_multihead(block.attn)
+        because = why_unknown_multihead(block.attn, f"{what}'s attention")
     elif block.attn.scaled_cosine:
-        because = "the last block's attention is a scaled cosine"
-    return because or why_unknown(block, "open_clip", "the last block", block.ln_1)
+        because = f"{what}'s attention is a scaled cosine"
+    return because or why_unknown(block, "open_clip", what, block.ln_1)
 
 
-def _attention(attention: Any) -> Attention:
+def _describe_attention(attention: Any) -> Attention:
     """Return the attention of a block, which is PyTorch's class or open_clip's own."""
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_attention(attention)

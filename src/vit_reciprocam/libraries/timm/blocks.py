@@ -6,8 +6,7 @@ A width of the joined heads; n masks at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Tap, projections
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_not_linear, why_unknown
-from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.common.running import Grid, same
+from vit_reciprocam.libraries.common.split import BlockDescription
 from vit_reciprocam.libraries.timm.attention import (
     ATTENTIONS,
     block_diagonal,
@@ -28,89 +28,68 @@ from vit_reciprocam.libraries.timm.attention import (
     project_heads,
 )
 
-__all__ = ["BlockDescription", "describe_block"]
+__all__ = ["describe_block"]
 
-_PRE_NORM = (
+_POST_NORM = (vit.ResPostBlock, relpos.ResPostRelPosBlock, eva.EvaBlockPostNorm)
+_BLOCKS = (
     vit.Block,
     relpos.RelPosBlock,
     eva.EvaBlock,
     beit.Block,
     cait.LayerScaleBlockClassAttn,
+    *_POST_NORM,
 )
-_POST_NORM = (vit.ResPostBlock, relpos.ResPostRelPosBlock, eva.EvaBlockPostNorm)
 
 
-@dataclass(frozen=True)
-class BlockDescription:
-    """An encoder block by its parts.
-
-    Attributes:
-        tap: The place of F in the block.
-        attention: The keyword arguments of the model's call of the block, such as a position
-            embedding, and R -> the block's attention.
-        finish: The joined heads (n, B, R, A), F (n, B, R, D) and X (n, B, R, D) of the readout
-            tokens -> the block's output (n, B, R, D).
-        why_unknown: Why attention and finish cannot be used, "" if they can.
-    """
-
-    tap: Tap
-    attention: Callable[[dict[str, Any], int], Attention]
-    finish: Callable[[Tensor, Tensor, Tensor], Tensor]
-    why_unknown: str
-
-
-def describe_block(block: nn.Module) -> BlockDescription:
-    """Describe an encoder block; refuse one that has no LayerNorm or attention to cut at."""
-    b: Any = block
+def describe_block(block: Any, what: str = "the last block") -> BlockDescription:
+    """Describe a block, which error texts call `what`; refuse one without a LayerNorm to cut at."""
+    if isinstance(block, vit.ParallelThingsBlock):
+        return _describe_parallel_things(block, what)
+    if isinstance(getattr(block, "in_norm", None), nn.Module):
+        return _describe_parallel_scaling(block, what)
+    attention = getattr(block, "attn", None)
+    norms: list[Any] = []
     if isinstance(block, _POST_NORM):
         # its LayerNorms follow attention and MLP: what the attention reads is the stream itself
-        return BlockDescription(
-            tap=Tap((b.attn,), "input"),
-            attention=lambda options, tokens: describe_attention(b.attn, options, tokens),
-            finish=lambda heads, f, x: _finish_post_norm(b, project_heads(b.attn, heads, f), x),
-            why_unknown=_why_unknown_block(block, _POST_NORM, (), b.attn),
+        tap, finish = Tap((block.attn,), "input"), _finish_post_norm
+    elif isinstance(getattr(block, "norm1", None), nn.Module):
+        tap, finish, norms = Tap((block.norm1,)), _finish_pre_norm, [block.norm1]
+    else:
+        raise ModelError(
+            f"the last encoder block is a {type(block).__name__}, which is not supported: it has "
+            "no LayerNorm by the name of norm1, which is where this method cuts"
         )
-    if isinstance(block, vit.ParallelThingsBlock):
-        return _describe_parallel_things(b)
-    if isinstance(getattr(block, "in_norm", None), nn.Module):
-        return _describe_parallel_scaling(b)
-    if isinstance(getattr(block, "norm1", None), nn.Module):
-        attn = getattr(b, "attn", None)
-        return BlockDescription(
-            tap=Tap((b.norm1,)),
-            attention=lambda options, tokens: describe_attention(attn, options, tokens),
-            finish=lambda heads, f, x: _finish_pre_norm(b, project_heads(attn, heads, f), x),
-            why_unknown=_why_unknown_block(block, _PRE_NORM, (b.norm1,), attn),
-        )
-    raise ModelError(
-        f"the last encoder block is a {type(block).__name__}, which is not supported: it has no "
-        "LayerNorm by the name of norm1, which is where this method cuts"
+    return BlockDescription(
+        tap=tap,
+        attention=lambda _grid, options, tokens: describe_attention(attention, options, tokens),
+        finish=lambda heads, f, x: finish(block, project_heads(attention, heads, f), x),
+        why_unknown=lambda: _why_unknown_block(block, what, _BLOCKS, norms, attention),
     )
 
 
 def _why_unknown_block(
-    block: nn.Module, kinds: tuple[type, ...], norms: Sequence[nn.Module], *attentions: Any
+    block: nn.Module,
+    what: str,
+    kinds: tuple[type, ...],
+    norms: Sequence[nn.Module],
+    *attentions: Any,
 ) -> str:
     """Return why running a block by its parts may differ from calling it, or "".
 
     The forward of the classes `kinds` is known; the norms are called as they are, on all tokens.
     """
     if not runs_as(block, *kinds):
-        return f"the last block is a {kind_of(block)}, whose parts are not known"
+        return f"{what} is a {kind_of(block)}, whose parts are not known"
     for attention in attentions:
         if not runs_as(attention, *ATTENTIONS):
-            return (
-                f"the last block's attention is a {kind_of(attention)}, whose parts are not known"
-            )
+            return f"{what}'s attention is a {kind_of(attention)}, whose parts are not known"
     for module in (block, *attentions):
         for name in ("in_proj", "qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj"):
             linear = getattr(module, name, None)
-            because = linear is not None and why_not_linear(
-                linear, f"the last block's {name} projection"
-            )
+            because = linear is not None and why_not_linear(linear, f"{what}'s {name} projection")
             if because:
                 return because
-    return why_unknown(block, "timm", "the last block", *norms)
+    return why_unknown(block, "timm", what, *norms)
 
 
 def _finish_pre_norm(
@@ -144,13 +123,13 @@ def _branch(block: Any, value: Float[Tensor, "*batch D"], number: int) -> Float[
     return branch
 
 
-def _describe_parallel_scaling(block: Any) -> BlockDescription:
+def _describe_parallel_scaling(block: Any, what: str) -> BlockDescription:
     """Describe a block with attention and MLP side by side after one LayerNorm, as in ViT-22B.
 
     Both read F, so the MLP is masked too.
     """
 
-    def attention(options: dict[str, Any], tokens: int) -> Attention:
+    def attention(*_given: Any) -> Attention:
         joint = block.in_proj
         _, query, key, value = projections(joint.weight.split(block.in_split), joint.bias)
         return Attention(
@@ -180,11 +159,13 @@ def _describe_parallel_scaling(block: Any) -> BlockDescription:
         tap=Tap((block.in_norm,)),
         attention=attention,
         finish=finish,
-        why_unknown=_why_unknown_block(block, (vit.ParallelScalingBlock,), (block.in_norm,)),
+        why_unknown=lambda: _why_unknown_block(
+            block, what, (vit.ParallelScalingBlock,), (block.in_norm,)
+        ),
     )
 
 
-def _describe_parallel_things(block: Any) -> BlockDescription:
+def _describe_parallel_things(block: Any, what: str) -> BlockDescription:
     """Describe a block of attentions side by side, then MLPs side by side (Touvron et al. 2022).
 
     Each attention has its own LayerNorm. F holds the outputs of these norms, one after the other
@@ -194,7 +175,7 @@ def _describe_parallel_things(block: Any) -> BlockDescription:
     branches = list(block.attns)
     count = len(branches)
 
-    def attention(options: dict[str, Any], tokens: int) -> Attention:
+    def attention(_grid: Grid, options: dict[str, Any], tokens: int) -> Attention:
         every = [describe_attention(branch.attn, options, tokens) for branch in branches]
         first = every[0]
         return Attention(
@@ -214,14 +195,13 @@ def _describe_parallel_things(block: Any) -> BlockDescription:
         return x + torch.stack([mlp(x) for mlp in block.ffns]).sum(dim=0)
 
     input_norms, attentions = [b.norm for b in branches], [b.attn for b in branches]
-    because = _why_unknown_block(block, (vit.ParallelThingsBlock,), input_norms, *attentions)
-    query_norms = [branch.attn.q_norm for branch in branches]
-    # the joined attention has one query norm, so it cannot have one for each branch
-    if not because and not all(isinstance(norm, nn.Identity) for norm in query_norms):
-        because = "the last block's parallel attentions have query and key norms"
-    return BlockDescription(
-        tap=Tap(tuple(branch.norm for branch in branches)),
-        attention=attention,
-        finish=finish,
-        why_unknown=because,
-    )
+
+    def why() -> str:
+        kinds = (vit.ParallelThingsBlock,)
+        because = _why_unknown_block(block, what, kinds, input_norms, *attentions)
+        # the joined attention has one query norm, so it cannot have one for each branch
+        if not because and not all(isinstance(one.q_norm, nn.Identity) for one in attentions):
+            because = f"{what}'s parallel attentions have query and key norms"
+        return because
+
+    return BlockDescription(Tap(tuple(input_norms)), attention, finish, why)

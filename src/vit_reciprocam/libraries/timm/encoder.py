@@ -35,16 +35,15 @@ def encoder(model: nn.Module) -> Encoder:
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
+    what = f"its block {number}"
     if not runs_as(block, Block, ResPostBlock):
-        raise no_encoder(
-            model, f"its block {number} is a {kind_of(block)}, whose parts are not known"
-        )
-    description, attn, mlp = describe_block(block), block.attn, block.mlp
-    because = description.why_unknown
+        raise no_encoder(model, f"{what} is a {kind_of(block)}, whose parts are not known")
+    description, attn, mlp = describe_block(block, what), block.attn, block.mlp
+    because = description.why_unknown()
     if not because and getattr(attn, "gate", None) is not None:
-        because = "the last block's attention is gated"
+        because = f"{what}'s attention is gated"
     if because:
-        raise no_encoder(model, because.replace("the last block", f"its block {number}"))
+        raise no_encoder(model, because)
     known_mlp = runs_as(mlp, Mlp) and not has_hooks(mlp)  # any other is one step
     after = steps(getattr(attn, "norm", None), attn.proj)
     inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if known_mlp else (mlp,)
@@ -53,4 +52,4 @@ def _layer(model: nn.Module, number: int, block: Any) -> Layer:
         inner = steps(block.norm2) + inner + steps(block.ls2)
     else:  # a ResPostBlock, whose norms follow
         before, after, inner = (), after + steps(block.norm1), inner + steps(block.norm2)
-    return Layer(before, description.attention({}, 0), after, inner)
+    return Layer(before, description.attention((0, 0), {}, 0), after, inner)

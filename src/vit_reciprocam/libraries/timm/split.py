@@ -22,12 +22,11 @@ from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from vit_reciprocam.core.split import MeanPool, Readout, Split
+from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.changes import is_own, refuse_bypassed, why_unknown
-from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
+from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
 from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
 from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
@@ -53,28 +52,17 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     refuse_bypassed(model, blocks[0], "timm", methods=("forward_features",))
     if pool:
         return _split_pool(m)
-    description = describe_block(blocks[0])
-    tokens = count_readout_tokens(m)
-    if tokens is None:
-        because = f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens"
-    elif len(blocks) > 1:
-        because = "the cut is not in the last block"
-    elif not is_own(model, "timm", *_HEAD_METHODS):  # a user's head may read more tokens
-        because = f"{name} has a head of its own"
-    else:
-        because = description.why_unknown or why_unknown(
-            m.norm, "timm", "the norm after the last block"
-        )
+    # a user's head may read more tokens
+    changed = "" if is_own(model, "timm", *_HEAD_METHODS) else f"{name} has a head of its own"
     return split_block(
         blocks=blocks,
+        description=describe_block(blocks[0]),
         enter=functools.partial(_enter, m, blocks),
-        tap=description.tap,
         head=lambda y: m.forward_head(m.norm(y)),
-        because=because,
+        reads=count_readout_tokens(m)
+        or f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens",
         prefix=m.num_prefix_tokens,
-        readout_tokens=tokens or 0,
-        attention=lambda _grid, options: description.attention(options, tokens or 0),
-        finish_block=description.finish,
+        why_unknown=changed or why_unknown(m.norm, "timm", "the norm after the last block"),
         run=_run_class_attention if isinstance(model, Cait) else run_again,
     )
 
@@ -163,7 +151,7 @@ def _split_pool(model: Any) -> Split:
         logits: Tensor = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
 
-    readout: Readout | MeanPool | str = MeanPool(finish)
+    readout: Readout | str = ""
     if pool is not None:
         readout = why_unknown_pool(pool) or Readout(
             tokens=pool.latent_len,
@@ -172,17 +160,16 @@ def _split_pool(model: Any) -> Split:
         )
     elif model.global_pool != "avg":
         readout = f"the head pools by global_pool={model.global_pool!r}, which is not linear"
-    if pool is None:
         pool = functools.partial(
             global_pool_nlc, pool_type=model.global_pool, reduce_include_prefix=True
         )
     return split_pool(
         tokens=tokens,
-        pool=pool,
         finish=finish,
-        readout=readout,
         block=model.norm,
         prefix=prefix - skipped,
+        pool=pool,
+        readout=readout,
     )
 
 

@@ -9,9 +9,10 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from vit_reciprocam.core.split import Projection, projections
-from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_unknown
+from vit_reciprocam.libraries.common.changes import kind_of, runs_as
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
-from vit_reciprocam.libraries.common.multihead import multihead_attention, why_unknown_multihead
+from vit_reciprocam.libraries.common.multihead import multihead_attention
+from vit_reciprocam.libraries.torchvision.split import describe_block
 
 __all__ = ["encoder"]
 
@@ -34,12 +35,9 @@ def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     what = f"its block {number}"
     if not runs_as(block, EncoderBlock):
         raise no_encoder(model, f"{what} is a {kind_of(block)}, whose parts are not known")
-    attention = block.self_attention
-    unknown = why_unknown_multihead(attention, f"{what}'s attention") or why_unknown(
-        block, "torchvision", what, block.ln_1
-    )
-    if unknown:
+    if unknown := describe_block(block, what).why_unknown():
         raise no_encoder(model, unknown)
+    attention = block.self_attention
     query, _, _ = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
     out = Projection(attention.out_proj.weight, attention.out_proj.bias)
     return Layer(

@@ -17,16 +17,14 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from vit_reciprocam.core.split import MeanPool, Split, Tap
+from vit_reciprocam.core.split import Split, Tap
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.blocks import split_block
 from vit_reciprocam.libraries.common.changes import kind_of, refuse_bypassed, runs_as, why_unknown
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import (
     Call,
     Grid,
@@ -34,9 +32,15 @@ from vit_reciprocam.libraries.common.running import (
     find_calls,
     last_blocks,
 )
+from vit_reciprocam.libraries.common.split import (
+    BlockDescription,
+    no_pool,
+    split_block,
+    split_pool,
+)
 from vit_reciprocam.libraries.validation import check_channels
 
-__all__ = ["split", "unsupported"]
+__all__ = ["describe_block", "split", "unsupported"]
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
@@ -85,15 +89,8 @@ def _unsupported_task(model: nn.Module) -> ModelError:
 
 def _split_vit(model: Any, number: int) -> Split:
     _check_head(model, model.heads)
-    block, *later = _find_blocks(model, model.encoder.layers, (EncoderBlock,), number)
-    refuse_bypassed(model, block, "torchvision")
-    because = (
-        why_unknown_multihead(block.self_attention)
-        or why_unknown(block, "torchvision", "the last block", block.ln_1)
-        or why_unknown(model.encoder.ln, "torchvision", "the norm after the last block")
-    )
-    if later:
-        because = "the cut is not in the last block"
+    blocks = _find_blocks(model, model.encoder.layers, (EncoderBlock,), number)
+    refuse_bypassed(model, blocks[0], "torchvision")
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         side = model.image_size
@@ -104,28 +101,42 @@ def _split_vit(model: Any, number: int) -> Split:
                 f"this model takes images of {side}x{side} pixels (height x width), got "
                 f"{height}x{width}. Resize them, or create the model with image_size="
             )
-        return (side // model.patch_size,) * 2, find_calls(model, [block, *later], images)
+        return (side // model.patch_size,) * 2, find_calls(model, blocks, images)
 
     def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
         logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
         return logits
 
-    def finish_block(
-        heads: Float[Tensor, "n B 1 A"], _normed: Tensor, x: Float[Tensor, "n B 1 D"]
-    ) -> Float[Tensor, "n B 1 D"]:
-        x = x + block.dropout(multihead_output(block.self_attention, heads))
+    return split_block(
+        blocks=blocks,
+        description=describe_block(blocks[0]),
+        enter=enter,
+        head=head,
+        reads=1,
+        prefix=1,
+        why_unknown=why_unknown(model.encoder.ln, "torchvision", "the norm after the last block"),
+    )
+
+
+def describe_block(block: Any, what: str = "the last block") -> BlockDescription:
+    """Describe an `EncoderBlock`, which error texts call `what`."""
+    attention = block.self_attention
+
+    def finish(
+        heads: Float[Tensor, "n B R A"], _normed: Tensor, x: Float[Tensor, "n B R D"]
+    ) -> Float[Tensor, "n B R D"]:
+        x = x + block.dropout(multihead_output(attention, heads))
         y: Tensor = x + block.mlp(block.ln_2(x))
         return y
 
-    return split_block(
-        blocks=[block, *later],
-        enter=enter,
+    return BlockDescription(
         tap=Tap((block.ln_1,)),
-        head=head,
-        because=because,
-        prefix=1,
-        attention=lambda _grid, _options: multihead_attention(block.self_attention),
-        finish_block=finish_block,
+        attention=lambda *_: multihead_attention(attention),
+        finish=finish,
+        why_unknown=lambda: (
+            why_unknown_multihead(attention, f"{what}'s attention")
+            or why_unknown(block, "torchvision", what, block.ln_1)
+        ),
     )
 
 
@@ -153,10 +164,12 @@ def _split_swin(model: Any, number: int) -> Split:
 
     return split_block(
         blocks=blocks,
+        description=BlockDescription(
+            Tap((block.attn,), "input") if post_norm else Tap((block.norm1,))
+        ),
         enter=enter,
-        tap=Tap((block.attn,), "input") if post_norm else Tap((block.norm1,)),
         head=head,
-        because="the head averages all tokens",
+        reads="the head averages all tokens",
     )
 
 
@@ -174,13 +187,7 @@ def _split_swin_pool(model: Any) -> Split:
         y = model.norm(block(find_call(model, block, images)[0][0]))
         return (y.shape[1], y.shape[2]), y.flatten(1, 2)
 
-    return split_pool(
-        tokens=tokens,
-        pool=lambda normed: normed.mean(dim=1),
-        finish=model.head,
-        readout=MeanPool(model.head),
-        block=block,
-    )
+    return split_pool(tokens=tokens, finish=model.head, block=block)
 
 
 def _check_head(model: nn.Module, head: nn.Module) -> None:

@@ -11,26 +11,43 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_reciprocam.core.split import Attention, Projection
+from vit_reciprocam.core.split import Attention, Projection, Tap
 from vit_reciprocam.libraries.common.changes import why_not_linear, why_unknown
 from vit_reciprocam.libraries.common.running import Grid, same
+from vit_reciprocam.libraries.common.split import BlockDescription
 from vit_reciprocam.libraries.transformers.families import get_first
 
-__all__ = ["NORM_1", "NORM_2", "describe_attention", "finish_block", "why_unknown_block"]
+__all__ = ["NORM_1", "NORM_2", "describe_block"]
 
 # The names under which the classes keep a block's first and second LayerNorm.
 NORM_1 = ("layernorm_before", "norm1", "layer_norm1", "layer_norm_1")
 NORM_2 = ("layernorm_after", "norm2", "layer_norm2", "layer_norm_2")
 
 
-def why_unknown_block(block: Any) -> str:
-    """Return why running the last block by its parts may differ from calling it, or ""."""
+def describe_block(
+    block: Any, what: str = "the last block", *, post_norm: bool = False
+) -> BlockDescription:
+    """Describe a block, which error texts call `what`.
+
+    If its LayerNorms follow attention and MLP, F is the input of the attention.
+    """
+    tap = Tap((block.attention,), "input") if post_norm else Tap((get_first(block, *NORM_1),))
+    return BlockDescription(
+        tap=tap,
+        attention=lambda grid, options, tokens: _describe_attention(block, tokens, grid, options),
+        finish=lambda heads, _normed, x: _finish_block(block, heads, x),
+        why_unknown=lambda: _why_unknown_block(block, what),
+    )
+
+
+def _why_unknown_block(block: Any, what: str) -> str:
+    """Return why running a block by its parts may differ from calling it, or ""."""
     names = ("query", "key", "value")
     for name, linear in zip(names, _projections(_self_attention(block)), strict=True):
-        because = why_not_linear(linear, f"the last block's {name} projection")
+        because = why_not_linear(linear, f"{what}'s {name} projection")
         if because:
             return because
-    return why_unknown(block, "transformers", "the last block", get_first(block, *NORM_1))
+    return why_unknown(block, "transformers", what, get_first(block, *NORM_1))
 
 
 def _self_attention(block: Any) -> Any:
@@ -44,7 +61,7 @@ def _projections(attention: Any) -> list[Any]:
     return [get_first(attention, *either) for either in names]
 
 
-def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
+def _describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, Any]) -> Attention:
     """Return the attention of a block, which the model calls with these keyword arguments."""
     module = _self_attention(block)
     query, key, value = (Projection(one.weight, one.bias) for one in _projections(module))
@@ -71,7 +88,7 @@ def describe_attention(block: Any, tokens: int, grid: Grid, options: dict[str, A
     )
 
 
-def finish_block(
+def _finish_block(
     block: Any, heads: Float[Tensor, "*batch A"], x: Float[Tensor, "*batch D"]
 ) -> Float[Tensor, "*batch D"]:
     """Return the block's output for the joined heads and the skip path."""

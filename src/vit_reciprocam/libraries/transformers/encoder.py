@@ -7,12 +7,7 @@ from typing import Any
 from torch import nn
 
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
-from vit_reciprocam.libraries.transformers.blocks import (
-    NORM_1,
-    NORM_2,
-    describe_attention,
-    why_unknown_block,
-)
+from vit_reciprocam.libraries.transformers.blocks import NORM_1, NORM_2, describe_block
 from vit_reciprocam.libraries.transformers.families import FAMILIES, base_name, get_first
 
 __all__ = ["encoder"]
@@ -44,9 +39,9 @@ def encoder(model: nn.Module) -> Encoder:
 
 
 def _layer(model: nn.Module, number: int, block: Any) -> Layer:
-    because = why_unknown_block(block)
-    if because:
-        raise no_encoder(model, because.replace("the last block", f"its block {number}"))
+    description = describe_block(block, f"its block {number}")
+    if because := description.why_unknown():
+        raise no_encoder(model, because)
     out = get_first(block, "attention.o_proj", "attention.output.dense")
     mlp = get_first(block, "mlp")
     inner: tuple[Any, ...] = (mlp,)
@@ -58,7 +53,7 @@ def _layer(model: nn.Module, number: int, block: Any) -> Layer:
     scales = (get_first(block, "layer_scale1"), get_first(block, "layer_scale2"))
     return Layer(
         before=steps(get_first(block, *NORM_1)),
-        attention=describe_attention(block, 0, (0, 0), {}),
+        attention=description.attention((0, 0), {}, 0),
         after=steps(out, scales[0]),
         mlp=steps(get_first(block, *NORM_2), *inner, scales[1]),
     )

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from vit_reciprocam.core.split import MeanPool, Readout, Split, Tap
+from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.blocks import run_again, split_block
 from vit_reciprocam.libraries.common.changes import (
     is_own,
     kind_of,
@@ -28,15 +27,10 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_output,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.pooling import no_pool, split_pool
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
+from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
-from vit_reciprocam.libraries.transformers.blocks import (
-    NORM_1,
-    describe_attention,
-    finish_block,
-    why_unknown_block,
-)
+from vit_reciprocam.libraries.transformers.blocks import describe_block
 from vit_reciprocam.libraries.transformers.check import check_class
 from vit_reciprocam.libraries.transformers.families import (
     FAMILIES,
@@ -143,14 +137,6 @@ def _split(model: nn.Module, description: ModelDescription, number: int, pool: b
     if pool:
         return _split_pool(model, description)
     blocks = last_blocks(number, description.blocks)
-    block = blocks[0]
-    if isinstance(description.reads, str):
-        because = description.reads
-    elif number != -1:
-        because = "the cut is not in the last block"
-    else:
-        because = why_unknown_block(block)
-    because = because or _why_unknown_norm(model, block)
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         grid, calls = _enter(model, description, blocks, images)
@@ -158,21 +144,14 @@ def _split(model: nn.Module, description: ModelDescription, number: int, pool: b
             description.check_grid(grid)
         return grid, calls
 
-    if description.post_norm:
-        tap = Tap((block.attention,), "input")
-    else:
-        tap = Tap((get_first(block, *NORM_1),))
-    tokens = description.reads if isinstance(description.reads, int) else 0
     return split_block(
         blocks=blocks,
+        description=describe_block(blocks[0], post_norm=description.post_norm),
         enter=enter,
-        tap=tap,
         head=description.head,
-        because=because,
+        reads=description.reads,
         prefix=description.prefix,
-        readout_tokens=tokens,
-        attention=lambda grid, options: describe_attention(block, tokens, grid, options),
-        finish_block=lambda heads, _normed, x: finish_block(block, heads, x),
+        why_unknown=_why_unknown_norm(model, blocks[0]),
     )
 
 
@@ -225,16 +204,16 @@ def _split_pool(model: nn.Module, description: ModelDescription) -> Split:
         grid, (call,) = _enter(model, description, [block], images)
         return grid, pooling.tokens(run_again(block, call, call[0][0]))
 
-    readout: MeanPool | Readout | str = MeanPool(pooling.finish)
+    readout: Readout | str = ""
     if pooling.attention is not None:
         readout = _why_unknown_pool(pooling.attention) or _attention_pool(pooling)
     return split_pool(
         tokens=tokens,
-        pool=pooling.pool,
         finish=pooling.finish,
-        readout=readout,
         block=block,
         prefix=pooling.prefix,
+        pool=pooling.attention,
+        readout=readout,
     )
 
 
