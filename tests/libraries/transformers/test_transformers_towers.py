@@ -15,8 +15,8 @@ from vit_reciprocam.errors import (
     ModelError,
 )
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot
+from vit_reciprocam.libraries.transformers.families import image_tower
 from vit_reciprocam.libraries.transformers.split import split_tower, zero_shot
-from vit_reciprocam.libraries.transformers.towers import image_tower
 from vit_reciprocam.onnx.export.export import export
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.pictures.preprocess import Preprocess

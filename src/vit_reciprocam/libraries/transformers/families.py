@@ -1,6 +1,6 @@
 """The families of transformers' models: the blocks, the head and the tokens of each.
 
-Letters of the shapes: B images, T tokens, D width, C classes.
+At the end stand the image towers of models that compare images with texts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vit_reciprocam.errors import InputError
+from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.running import Grid
 
-__all__ = ["FAMILIES", "ModelDescription", "Pooling", "base_name", "get_first"]
+__all__ = [
+    "FAMILIES",
+    "ImageTower",
+    "ModelDescription",
+    "Pooling",
+    "base_name",
+    "describe_tower",
+    "get_first",
+    "image_tower",
+]
 
 _MEAN = "the head reads the mean of all patches"
 
@@ -40,13 +49,10 @@ class Pooling:
     attention: Any = None
     around: Any = None
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Return the vector (B, D) for the tokens (B, T, D)."""
-        return tokens.mean(dim=1) if self.attention is None else self.attention(tokens)
-
     def __call__(self, y: Tensor) -> Tensor:
         """Return the logits (B, C) for the last block's output (B, T, D)."""
-        return self.finish(self.pool(self.tokens(y)))
+        tokens = self.tokens(y)
+        return self.finish(tokens.mean(dim=1) if self.attention is None else self.attention(tokens))
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,20 @@ class ModelDescription:
     """A model by its parts, as its family's function describes it.
 
     Attributes:
-        config: The configuration of the image encoder.
         blocks: The encoder blocks; in a hierarchical model, those of the last stage.
         prefix: Number of tokens before the patches.
         reads: Number of tokens that the head reads, from the first on; if it reads all of them, a
             clause that says so.
         head: The last block's output (B, T, D) -> logits (B, C).
         pooling: The head as a `Pooling`, if it pools all tokens and `head` is not one itself.
-        grid: The arguments of a block after X -> the patch grid; if None, it follows from
-            `config.patch_size`.
+        grid: The arguments of a block after X -> the patch grid; if None, it follows from the
+            patch size.
         check_grid: A function that refuses a grid in which not all patches attend to each other.
-        fixed_size: Whether images must have the size of `config.image_size`.
+        fixed_size: Whether images must have the size that the configuration gives.
         post_norm: Whether the blocks' LayerNorms follow attention and MLP. Then F is the input of
             the attention instead of the output of the first LayerNorm.
     """
 
-    config: Any
     blocks: Any
     prefix: int
     reads: int | str
@@ -115,7 +119,6 @@ def _vit(model: Any) -> ModelDescription:
         return logits
 
     return ModelDescription(
-        config=body.config,
         blocks=body.layers,
         prefix=2 if hasattr(body.embeddings, "distillation_token") else 1,
         reads=2 if teacher else 1,
@@ -124,15 +127,15 @@ def _vit(model: Any) -> ModelDescription:
     )
 
 
-@_family("IJepaForImageClassification")
-def _ijepa(model: Any) -> ModelDescription:
-    body = model.ijepa
+@_family("IJepaForImageClassification", "SiglipForImageClassification")
+def _without_class_token(model: Any) -> ModelDescription:
+    body = getattr(model, "ijepa", None) or model.vision_model
+    norm = getattr(body, "layernorm", None) or body.post_layernorm
     return ModelDescription(
-        config=body.config,
-        blocks=body.layers,
+        blocks=getattr(body, "layers", None) or body.encoder.layers,
         prefix=0,
         reads=_MEAN,
-        head=Pooling(tokens=body.layernorm, finish=model.classifier),
+        head=Pooling(tokens=norm, finish=model.classifier),
         fixed_size=True,
     )
 
@@ -160,7 +163,6 @@ def _dinov2(model: Any) -> ModelDescription:
         return torch.cat([class_token, others / patches], dim=1) * (1 + patches)
 
     return ModelDescription(
-        config=body.config,
         blocks=body.encoder.layer,
         prefix=prefix,
         reads="the head reads the class token and the mean of all patches",
@@ -179,7 +181,6 @@ def _beit(model: Any) -> ModelDescription:
         around=body.pooler,
     )
     return ModelDescription(
-        config=body.config,
         blocks=get_first(body, "layers", "encoder.layer"),
         prefix=1,
         reads=_MEAN if mean else 1,
@@ -192,24 +193,10 @@ def _beit(model: Any) -> ModelDescription:
 def _clip(model: Any) -> ModelDescription:
     body = model.vision_model
     return ModelDescription(
-        config=body.config,
         blocks=body.encoder.layers,
         prefix=1,
         reads=_MEAN,
         head=Pooling(tokens=lambda y: y[:, 1:], finish=model.classifier),
-        fixed_size=True,
-    )
-
-
-@_family("SiglipForImageClassification")
-def _siglip(model: Any) -> ModelDescription:
-    body = model.vision_model
-    return ModelDescription(
-        config=body.config,
-        blocks=body.encoder.layers,
-        prefix=0,
-        reads=_MEAN,
-        head=Pooling(tokens=body.post_layernorm, finish=model.classifier),
         fixed_size=True,
     )
 
@@ -234,7 +221,6 @@ def _swin(model: Any) -> ModelDescription:
 
     pooling = Pooling(tokens=body.layernorm, finish=model.classifier, around=body.pooler)
     return ModelDescription(
-        config=body.config,
         blocks=blocks,
         prefix=0,
         reads=_MEAN if mean else f"the head pools all patches by {body.pooler}",
@@ -242,7 +228,7 @@ def _swin(model: Any) -> ModelDescription:
         pooling=pooling if mean else None,
         grid=lambda dimensions, *_rest: dimensions,
         check_grid=check_grid,
-        fixed_size=body.config.use_absolute_embeddings,
+        fixed_size=model.config.use_absolute_embeddings,
         post_norm=post_norm,  # with one window its attention reads the residual stream itself
     )
 
@@ -251,7 +237,6 @@ def _swin(model: Any) -> ModelDescription:
 def _pvt(model: Any) -> ModelDescription:
     encoder = model.pvt.encoder
     return ModelDescription(
-        config=model.config,
         blocks=encoder.block[-1],
         prefix=1,
         reads=1,
@@ -265,7 +250,6 @@ def _pvt(model: Any) -> ModelDescription:
 def _pvt_v2(model: Any) -> ModelDescription:
     stage = model.pvt_v2.encoder.layers[-1]
     return ModelDescription(
-        config=model.config,
         blocks=stage.blocks,
         prefix=0,
         reads=_MEAN,
@@ -290,3 +274,54 @@ def base_name(kind: type) -> str:
         if cls.__module__.startswith("transformers.models."):
             return cls.__name__
     return kind.__name__
+
+
+_TOWERS = ("CLIPVisionModel", "MetaClip2VisionModel", "SiglipVisionModel")
+
+
+class ImageTower(nn.Module):
+    """The image side of a model that compares images with texts: images -> features (B, E)."""
+
+    def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
+        """Join an image encoder and the projection of its pooled output."""
+        super().__init__()
+        self.vision = vision
+        self.projection = projection
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (B, E) as a tensor, before they are normalised."""
+        features: Tensor = self.projection(self.vision(images).pooler_output)
+        return features
+
+
+def image_tower(model: nn.Module) -> ImageTower:
+    """Return the image side of a CLIP, SigLIP or MetaCLIP 2 model, made of the model's modules."""
+    if isinstance(model, ImageTower):
+        return model
+    vision: Any = getattr(model, "vision_model", model)
+    kind = base_name(type(vision))
+    if kind not in _TOWERS:
+        raise ModelError(
+            f"{type(model).__name__} is not a supported image tower. Supported are "
+            f"{', '.join(_TOWERS)} and the models that hold one"
+        )
+    if kind == "SiglipVisionModel" and not vision.use_head:
+        raise ModelError(
+            "this SiglipVisionModel has no pooling head (vision_use_head=False), so it has no "
+            "image features to explain"
+        )
+    return ImageTower(vision, getattr(model, "visual_projection", nn.Identity()))
+
+
+def describe_tower(tower: Any) -> ModelDescription:
+    """Describe an `ImageTower`; its features take the place of logits."""
+    vision = tower.vision
+    attention = getattr(vision, "head", None)
+    pooling = Pooling(vision.post_layernorm, tower.projection, attention=attention)
+    return ModelDescription(
+        blocks=vision.encoder.layers,
+        prefix=0 if attention else 1,
+        reads="the head pools all patches by attention" if attention else 1,
+        head=pooling if attention else lambda y: tower.projection(vision.post_layernorm(y[:, 0])),
+        fixed_size=True,
+    )

@@ -22,10 +22,8 @@ from vit_reciprocam.errors import InputError, ModelError, WeightsError
 from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
 from vit_reciprocam.libraries.common.loading import RANDOM, first_sentence, not_fetched, quiet
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
-from vit_reciprocam.libraries.transformers.check import check_class
-from vit_reciprocam.libraries.transformers.families import FAMILIES
-from vit_reciprocam.libraries.transformers.split import split, split_tower, zero_shot
-from vit_reciprocam.libraries.transformers.towers import image_tower
+from vit_reciprocam.libraries.transformers.families import FAMILIES, image_tower
+from vit_reciprocam.libraries.transformers.split import check_class, split, split_tower, zero_shot
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["architectures", "build", "load_transformers"]

@@ -6,6 +6,7 @@ A width of the joined heads, C classes, E width of a tower's features; n masks a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,18 +32,19 @@ from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last
 from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 from vit_reciprocam.libraries.transformers.blocks import describe_block
-from vit_reciprocam.libraries.transformers.check import check_class
 from vit_reciprocam.libraries.transformers.families import (
     FAMILIES,
+    ImageTower,
     ModelDescription,
     Pooling,
     base_name,
+    describe_tower,
     get_first,
+    image_tower,
 )
-from vit_reciprocam.libraries.transformers.towers import describe_tower, image_tower
 from vit_reciprocam.libraries.validation import check_channels
 
-__all__ = ["split", "split_tower", "zero_shot"]
+__all__ = ["check_class", "split", "split_tower", "zero_shot"]
 
 _TEXTS_AT_ONCE = 256  # to bound the memory for many classes with many templates
 
@@ -126,6 +128,40 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     return _split(model, description, block, pool)
 
 
+_INSTEAD = {
+    "TimmWrapperForImageClassification": "it wraps a timm model: pass model.timm_model",
+    "Siglip2ForImageClassification": "it takes patches of images of any shape, not images. The "
+    "SigLIP 2 models of one image size are of class SiglipForImageClassification",
+}
+
+
+_GIVES_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
+
+
+def check_class(kind: type) -> None:
+    """Refuse a class of models that `split` does not support, and say what to pass instead."""
+    name = base_name(kind)
+    if name in FAMILIES:
+        return
+    known = "it is not a Vision Transformer whose parts are known. Supported are "
+    if name in _INSTEAD or "ForImageClassification" in name:
+        why = f"is not supported: {_INSTEAD.get(name, known + ', '.join(sorted(FAMILIES)))}"
+    elif issubclass(kind, ImageTower) or _GIVES_FEATURES.fullmatch(name):
+        why = (
+            "gives image features, no class scores: make a classifier of text prompts with "
+            "vit_reciprocam.libraries.transformers.split.zero_shot(model, processor, prompts)"
+        )
+    else:
+        why = "has no classification head"
+        if task := re.search("For([A-Z].*)", name):  # what follows "For", but not in "Former"
+            purpose = re.sub("(?<=[a-z])(?=[A-Z])", " ", task[1]).lower()
+            why = f"is made for {purpose}, not to classify whole images"
+        why += (
+            ", so it has no class scores to explain: load it with AutoModelForImageClassification"
+        )
+    raise ModelError(f"transformers' {name} {why}")
+
+
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut an image tower, or the tower of a model that has one, with features as logits."""
     tower = image_tower(tower)
@@ -173,7 +209,7 @@ def _enter(
     images: Float[Tensor, "B channels H W"],
 ) -> tuple[Grid, list[Call]]:
     """Return the patch grid of images, and the arguments of the model's calls of some blocks."""
-    grid = _patch_grid(description, images)  # refuses a wrong size before the model runs
+    grid = _patch_grid(model, description, images)  # refuses a wrong size before the model runs
     calls = [
         (tuple(map(_share, args)), {key: _share(value) for key, value in options.items()})
         for args, options in find_calls(model, blocks, images)
@@ -238,9 +274,12 @@ def _why_unknown_pool(head: Any) -> str:
     )
 
 
-def _patch_grid(description: ModelDescription, images: Float[Tensor, "B channels H W"]) -> Grid:
+def _patch_grid(
+    model: Any, description: ModelDescription, images: Float[Tensor, "B channels H W"]
+) -> Grid:
     """Return the grid of non-overlapping patches; refuse images that the model cannot take."""
-    config, (height, width) = description.config, images.shape[2:]
+    config = get_first(model, "vision.config", "config.vision_config", "config")
+    height, width = images.shape[2:]
     check_channels(images, config.num_channels)
     if description.fixed_size and (height, width) != _pair(config.image_size):
         want_h, want_w = _pair(config.image_size)
