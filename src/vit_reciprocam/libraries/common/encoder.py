@@ -3,8 +3,6 @@
 If a fused kernel computes attention, a library's own forward pass never holds the attention
 weights, and relevance needs the input of every linear layer. So the encoder is described here step
 by step. `methods.baselines` runs the steps, and compares the logits with the model's own.
-
-Letters of the shapes: B images, T tokens, D width, C classes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""PyTorch's nn.MultiheadAttention as an `Attention`.
-
-Letters of the shapes: B images, R readout tokens, D width, A width of the joined heads.
-"""
+"""PyTorch's nn.MultiheadAttention as an `Attention`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 A cut needs the residual stream X that enters a block, and the block run again with other tokens F
 after its first LayerNorm. The model's own code gives both, so no vendor folder repeats a forward
 pass.
-
-Letters of the shapes: B images, T tokens, D width, h and w rows and columns of patches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""The split of open_clip's image towers, and prompts as classes of its models.
-
-Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
-A width of the joined heads, P width of what a pooler gives, E width of the features; n masks at
-once.
-"""
+"""The split of open_clip's image towers, and prompts as classes of its models."""
 
 from __future__ import annotations
 
@@ -175,12 +170,12 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
     # the pooler has one output per query; the head reads the first, or the mean of the others
     read = slice(0, 1) if tower.pool_type == "tok" else slice(1, None)
 
-    def attend(normed: Float[Tensor, "B T D"]) -> Float[Tensor, "B R P"]:
+    def attend(normed: Float[Tensor, "B T D"]) -> Float[Tensor, "B R width"]:
         with Tap((pooler.ln_k,)).replaced(normed):
             attended: Tensor = pooler(normed)[:, read]
         return attended
 
-    def finish_pooler(attended: Float[Tensor, "*batch R P"]) -> Float[Tensor, "*batch E"]:
+    def finish_pooler(attended: Float[Tensor, "*batch R width"]) -> Float[Tensor, "*batch E"]:
         return project(tower.ln_post(attended).mean(dim=-2))
 
     queries = pooler.ln_q(pooler.query)[read]

@@ -1,8 +1,4 @@
-"""timm's attentions and its pooling by attention, each as an `Attention`.
-
-Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, N patches,
-D width, A width of the joined heads.
-"""
+"""timm's attentions and its pooling by attention, each as an `Attention`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What the closed form needs to know of timm's encoder blocks.
-
-Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
-A width of the joined heads; n masks at once.
-"""
+"""What the closed form needs to know of timm's encoder blocks."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ How to read a family: its function takes a model of the timm class that `_family
 the `LastBlock`. Most use `at_norm1(block, finish, layout)`: `block` is the last block in which
 tokens attend to each other, F is the output of its norm1, `finish` repeats what the model's own
 `forward_features` does after that block, and `layout` is that of the block's input.
-
-Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width.
 """
 
 from __future__ import annotations

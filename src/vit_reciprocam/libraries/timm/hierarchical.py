@@ -2,8 +2,6 @@
 
 The model runs up to its last block in which tokens attend to each other. What its own forward pass
 does after that block is repeated, and families.py says for each class what that is.
-
-Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width, C classes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The last block of a timm model in which tokens attend to each other, as plain data.
-
-Letters of the shapes: B images, T tokens, h and w rows and columns of patches, D width.
-"""
+"""The last block of a timm model in which tokens attend to each other, as plain data."""
 
 from __future__ import annotations
 

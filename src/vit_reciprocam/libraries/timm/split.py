@@ -1,8 +1,4 @@
-"""The split of timm's Vision Transformers; hierarchical.py splits its other transformers.
-
-Letters of the shapes: B images, T tokens, h and w rows and columns of patches, R readout tokens,
-D width, A width of the joined heads, C classes.
-"""
+"""The split of timm's Vision Transformers; hierarchical.py splits its other transformers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The split of torchvision's Vision and Swin Transformers.
-
-Letters of the shapes: B images, T tokens, of which the first is the readout token, h and w rows and
-columns of patches, D width, A width of the joined heads, C classes; n masks at once.
-"""
+"""The split of torchvision's Vision and Swin Transformers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What the closed form needs to know of the encoder blocks of transformers' models.
-
-Letters of the shapes: T tokens, of which the first R are the readout tokens, D width, A width of
-the joined heads.
-"""
+"""What the closed form needs to know of the encoder blocks of transformers' models."""
 
 from __future__ import annotations
 

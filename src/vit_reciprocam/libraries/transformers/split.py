@@ -1,8 +1,4 @@
-"""The split of Hugging Face transformers' models, and prompts as classes of its CLIP models.
-
-Letters of the shapes: B images, T tokens, of which the first R are the readout tokens, D width,
-A width of the joined heads, C classes, E width of a tower's features; n masks at once.
-"""
+"""The split of Hugging Face transformers' models, and prompts as classes of its CLIP models."""
 
 from __future__ import annotations
 
