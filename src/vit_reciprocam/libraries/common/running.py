@@ -8,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "StopForward",
     "find_call",
     "find_calls",
+    "get_first",
     "infer_grid",
     "last_blocks",
     "repeat_batch",
@@ -89,6 +91,16 @@ def last_blocks(number: int, blocks: Iterable[Any]) -> list[Any]:
             f"see the whole grid; got {number}"
         )
     return every[number:]
+
+
+def get_first(module: Any, *paths: str) -> Any:
+    """Return the first attribute that a module has of these dotted paths, None if it has none."""
+    for path in paths:
+        try:
+            return operator.attrgetter(path)(module)
+        except AttributeError:
+            continue
+    return None
 
 
 def same(value: Tensor) -> Tensor:

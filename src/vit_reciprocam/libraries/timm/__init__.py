@@ -12,5 +12,5 @@ LIBRARY = Library(
     split=import_on_call(f"{__name__}.split:split"),
     load=import_on_call(f"{__name__}.load:load_timm"),
     listing=import_on_call(f"{__name__}.load:architectures"),
-    encoder=import_on_call(f"{__name__}.encoder:encoder"),
+    encoder=import_on_call(f"{__name__}.split:encoder"),
 )

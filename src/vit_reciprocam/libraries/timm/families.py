@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Tap
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries.common.running import same
+from vit_reciprocam.libraries.common.running import get_first, same
 from vit_reciprocam.libraries.timm.last_block import (
     LastBlock,
     MethodInputTap,
@@ -100,27 +100,13 @@ def _csat(m: Any) -> LastBlock:
 def _coat(m: Any) -> LastBlock:
     if m.parallel_blocks is not None:
         raise unsupported(m, "its last blocks join three token grids, and its head reads all")
-    block = m.serial_blocks4[-1]
-    return at_norm1(block, call_each(m.norm4), attention=block.factoratt_crpe, **_CLASS_TOKEN)
+    return at_norm1(m.serial_blocks4[-1], call_each(m.norm4), **_CLASS_TOKEN)
 
 
-@_family("ConVit")
-def _convit(m: Any) -> LastBlock:
-    return _class_attention(m, m.blocks)
-
-
-@_family("VOLO")
-def _volo(m: Any) -> LastBlock:
-    return _class_attention(m, m.post_network)
-
-
-@_family("Xcit")
-def _xcit(m: Any) -> LastBlock:
-    return _class_attention(m, m.cls_attn_blocks)
-
-
-def _class_attention(m: Any, blocks: Any) -> LastBlock:
-    """Describe the last of the blocks that take the class token along with the patches."""
+@_family("ConVit", "VOLO", "Xcit")
+def _class_attention(m: Any) -> LastBlock:
+    """Find the last of the blocks that take the class token along with the patches."""
+    blocks = get_first(m, "cls_attn_blocks", "post_network", "blocks")
     if not blocks:
         raise unsupported(m, "it has no class attention")
     return at_norm1(blocks[-1], call_each(m.norm), **_CLASS_TOKEN)
@@ -147,8 +133,7 @@ def _encoder(m: Any) -> LastBlock:
 
 @_family("EfficientFormer")
 def _efficientformer(m: Any) -> LastBlock:
-    block = _last_of_stages(m)
-    return at_norm1(block, call_each(m.norm), attention=block.token_mixer)
+    return at_norm1(_last_of_stages(m), call_each(m.norm))
 
 
 @_family("EfficientFormerV2")
@@ -157,16 +142,10 @@ def _efficientformer_v2(m: Any) -> LastBlock:
     return at_attention_input(block, block.token_mixer, call_each(m.norm))
 
 
-@_family("EfficientVit", "EfficientVitLarge")
+@_family("EfficientVit", "EfficientVitLarge", "EfficientVitMsra")
 def _efficientvit(m: Any) -> LastBlock:
     block = _last_of_stages(m)
-    return at_attention_input(block, block.context_module.main, keep)
-
-
-@_family("EfficientVitMsra")
-def _efficientvit_msra(m: Any) -> LastBlock:
-    block = _last_of_stages(m)
-    return at_attention_input(block, block.mixer.m, keep)
+    return at_attention_input(block, get_first(block, "context_module.main", "mixer.m"), keep)
 
 
 @_family("FastVit")
@@ -174,9 +153,7 @@ def _fastvit(m: Any) -> LastBlock:
     block = _last_of_stages(m)
     # a block that mixes by convolution has no norm and is refused later; until then any tap will do
     tap = Tap((getattr(block, "norm", m),))
-    return at_norm1(
-        block, call_each(m.final_conv), "channels", tap=tap, attention=block.token_mixer
-    )
+    return at_norm1(block, call_each(m.final_conv), "channels", tap=tap)
 
 
 @_family("GlobalContextVit")
@@ -229,8 +206,8 @@ def _maxxvit(m: Any) -> LastBlock:
 def _metaformer(m: Any) -> LastBlock:
     block = _last_of_stages(m)
     if m.stages[-1].use_nchw:
-        return at_norm1(block, keep, "channels", attention=block.token_mixer)
-    return at_norm1(block, tokens_to_channels, attention=block.token_mixer)
+        return at_norm1(block, keep, "channels")
+    return at_norm1(block, tokens_to_channels)
 
 
 @_family("MultiScaleVit")
@@ -251,8 +228,7 @@ def _nest(m: Any) -> LastBlock:
 
 @_family("NextViT")
 def _nextvit(m: Any) -> LastBlock:
-    block = _last_of_stages(m)
-    return at_norm1(block, call_each(m.norm), "channels", attention=getattr(block, "e_mhsa", None))
+    return at_norm1(_last_of_stages(m), call_each(m.norm), "channels")
 
 
 @_family("PoolingVisionTransformer")
@@ -307,16 +283,14 @@ def _tiny_vit(m: Any) -> LastBlock:
 def _tnt(m: Any) -> LastBlock:
     """Take X inside the block, after the inner pixels have been added to the patches."""
     block = m.blocks[-1]
-    norm, attention = block.norm_out, block.attn_out
+    tap = Tap((block.norm_out,))
 
     def run(x: Tensor) -> Tensor:
-        x = x + block.drop_path(attention(norm(x)))
+        x = x + block.drop_path(block.attn_out(block.norm_out(x)))
         y: Tensor = x + block.drop_path(block.mlp(block.norm_mlp(x)))
         return y
 
-    return at_norm1(
-        block, call_each(m.norm), tap=Tap((norm,)), attention=attention, run=run, **_CLASS_TOKEN
-    )
+    return at_norm1(block, call_each(m.norm), tap=tap, run=run, **_CLASS_TOKEN)
 
 
 @_family("Twins")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_reciprocam.core.split import Tap
-from vit_reciprocam.libraries.common.running import Grid, same
+from vit_reciprocam.libraries.common.running import Grid, get_first, same
 
 __all__ = [
     "Finish",
@@ -26,6 +26,9 @@ __all__ = [
     "rows_to_channels",
     "tokens_to_channels",
 ]
+
+_ATTENTIONS = ("attn", "attn_out", "token_mixer", "e_mhsa", "factoratt_crpe")
+"""The names by which blocks of several families keep their attention."""
 
 Finish = Callable[[Any, Grid], Any]
 """The block's output and the grid -> what the model's `forward_head` takes."""
@@ -129,16 +132,11 @@ def at_norm1(
 ) -> LastBlock:
     """Describe the common case: F is the output of the block's norm1.
 
-    Args:
-        block: The block.
-        finish: The block's output and the grid -> what `model.forward_head` takes.
-        layout: The layout of what the block takes: "tokens", "rows" or "channels".
-        tap: The place of F, if it is not the output of norm1.
-        attention: The attention, if it is not the block's attn.
-        more: Other attributes of `LastBlock`.
+    The arguments are attributes of `LastBlock`.
     """
     tap = tap or Tap((getattr(block, "norm1", None) or block,))
-    return LastBlock(block, tap, finish, attention or getattr(block, "attn", None), layout, **more)
+    attention = attention or get_first(block, *_ATTENTIONS)
+    return LastBlock(block, tap, finish, attention, layout, **more)
 
 
 def at_reordered_norm1(
@@ -167,11 +165,6 @@ def at_attention_input(
 # What follows the block
 
 
-def keep(y: Any, _grid: Grid) -> Any:
-    """Return the block's output as it is."""
-    return y
-
-
 def call_each(*modules: Callable[[Any], Any]) -> Finish:
     """Return a function that calls modules on the block's output, one after the other."""
 
@@ -181,6 +174,10 @@ def call_each(*modules: Callable[[Any], Any]) -> Finish:
         return y
 
     return finish
+
+
+keep = call_each()
+"""A function that returns the block's output as it is."""
 
 
 def rows_to_channels(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B D h w"]:

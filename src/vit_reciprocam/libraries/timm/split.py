@@ -1,4 +1,7 @@
-"""The split of timm's Vision Transformers; hierarchical.py splits its other transformers."""
+"""timm's Vision Transformers: their split, and some of them as an `Encoder`.
+
+hierarchical.py splits timm's other transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,32 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import HybridEmbed
+from timm.layers import HybridEmbed, Mlp
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
+from timm.models.vision_transformer import (
+    Block,
+    ResPostBlock,
+    VisionTransformer,
+    global_pool_nlc,
+)
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.changes import is_own, refuse_bypassed, why_unknown
+from vit_reciprocam.libraries.common.changes import (
+    has_hooks,
+    is_own,
+    kind_of,
+    refuse_bypassed,
+    runs_as,
+    why_unknown,
+)
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
 from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
 from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
@@ -28,7 +44,7 @@ from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
 from vit_reciprocam.libraries.validation import check_channels
 
-__all__ = ["count_readout_tokens", "split"]
+__all__ = ["encoder", "split"]
 
 _HEAD_METHODS = ("forward_head", "pool", "_pool")
 # plain models: one stack of blocks that all see the same tokens
@@ -55,7 +71,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
         description=describe_block(blocks[0]),
         enter=functools.partial(_enter, m, blocks),
         head=lambda y: m.forward_head(m.norm(y)),
-        reads=count_readout_tokens(m)
+        reads=_count_readout_tokens(m)
         or f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens",
         prefix=m.num_prefix_tokens,
         why_unknown=changed or why_unknown(m.norm, "timm", "the norm after the last block"),
@@ -105,7 +121,7 @@ def _check_head(model: Any) -> None:
         )
 
 
-def count_readout_tokens(model: Any) -> int | None:
+def _count_readout_tokens(model: Any) -> int | None:
     """Return the number of tokens that the head reads, from the first on; None if it reads all."""
     if isinstance(model, VisionTransformerDistilled):
         return 2
@@ -192,3 +208,42 @@ def _check_size(model: Any, embed: Any, images: Float[Tensor, "B channels H W"])
             f"this model takes images of multiples of {patch_h} by {patch_w} pixels "
             f"(height x width), got {height}x{width}"
         )
+
+
+def encoder(model: nn.Module) -> Encoder:
+    """Describe a model whose head reads its class token, and a distillation token if it has one."""
+    m: Any = model
+    if not isinstance(model, VisionTransformer):
+        raise no_encoder(model, "the parts of this architecture are not known")
+    tokens = _count_readout_tokens(model)
+    if tokens is None:
+        raise no_encoder(model, "its head reads all tokens, so no token's attention stands for it")
+    distilled = (steps(m.head), steps(m.head_dist)) if tokens == 2 else ()
+    return Encoder(
+        entry=m.blocks[0],
+        layers=tuple(_layer(model, number, block) for number, block in enumerate(m.blocks)),
+        norm=steps(m.norm),
+        heads=distilled or (steps(m.fc_norm, m.head_drop, m.head),),
+        logits=lambda y: m.forward_head(m.norm(y)),
+    )
+
+
+def _layer(model: nn.Module, number: int, block: Any) -> Layer:
+    what = f"its block {number}"
+    if not runs_as(block, Block, ResPostBlock):
+        raise no_encoder(model, f"{what} is a {kind_of(block)}, whose parts are not known")
+    description, attn, mlp = describe_block(block, what), block.attn, block.mlp
+    because = description.why_unknown()
+    if not because and getattr(attn, "gate", None) is not None:
+        because = f"{what}'s attention is gated"
+    if because:
+        raise no_encoder(model, because)
+    known_mlp = runs_as(mlp, Mlp) and not has_hooks(mlp)  # any other is one step
+    after = steps(getattr(attn, "norm", None), attn.proj)
+    inner = steps(mlp.fc1, mlp.act, getattr(mlp, "norm", None), mlp.fc2) if known_mlp else (mlp,)
+    if runs_as(block, Block):
+        before, after = steps(block.norm1), after + steps(block.ls1)
+        inner = steps(block.norm2) + inner + steps(block.ls2)
+    else:  # a ResPostBlock, whose norms follow
+        before, after, inner = (), after + steps(block.norm1), inner + steps(block.norm2)
+    return Layer(before, description.attention((0, 0), {}, 0), after, inner)

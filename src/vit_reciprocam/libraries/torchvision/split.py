@@ -1,7 +1,8 @@
-"""The split of torchvision's Vision and Swin Transformers."""
+"""The split of torchvision's Vision and Swin Transformers, and the former as an `Encoder`."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxtyping import Float
@@ -13,9 +14,10 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from vit_reciprocam.core.split import Split, Tap
+from vit_reciprocam.core.split import Projection, Split, Tap, projections
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.changes import kind_of, refuse_bypassed, runs_as, why_unknown
+from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -36,7 +38,7 @@ from vit_reciprocam.libraries.common.split import (
 )
 from vit_reciprocam.libraries.validation import check_channels
 
-__all__ = ["describe_block", "split", "unsupported"]
+__all__ = ["encoder", "split", "unsupported"]
 
 
 def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
@@ -105,7 +107,7 @@ def _split_vit(model: Any, number: int) -> Split:
 
     return split_block(
         blocks=blocks,
-        description=describe_block(blocks[0]),
+        description=_describe_block(blocks[0]),
         enter=enter,
         head=head,
         reads=1,
@@ -114,7 +116,7 @@ def _split_vit(model: Any, number: int) -> Split:
     )
 
 
-def describe_block(block: Any, what: str = "the last block") -> BlockDescription:
+def _describe_block(block: Any, what: str = "the last block") -> BlockDescription:
     """Describe an `EncoderBlock`, which error texts call `what`."""
     attention = block.self_attention
 
@@ -228,3 +230,34 @@ def _check_stem(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> Non
     """Refuse images with another number of channels than the stem's first convolution takes."""
     convolution = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
     check_channels(images, convolution.in_channels)
+
+
+def encoder(model: nn.Module) -> Encoder:
+    """Describe a VisionTransformer; refuse one with a block whose parts are not known."""
+    m: Any = model
+    if not isinstance(model, VisionTransformer):
+        raise no_encoder(model, "the parts of this architecture are not known")
+    return Encoder(
+        entry=m.encoder.layers[0],
+        layers=tuple(_layer(model, number, block) for number, block in enumerate(m.encoder.layers)),
+        norm=steps(m.encoder.ln),
+        heads=(steps(m.heads),),
+        logits=lambda y: m.heads(m.encoder.ln(y)[:, 0]),
+    )
+
+
+def _layer(model: nn.Module, number: int, block: Any) -> Layer:
+    what = f"its block {number}"
+    if not runs_as(block, EncoderBlock):
+        raise no_encoder(model, f"{what} is a {kind_of(block)}, whose parts are not known")
+    if unknown := _describe_block(block, what).why_unknown():
+        raise no_encoder(model, unknown)
+    attention = block.self_attention
+    query, _, _ = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
+    out = Projection(attention.out_proj.weight, attention.out_proj.bias)
+    return Layer(
+        before=steps(block.ln_1),
+        attention=dataclasses.replace(multihead_attention(attention), query=query),
+        after=(out, *steps(block.dropout)),
+        mlp=steps(block.ln_2, block.mlp),
+    )

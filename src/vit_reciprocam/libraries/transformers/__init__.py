@@ -13,6 +13,6 @@ LIBRARY = Library(
     split_tower=import_on_call(f"{__name__}.split:split_tower"),
     load=import_on_call(f"{__name__}.load:load_transformers"),
     listing=import_on_call(f"{__name__}.load:architectures"),
-    encoder=import_on_call(f"{__name__}.encoder:encoder"),
+    encoder=import_on_call(f"{__name__}.blocks:encoder"),
     takes_prompts=True,
 )

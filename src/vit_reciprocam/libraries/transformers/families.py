@@ -5,7 +5,6 @@ At the end stand the image towers of models that compare images with texts.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.running import Grid
+from vit_reciprocam.libraries.common.running import Grid, get_first
 
 __all__ = [
     "FAMILIES",
@@ -24,7 +23,6 @@ __all__ = [
     "Pooling",
     "base_name",
     "describe_tower",
-    "get_first",
     "image_tower",
 ]
 
@@ -256,16 +254,6 @@ def _pvt_v2(model: Any) -> ModelDescription:
         head=Pooling(tokens=stage.layer_norm, finish=model.classifier),
         grid=lambda height, width, *_rest: (height, width),
     )
-
-
-def get_first(module: Any, *paths: str) -> Any:
-    """Return the first attribute that a module has of these dotted paths, None if it has none."""
-    for path in paths:
-        try:
-            return operator.attrgetter(path)(module)
-        except AttributeError:
-            continue
-    return None
 
 
 def base_name(kind: type) -> str:

@@ -24,7 +24,7 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_output,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
+from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, get_first, last_blocks
 from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 from vit_reciprocam.libraries.transformers.blocks import describe_block
@@ -35,7 +35,6 @@ from vit_reciprocam.libraries.transformers.families import (
     Pooling,
     base_name,
     describe_tower,
-    get_first,
     image_tower,
 )
 from vit_reciprocam.libraries.validation import check_channels
