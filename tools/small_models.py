@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries.common.building import PROMPTS, NoValues, with_prompts
+from vit_reciprocam.libraries.common.loading import PROMPTS, NoValues, with_prompts
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.listing import architectures
 from vit_reciprocam.libraries.open_clip import load as open_clip_load

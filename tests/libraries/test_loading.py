@@ -50,7 +50,7 @@ def test_the_first_line_and_sentence_of_an_error(message, line, sentence):
 
 
 def test_errors_say_what_was_asked_for_and_what_to_do():
-    error = not_fetched("the weights of 'x'", "no route", "a local file")
+    error = not_fetched("the weights of 'x'", OSError("no route"), "a local file")
     assert isinstance(error, DownloadError)
     assert str(error) == (
         "the weights of 'x' could not be fetched: no route. Without network, pass a local file"

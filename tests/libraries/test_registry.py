@@ -81,7 +81,7 @@ import toylib
 import torch
 from vit_reciprocam.core.split import Cut, Split, Tap
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries.common.building import Architecture
+from vit_reciprocam.libraries.common.loading import Architecture
 from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.pictures.preprocess import Preprocess
 

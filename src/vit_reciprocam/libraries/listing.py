@@ -6,12 +6,13 @@ Nothing is fetched: each is built on the meta device, without weights or memory.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 
 from vit_reciprocam.errors import InputError, ReciproCAMError
 from vit_reciprocam.libraries import LIBRARIES
-from vit_reciprocam.libraries.common.building import Architecture, short_reason
+from vit_reciprocam.libraries.common.loading import Architecture
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.library import Library
 
@@ -34,6 +35,11 @@ def describe(architecture: Architecture) -> tuple[str, str]:
     except ReciproCAMError as error:
         return "-", short_reason(str(error))
     return ("direct", because) if because else ("closed-form", "")
+
+
+def short_reason(refusal: str) -> str:
+    """Return the reason in a refusal, without the model's name and the list of supported models."""
+    return re.sub("^.{,80}? is not supported: ", "", refusal).partition(". Supported are")[0]
 
 
 def nothing_fits(pattern: str) -> InputError:

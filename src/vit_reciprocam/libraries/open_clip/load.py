@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from open_clip.model import _build_vision_tower
 from torch import nn
 
 from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
 from vit_reciprocam.libraries.common.loading import (
     RANDOM,
-    first_sentence,
+    Architecture,
+    NoValues,
     no_such_model,
     not_fetched,
     quiet,
+    with_prompts,
 )
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts
 from vit_reciprocam.libraries.open_clip.split import split_tower, zero_shot
@@ -31,11 +32,13 @@ from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["architectures", "build", "build_tower", "load_open_clip"]
 
+_Weights = str | os.PathLike[str] | None
+
 
 def load_open_clip(
     name: str,
     *,
-    weights: str | os.PathLike[str] | None = None,
+    weights: _Weights = None,
     prompts: Sequence[str] | None = None,
     templates: Sequence[str] = ("{}",),
     options: dict[str, Any],
@@ -53,80 +56,69 @@ def load_open_clip(
         )
     check_prompts(prompts, templates)
     name, _, tag = (name, "", "") if ":" in name else name.partition("/")
-    random = weights == RANDOM
-    path = None if weights is None or random else Path(weights)
-    trained = _training(name, tag, path, random)
-    _refuse_unsupported(name)
-    tokenizer = _fetch(f"the tokenizer of {name!r}", lambda: open_clip.get_tokenizer(name))
-    model = _create(name, tag, path, random, trained, options)
+    trained = _training(name, tag, weights)
+    with _fetching(f"the configuration of {name!r}"):
+        config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        split_tower(build_tower(config))  # refuse what cannot be explained before fetching it
+    with _fetching(f"the tokenizer of {name!r}"):
+        tokenizer = open_clip.get_tokenizer(name)
+    model = _create(name, tag, weights, trained, options)
     preprocess = _preprocess(model.visual.preprocess_cfg)
     return zero_shot(model.eval(), tokenizer, prompts, templates), preprocess, tuple(prompts)
 
 
-_PREFIXES = ("hf-hub:", "local-dir:")
-
-
-def _training(name: str, tag: str, path: Path | None, random: bool) -> dict[str, Any]:
+def _training(name: str, tag: str, weights: _Weights) -> dict[str, Any]:
     """Return open_clip's record of how a tag's weights were trained, empty if there is none."""
-    if name.startswith(_PREFIXES):
-        if path is not None:
+    if name.startswith(("hf-hub:", "local-dir:")):
+        if weights not in (None, RANDOM):
             raise ModelError(f"{name!r} has weights of its own: leave weights= out")
         return {}
     if name not in open_clip.list_models():
         raise no_such_model(open_clip, name, open_clip.list_models())
     trained: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if not trained and (tag or (path is None and not random)):
+    if not trained and (tag or weights is None):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         what = f"has no weights {tag!r} for {name!r}" if tag else f"needs a tag for {name!r}"
         raise ModelError(f"open_clip {what}: it publishes {tags}. For a local file pass weights=")
     return trained
 
 
-def _refuse_unsupported(name: str) -> None:
-    """Refuse a model that cannot be explained, before its weights are fetched."""
-    config = _fetch(f"the configuration of {name!r}", lambda: open_clip.get_model_config(name))
-    with torch.device("meta"):
-        split_tower(build_tower(config))
-
-
 def _create(
-    name: str,
-    tag: str,
-    path: Path | None,
-    random: bool,
-    trained: dict[str, Any],
-    options: dict[str, Any],
+    name: str, tag: str, weights: _Weights, trained: dict[str, Any], options: dict[str, Any]
 ) -> Any:
     """Create a model with the published weights, those of a file, or random ones."""
     settings = {"force_quick_gelu": bool(trained.get("quick_gelu")), **options}
-    if path is not None and not path.is_file():
-        raise WeightsError(f"no such weights file: {path}")
-    if path is not None or random:
+    if weights is not None:
         keys = {"mean", "std", "interpolation", "resize_mode"} & trained.keys()
         settings["force_preprocess_cfg"] = {key: trained[key] for key in keys}
+    source: dict[str, Any] = {"load_weights": False}
+    if weights == RANDOM:
+        settings.setdefault("pretrained_text", False)
+    else:
+        source = {"pretrained": str(weights or tag) or None, "require_pretrained": True}
+        if weights is not None and not Path(weights).is_file():
+            raise WeightsError(f"no such weights file: {weights}")
     try:
         with _silence():
-            if random:
-                return open_clip.create_model(
-                    name, load_weights=False, **{"pretrained_text": False, **settings}
-                )
-            source = str(path) if path else tag or None
-            return open_clip.create_model(name, source, require_pretrained=True, **settings)
+            return open_clip.create_model(name, **source, **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(
             f"open_clip cannot create {name!r} with options {options}: {error}"
         ) from error
     except Exception as error:  # hub clients, safetensors, pickle and zip errors share no base
-        if path is None:
+        if weights in (None, RANDOM):
             raise _not_fetched(f"the weights of {name!r}", error) from error
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
-        raise WeightsError(f"{path} does not fit {name!r}: {reason}") from error
+        raise WeightsError(f"{weights} does not fit {name!r}: {reason}") from error
 
 
-def _fetch(what: str, get: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def _fetching(what: str) -> Iterator[None]:
+    """Mute open_clip, and turn an error into one that says what could not be fetched."""
     try:
         with _silence():
-            return get()
+            yield
     except Exception as error:  # hub clients raise errors of many unrelated kinds
         raise _not_fetched(what, error) from error
 
@@ -134,7 +126,7 @@ def _fetch(what: str, get: Callable[[], Any]) -> Any:
 def _not_fetched(what: str, error: Exception) -> DownloadError:
     return not_fetched(
         what,
-        first_sentence(error),
+        error,
         "a local file (--weights model.safetensors on the command line, weights= in Python) of a "
         "model whose tokenizer comes with open_clip, such as ViT-B-32",
     )

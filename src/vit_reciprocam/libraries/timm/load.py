@@ -14,10 +14,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from torch import Tensor, nn
 
 from vit_reciprocam.errors import ModelError, WeightsError
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
 from vit_reciprocam.libraries.common.loading import (
     RANDOM,
-    first_sentence,
+    Architecture,
+    NoValues,
+    is_named_transformer,
     no_such_model,
     not_fetched,
     quiet,
@@ -67,7 +68,7 @@ def _download(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # hub clients raise errors of many unrelated kinds
         raise not_fetched(
             f"the weights of {name!r}",
-            first_sentence(error),
+            error,
             "a local file: --weights model.safetensors on the command line, weights= in Python",
         ) from error
     return model

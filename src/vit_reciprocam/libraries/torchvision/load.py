@@ -17,9 +17,11 @@ from torchvision.models import get_model, get_model_builder, get_model_weights, 
 from torchvision.transforms._presets import ImageClassification
 
 from vit_reciprocam.errors import ModelError, WeightsError
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, is_named_transformer
 from vit_reciprocam.libraries.common.loading import (
     RANDOM,
+    Architecture,
+    NoValues,
+    is_named_transformer,
     no_such_model,
     not_fetched,
     read_weights,
@@ -94,10 +96,9 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
             f"the published weights of {name!r} do not go with options {options}: {error}"
         ) from error
     except Exception as error:  # network errors and hash mismatches share no base
-        reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise not_fetched(
             f"the weights of {name!r}",
-            reason,
+            getattr(error, "reason", error),
             "a local file: --weights model.pth on the command line, weights= in Python",
         ) from error
     return model

@@ -19,8 +19,15 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vit_reciprocam.errors import InputError, ModelError, WeightsError
-from vit_reciprocam.libraries.common.building import Architecture, NoValues, with_prompts
-from vit_reciprocam.libraries.common.loading import RANDOM, first_sentence, not_fetched, quiet
+from vit_reciprocam.libraries.common.loading import (
+    RANDOM,
+    Architecture,
+    NoValues,
+    first_sentence,
+    not_fetched,
+    quiet,
+    with_prompts,
+)
 from vit_reciprocam.libraries.common.zero_shot import check_prompts
 from vit_reciprocam.libraries.transformers.families import FAMILIES, image_tower
 from vit_reciprocam.libraries.transformers.split import check_class, split, split_tower, zero_shot
@@ -102,17 +109,13 @@ def _fetch(name: str, kind: Any, options: dict[str, Any]) -> Any:
         with quiet("huggingface_hub", "transformers"):
             return kind.from_pretrained(name, **options)
     except Exception as error:  # hub clients and file formats raise errors of many unrelated kinds
-        reason = first_sentence(error)
+        folder = "folder that save_pretrained of the model and of its processor wrote"
         if local:
             raise WeightsError(
-                f"the {what} cannot be read from folder {name}: {reason}. Pass a folder that "
-                "save_pretrained of the model and of its processor wrote"
+                f"the {what} cannot be read from folder {name}: {first_sentence(error)}. Pass a "
+                + folder
             ) from error
-        raise not_fetched(
-            f"the {what} of {name!r}",
-            reason,
-            "a local folder that save_pretrained of the model and of its processor wrote",
-        ) from error
+        raise not_fetched(f"the {what} of {name!r}", error, f"a local {folder}") from error
 
 
 def _model_class(name: str, config: Any) -> Any:
