@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.errors import InputError, ModelError
 
-__all__ = ["check_channels", "check_images", "check_mode", "refuse_quantised"]
+__all__ = ["check_images", "check_mode", "check_size", "refuse_quantised"]
 
 _QUANTISED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized\b")
 
@@ -55,10 +55,28 @@ def check_images(model: nn.Module, images: Tensor) -> None:
             raise InputError(f"images hold NaN or infinity: image(s) {numbers} of the batch")
 
 
-def check_channels(images: Tensor, wanted: int) -> None:
-    """Refuse images (B, channels, H, W) with another number of channels than the model takes."""
-    if images.shape[1] != wanted:
-        raise InputError(f"this model takes {wanted} channel(s), got images of {images.shape[1]}")
+def check_size(
+    images: Tensor, channels: int, *, size: Any = None, step: Any = (1, 1), advice: str = ""
+) -> None:
+    """Refuse images (B, channels, H, W) that a model cannot take, with advice at the end.
+
+    It takes one size (height, width), or all whose sides are multiples of `step`.
+    """
+    if images.shape[1] != channels:
+        raise InputError(f"this model takes {channels} channel(s), got images of {images.shape[1]}")
+    height, width = images.shape[2:]
+    if not height or not width:
+        raise InputError(f"images are empty: got {height}x{width} pixels")
+    takes = ""
+    if size is not None:
+        if (height, width) != tuple(size):
+            takes = f"{size[0]}x{size[1]} pixels"
+    elif height % step[0] or width % step[1]:
+        takes = f"multiples of {step[0]} by {step[1]} pixels"
+    if takes:
+        raise InputError(
+            f"this model takes images of {takes} (height x width), got {height}x{width}{advice}"
+        )
 
 
 def check_mode(model: nn.Module) -> None:

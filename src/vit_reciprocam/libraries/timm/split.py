@@ -42,7 +42,7 @@ from vit_reciprocam.libraries.common.split import no_pool, run_again, split_bloc
 from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
 from vit_reciprocam.libraries.timm.blocks import describe_block
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
-from vit_reciprocam.libraries.validation import check_channels
+from vit_reciprocam.libraries.validation import check_size
 
 __all__ = ["encoder", "split"]
 
@@ -187,27 +187,19 @@ def _split_pool(model: Any) -> Split:
 
 def _check_size(model: Any, embed: Any, images: Float[Tensor, "B channels H W"]) -> None:
     """Refuse images that the model, which embeds patches by `embed`, cannot take."""
-    height, width = images.shape[2:]
-    check_channels(images, getattr(model, "in_chans", 3))  # older timm does not have in_chans
-    if isinstance(model, NaFlexVit):
-        return
-    patch_h, patch_w = embed.patch_size
-    hybrid = isinstance(embed, HybridEmbed)  # takes any size if there is no position embedding
-    if embed.strict_img_size and not (hybrid and getattr(model, "pos_embed", embed) is None):
-        if (height, width) != tuple(embed.img_size):
-            want_h, want_w = embed.img_size
-            raise InputError(
-                f"this model takes images of {want_h}x{want_w} pixels (height x width), got "
-                f"{height}x{width}. Resize them, or create the model with img_size=(height, width) "
-                f"or dynamic_img_size=True, which take multiples of {patch_h} by {patch_w} pixels"
+    fits: dict[str, Any] = {}
+    if not isinstance(model, NaFlexVit):
+        patch_h, patch_w = embed.patch_size
+        hybrid = isinstance(embed, HybridEmbed)  # takes any size if there is no position embedding
+        if embed.strict_img_size and not (hybrid and getattr(model, "pos_embed", embed) is None):
+            advice = (
+                ". Resize them, or create the model with img_size=(height, width) or "
+                f"dynamic_img_size=True, which take multiples of {patch_h} by {patch_w} pixels"
             )
-    elif not height or not width:
-        raise InputError(f"images are empty: {height}x{width} pixels")
-    elif not (hybrid or embed.dynamic_img_pad) and (height % patch_h or width % patch_w):
-        raise InputError(
-            f"this model takes images of multiples of {patch_h} by {patch_w} pixels "
-            f"(height x width), got {height}x{width}"
-        )
+            fits = {"size": embed.img_size, "advice": advice}
+        elif not (hybrid or embed.dynamic_img_pad):
+            fits = {"step": (patch_h, patch_w)}
+    check_size(images, getattr(model, "in_chans", 3), **fits)  # older timm does not have in_chans
 
 
 def encoder(model: nn.Module) -> Encoder:

@@ -15,7 +15,7 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from vit_reciprocam.core.split import Projection, Split, Tap, projections
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.changes import kind_of, refuse_bypassed, runs_as, why_unknown
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.multihead import (
@@ -26,17 +26,17 @@ from vit_reciprocam.libraries.common.multihead import (
 from vit_reciprocam.libraries.common.running import (
     Call,
     Grid,
-    find_call,
     find_calls,
     last_blocks,
 )
 from vit_reciprocam.libraries.common.split import (
     BlockDescription,
     no_pool,
+    run_again,
     split_block,
     split_pool,
 )
-from vit_reciprocam.libraries.validation import check_channels
+from vit_reciprocam.libraries.validation import check_size
 
 __all__ = ["encoder", "split", "unsupported"]
 
@@ -53,7 +53,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
             raise no_pool(model)
         return _split_vit(model, block)
     if isinstance(model, SwinTransformer):
-        return _split_swin_pool(model) if pool else _split_swin(model, block)
+        return _split_swin(model, block, pool)
     raise _unsupported_task(model)
 
 
@@ -92,13 +92,8 @@ def _split_vit(model: Any, number: int) -> Split:
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         side = model.image_size
-        _check_stem(model.conv_proj, images)
-        if images.shape[2:] != (side, side):
-            height, width = images.shape[2:]
-            raise InputError(
-                f"this model takes images of {side}x{side} pixels (height x width), got "
-                f"{height}x{width}. Resize them, or create the model with image_size="
-            )
+        advice = ". Resize them, or create the model with image_size="
+        _check_size(model.conv_proj, images, size=(side, side), advice=advice)
         return (side // model.patch_size,) * 2, find_calls(model, blocks, images)
 
     def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
@@ -138,54 +133,48 @@ def _describe_block(block: Any, what: str = "the last block") -> BlockDescriptio
     )
 
 
-_SWIN_BLOCKS = (SwinTransformerBlock, SwinTransformerBlockV2)
-
-
-def _split_swin(model: Any, number: int) -> Split:
+def _split_swin(model: Any, number: int, pool: bool) -> Split:
     _check_head(model, model.head)
-    blocks = _find_blocks(model, model.features[-1], _SWIN_BLOCKS, number)
+    last = (model.permute, model.avgpool, model.flatten)  # a cut before the pool calls none of them
+    mean = type(model.avgpool) is nn.AdaptiveAvgPool2d and model.avgpool.output_size in (1, (1, 1))
+    if pool and not mean:
+        raise no_pool(model, f"the head pools by {model.avgpool}")
+    blocks = _find_blocks(
+        model, model.features[-1], (SwinTransformerBlock, SwinTransformerBlockV2), number
+    )
     block = blocks[0]
-    refuse_bypassed(model, block, "torchvision")
-    # a V2's LayerNorms follow attention and MLP: what the attention reads is the stream itself
-    post_norm = isinstance(block, SwinTransformerBlockV2)
+    refuse_bypassed(model, block, "torchvision", *(last if pool else ()))
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
-        _check_swin_images(model, images)
+        stem = model.features[0][0]
+        merges = len(model.features) // 2 - 1  # between two stages, 2x2 patches are merged
+        step = tuple(side * 2**merges for side in stem.stride)
+        advice = ", which the patches of its last stage do not tile"
+        _check_size(stem, images, step=step, advice=advice)
         calls = find_calls(model, blocks, images)
         ((x, *_), _), *_ = calls  # (B, h, w, D)
         return (x.shape[1], x.shape[2]), calls
 
     def head(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C"]:
-        pooled = model.avgpool(model.permute(model.norm(y)))
-        logits: Tensor = model.head(model.flatten(pooled))
+        logits: Tensor = model.head(model.flatten(model.avgpool(model.permute(model.norm(y)))))
         return logits
 
+    def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
+        grid, (call,) = enter(images)
+        return grid, model.norm(run_again(block, call, call[0][0])).flatten(1, 2)
+
+    if pool:
+        return split_pool(tokens=tokens, finish=model.head, block=block)
+    # a V2's LayerNorms follow attention and MLP: what the attention reads is the stream itself
+    post_norm = isinstance(block, SwinTransformerBlockV2)
+    tap = Tap((block.attn,), "input") if post_norm else Tap((block.norm1,))
     return split_block(
         blocks=blocks,
-        description=BlockDescription(
-            Tap((block.attn,), "input") if post_norm else Tap((block.norm1,))
-        ),
+        description=BlockDescription(tap),
         enter=enter,
         head=head,
         reads="the head averages all tokens",
     )
-
-
-def _split_swin_pool(model: Any) -> Split:
-    """Cut a Swin Transformer before its head takes the mean of all tokens."""
-    pool = model.avgpool
-    _check_head(model, model.head)
-    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
-        raise no_pool(model, f"the head pools by {pool}")
-    (block,) = _find_blocks(model, model.features[-1], _SWIN_BLOCKS)
-    refuse_bypassed(model, block, "torchvision", model.permute, pool, model.flatten)
-
-    def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
-        _check_swin_images(model, images)
-        y = model.norm(block(find_call(model, block, images)[0][0]))
-        return (y.shape[1], y.shape[2]), y.flatten(1, 2)
-
-    return split_pool(tokens=tokens, finish=model.head, block=block)
 
 
 def _check_head(model: nn.Module, head: nn.Module) -> None:
@@ -199,7 +188,7 @@ def _check_head(model: nn.Module, head: nn.Module) -> None:
 
 
 def _find_blocks(
-    model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int = -1
+    model: nn.Module, blocks: Any, kinds: tuple[type[nn.Module], ...], number: int
 ) -> list[Any]:
     """Return the blocks from a number on, see `last_blocks`; the first must be of these kinds."""
     found = last_blocks(number, list(blocks) or [None])  # None: an empty model is refused below
@@ -212,24 +201,10 @@ def _find_blocks(
     return found
 
 
-def _check_swin_images(model: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images that the patches of a Swin Transformer's last stage do not tile."""
-    patch = model.features[0][0]
-    merges = len(model.features) // 2 - 1  # between two stages, 2x2 patches are merged
-    step_h, step_w = (side * 2**merges for side in patch.stride)
-    _check_stem(patch, images)
-    height, width = images.shape[2:]
-    if not height or not width or height % step_h or width % step_w:
-        raise InputError(
-            f"this model takes images of multiples of {step_h} by {step_w} pixels (height x "
-            f"width), which the patches of its last stage tile, got {height}x{width}"
-        )
-
-
-def _check_stem(stem: nn.Module, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images with another number of channels than the stem's first convolution takes."""
+def _check_size(stem: nn.Module, images: Float[Tensor, "B channels H W"], **fits: Any) -> None:
+    """Refuse images that do not fit a model, which takes the channels of its stem's convolution."""
     convolution = next(part for part in stem.modules() if isinstance(part, nn.Conv2d))
-    check_channels(images, convolution.in_channels)
+    check_size(images, convolution.in_channels, **fits)
 
 
 def encoder(model: nn.Module) -> Encoder:

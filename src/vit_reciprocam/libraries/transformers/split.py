@@ -37,7 +37,7 @@ from vit_reciprocam.libraries.transformers.families import (
     describe_tower,
     image_tower,
 )
-from vit_reciprocam.libraries.validation import check_channels
+from vit_reciprocam.libraries.validation import check_size
 
 __all__ = ["check_class", "split", "split_tower", "zero_shot"]
 
@@ -274,14 +274,9 @@ def _patch_grid(
 ) -> Grid:
     """Return the grid of non-overlapping patches; refuse images that the model cannot take."""
     config = get_first(model, "vision.config", "config.vision_config", "config")
+    size = _pair(config.image_size) if description.fixed_size else None
+    check_size(images, config.num_channels, size=size, advice=": resize them")
     height, width = images.shape[2:]
-    check_channels(images, config.num_channels)
-    if description.fixed_size and (height, width) != _pair(config.image_size):
-        want_h, want_w = _pair(config.image_size)
-        raise InputError(
-            f"this model takes images of {want_h}x{want_w} pixels (height x width), got "
-            f"{height}x{width}: resize them"
-        )
     patch_h, patch_w = _pair(getattr(config, "patch_size", 1))
     if height < patch_h or width < patch_w:
         raise InputError(
