@@ -150,11 +150,12 @@ def _layout(
     tokens: Tensor, target: nn.Module, grid: tuple[int, int] | None, prefix: int
 ) -> tuple[tuple[int, int], bool]:
     """Return the grid (h, w), and whether the channels come before it."""
-    name, shape = type(target).__name__, tuple(tokens.shape)
+    shape = tuple(tokens.shape)
+    gives = f"the target {type(target).__name__} gives {shape}"
     if grid is None:
         raise InputError(
-            f"the target {name} gives {shape}: say how the patches lie with grid=(h, w), and how "
-            "many tokens stand before them with prefix_tokens="
+            f"{gives}: say how the patches lie with grid=(h, w), and how many tokens stand before "
+            "them with prefix_tokens="
         )
     h, w = map(int, grid)
     if tokens.ndim == 4:
@@ -163,18 +164,17 @@ def _layout(
             raise InputError(f"a grid of tokens {shape} has no prefix: use prefix_tokens=0")
         if not channels_last and not channels_first:
             raise InputError(
-                f"the target {name} gives {shape}, in which grid={h, w} is neither of (B, h, w, D) "
-                "nor of (B, D, h, w)"
+                f"{gives}, in which grid={h, w} is neither of (B, h, w, D) nor of (B, D, h, w)"
             )
         if channels_last and channels_first:
             raise InputError(
-                f"the target {name} gives {shape}, which may be (B, h, w, D) or (B, D, h, w): name "
-                "a module with another width, or one that gives (B, T, D)"
+                f"{gives}, which may be (B, h, w, D) or (B, D, h, w): name a module with another "
+                "width, or one that gives (B, T, D)"
             )
         return (h, w), channels_first
     if h * w != shape[1] - prefix:
         raise InputError(
-            f"grid={h, w} is {h * w} patches, but the target {name} gives {shape}: {shape[1]} "
-            f"tokens, of which prefix_tokens={prefix} are not patches"
+            f"grid={h, w} is {h * w} patches, but {gives}: {shape[1]} tokens, of which "
+            f"prefix_tokens={prefix} are not patches"
         )
     return (h, w), False

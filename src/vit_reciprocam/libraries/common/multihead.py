@@ -1,7 +1,8 @@
-"""PyTorch's nn.MultiheadAttention as an `Attention`."""
+"""PyTorch's nn.MultiheadAttention, and libraries' own attentions, as an `Attention`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -12,7 +13,25 @@ from vit_reciprocam.core.split import Attention, projections
 from vit_reciprocam.libraries.common.changes import has_hooks, kind_of, runs_as
 from vit_reciprocam.libraries.common.running import same
 
-__all__ = ["multihead_attention", "multihead_output", "why_unknown_multihead"]
+__all__ = [
+    "multihead_attention",
+    "multihead_output",
+    "normed_attention",
+    "why_unknown_multihead",
+]
+
+
+def normed_attention(
+    module: Any, projected: Sequence[Any], query_norm: nn.Module, key_norm: nn.Module, **more: Any
+) -> Attention:
+    """Return the attention of a module with `num_heads`, `scale`, and norms of queries and keys.
+
+    `projected` are the functions from tokens to queries, keys and values. A norm may be the
+    identity.
+    """
+    query, key, value = projected
+    known = None if isinstance(key_norm, nn.Identity) else key_norm
+    return Attention(module.num_heads, module.scale, query, key, value, query_norm, known, **more)
 
 
 def multihead_attention(
@@ -32,15 +51,8 @@ def multihead_attention(
     def project_queries(tokens: Tensor) -> Tensor:  # (B, R, D) -> (B, R, A)
         return query(tokens if queries is None else queries.expand(tokens.shape[0], -1, -1))
 
-    return Attention(
-        heads=attention.num_heads,
-        scale=attention.head_dim**-0.5,
-        query=project_queries,
-        key=key,
-        value=value,
-        query_norm=same,
-        key_norm=None,
-    )
+    scale = attention.head_dim**-0.5
+    return Attention(attention.num_heads, scale, project_queries, key, value, same, None)
 
 
 def multihead_output(

@@ -32,15 +32,11 @@ from vit_reciprocam.libraries.common.changes import (
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
+    normed_attention,
     why_unknown_multihead,
 )
 from vit_reciprocam.libraries.common.running import Call, Grid, find_call, find_calls, last_blocks
-from vit_reciprocam.libraries.common.split import (
-    BlockDescription,
-    no_pool,
-    split_block,
-    split_pool,
-)
+from vit_reciprocam.libraries.common.split import BlockDescription, no_pool, split_block, split_pool
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 
 __all__ = ["split", "split_tower", "zero_shot"]
@@ -234,16 +230,8 @@ def _describe_attention(attention: Any) -> Attention:
     """Return the attention of a block, which is PyTorch's class or open_clip's own."""
     if isinstance(attention, nn.MultiheadAttention):
         return multihead_attention(attention)
-    query, key, value = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
-    return Attention(
-        heads=attention.num_heads,
-        scale=attention.scale,
-        query=query,
-        key=key,
-        value=value,
-        query_norm=attention.ln_q,
-        key_norm=None if isinstance(attention.ln_k, nn.Identity) else attention.ln_k,
-    )
+    joint = projections(attention.in_proj_weight.chunk(3), attention.in_proj_bias)
+    return normed_attention(attention, joint, attention.ln_q, attention.ln_k)
 
 
 def _project_heads(block: Any, heads: Float[Tensor, "*batch A"]) -> Float[Tensor, "*batch D"]:
@@ -263,17 +251,10 @@ def zero_shot(
 ) -> ZeroShot:
     """Turn the image tower of a CLIP model into a classifier of text prompts.
 
-    Args:
-        model: A model of open_clip with its text tower, in evaluation mode.
-        tokenizer: Texts -> their tokens, from `open_clip.get_tokenizer`.
-        prompts: One text per class: a sentence or, with templates, a name. open_clip's tokenizers
-            cut off what is too long for the model.
-        templates: Sentences with a place {} for the prompt; a class is the mean of their normalised
-            embeddings.
-
-    Raises:
-        ModelError: If it is not such a model, or if it is in training mode.
-        InputError: If there is no prompt or template, or one that cannot be used.
+    The model must be in evaluation mode; its tokenizer, from `open_clip.get_tokenizer`, cuts off
+    what is too long for it. There is one prompt per class: a sentence or, with templates, a name.
+    Templates are sentences with a place {} for it, and a class is the mean of their normalised
+    embeddings.
     """
     m: Any = model
     if any(not hasattr(m, part) for part in ("visual", "encode_text", "logit_scale")):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Projection, projections
 from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_not_linear, why_unknown
+from vit_reciprocam.libraries.common.multihead import normed_attention
 from vit_reciprocam.libraries.common.running import same
 
 __all__ = [
@@ -38,8 +39,7 @@ ATTENTIONS = (
 
 def describe_attention(attention: Any, options: dict[str, Any], tokens: int) -> Attention:
     """Return the attention of a block, which the model calls with these keyword arguments."""
-    query, key, value = _projections(attention)
-    key_norm = getattr(attention, "k_norm", None)
+    norms = [getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm")]
     rope = options.get("rope")
     half = getattr(attention, "rotate_half", False)
 
@@ -47,14 +47,10 @@ def describe_attention(attention: Any, options: dict[str, Any], tokens: int) -> 
         turned: Tensor = apply_rot_embed_cat(keys.transpose(1, 2), rope, half=half)
         return turned.transpose(1, 2).type_as(keys)
 
-    return Attention(
-        heads=attention.num_heads,
-        scale=attention.scale,
-        query=query,
-        key=key,
-        value=value,
-        query_norm=getattr(attention, "q_norm", same),
-        key_norm=None if isinstance(key_norm, nn.Identity) else key_norm,
+    return normed_attention(
+        attention,
+        _projections(attention),
+        *norms,
         rotate=None if rope is None else rotate,
         bias=_bias(attention, options, tokens),
     )
@@ -136,16 +132,13 @@ def why_unknown_pool(pool: Any) -> str:
 
 def describe_pool(pool: Any) -> Attention:
     """Return the attention of a pool, whose queries are learned instead of made from tokens."""
-    key, value = projections(pool.kv.weight.chunk(2), pool.kv.bias)
-    return Attention(
-        heads=pool.num_heads,
-        scale=pool.scale,
-        query=lambda tokens: pool.q(pool.latent).expand(tokens.shape[0], -1, -1),
-        key=key,
-        value=value,
-        query_norm=pool.q_norm,
-        key_norm=None if isinstance(pool.k_norm, nn.Identity) else pool.k_norm,
-    )
+
+    def query(tokens: Tensor) -> Tensor:
+        queries: Tensor = pool.q(pool.latent)
+        return queries.expand(tokens.shape[0], -1, -1)
+
+    joint = projections(pool.kv.weight.chunk(2), pool.kv.bias)
+    return normed_attention(pool, [query, *joint], pool.q_norm, pool.k_norm)
 
 
 def finish_pool(pool: Any, heads: Float[Tensor, "*batch R A"]) -> Float[Tensor, "*batch D"]:

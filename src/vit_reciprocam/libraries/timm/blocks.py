@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Tap, projections
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.common.changes import kind_of, runs_as, why_not_linear, why_unknown
+from vit_reciprocam.libraries.common.multihead import normed_attention
 from vit_reciprocam.libraries.common.running import Grid, same
 from vit_reciprocam.libraries.common.split import BlockDescription
 from vit_reciprocam.libraries.timm.attention import (
@@ -127,16 +129,8 @@ def _describe_parallel_scaling(block: Any, what: str) -> BlockDescription:
 
     def attention(*_given: Any) -> Attention:
         joint = block.in_proj
-        _, query, key, value = projections(joint.weight.split(block.in_split), joint.bias)
-        return Attention(
-            heads=block.num_heads,
-            scale=block.scale,
-            query=query,
-            key=key,
-            value=value,
-            query_norm=block.q_norm,
-            key_norm=None if isinstance(block.k_norm, nn.Identity) else block.k_norm,
-        )
+        _, *projected = projections(joint.weight.split(block.in_split), joint.bias)
+        return normed_attention(block, projected, block.q_norm, block.k_norm)
 
     def finish(heads: Tensor, normed: Tensor, x: Tensor) -> Tensor:
         # the input projection makes the MLP's hidden units, then the queries, keys and values
@@ -173,15 +167,12 @@ def _describe_parallel_things(block: Any, what: str) -> BlockDescription:
 
     def attention(_grid: Grid, options: dict[str, Any], tokens: int) -> Attention:
         every = [describe_attention(branch.attn, options, tokens) for branch in branches]
-        first = every[0]
-        return Attention(
+        return dataclasses.replace(
+            every[0],
             heads=sum(one.heads for one in every),
-            scale=first.scale,
             query=block_diagonal([one.query for one in every]),
             key=block_diagonal([one.key for one in every]),
             value=block_diagonal([one.value for one in every]),
-            query_norm=first.query_norm,
-            key_norm=first.key_norm,
         )
 
     def finish(heads: Tensor, normed: Tensor, x: Tensor) -> Tensor:

@@ -17,12 +17,7 @@ from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import (
-    Block,
-    ResPostBlock,
-    VisionTransformer,
-    global_pool_nlc,
-)
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, global_pool_nlc
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 

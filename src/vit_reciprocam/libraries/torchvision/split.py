@@ -23,12 +23,7 @@ from vit_reciprocam.libraries.common.multihead import (
     multihead_output,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.running import (
-    Call,
-    Grid,
-    find_calls,
-    last_blocks,
-)
+from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
 from vit_reciprocam.libraries.common.split import (
     BlockDescription,
     no_pool,

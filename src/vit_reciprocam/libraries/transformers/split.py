@@ -13,12 +13,7 @@ from torch.nn.functional import normalize
 
 from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.changes import (
-    is_own,
-    kind_of,
-    refuse_bypassed,
-    why_unknown,
-)
+from vit_reciprocam.libraries.common.changes import is_own, kind_of, refuse_bypassed, why_unknown
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -48,19 +43,11 @@ _TEXTS_AT_ONCE = 256  # to bound the memory for many classes with many templates
 def zero_shot(
     model: nn.Module, processor: Any, prompts: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> ZeroShot:
-    """Turn a model that compares images with texts into a classifier of text prompts.
+    """Turn a CLIPModel, SiglipModel or MetaClip2Model into a classifier of text prompts.
 
-    Args:
-        model: A CLIPModel, SiglipModel or MetaClip2Model, in evaluation mode.
-        processor: The model's processor or tokenizer.
-        prompts: One text per class: a sentence or, with templates, a name.
-        templates: Sentences with a place {} for the prompt; a class is the mean of their normalised
-            embeddings.
-
-    Raises:
-        ModelError: If the model does not compare images with texts, is not supported, or is in
-            training mode.
-        InputError: If there is no prompt or template, or one that cannot be used.
+    The model must be in evaluation mode; `processor` is its processor or its tokenizer. There is
+    one prompt per class: a sentence or, with templates, a name. Templates are sentences with a
+    place {} for it, and a class is the mean of their normalised embeddings.
     """
     m: Any = model
     if not hasattr(model, "get_text_features"):
