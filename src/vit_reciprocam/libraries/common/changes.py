@@ -17,8 +17,8 @@ from torch import nn
 from vit_reciprocam.errors import ModelError
 
 __all__ = [
+    "find_override",
     "has_hooks",
-    "is_own",
     "kind_of",
     "refuse_bypassed",
     "runs_as",
@@ -48,17 +48,11 @@ def runs_as(module: Any, *classes: Any) -> bool:
     return any(type(module).forward is cls.forward for cls in classes)
 
 
-def is_own(module: nn.Module, library: str, *methods: str) -> bool:
-    """Return whether forward and these methods are the library's, PyTorch's or this package's.
+def find_override(module: nn.Module, library: str, *methods: str) -> str:
+    """Return which of forward and these methods is a user's own, "" if none is.
 
-    A method that the module does not have counts as the library's; one that was patched on the
-    module does not.
+    A method is not if it is the library's, PyTorch's or this package's, and was not patched.
     """
-    return not _find_override(module, library, *methods)
-
-
-def _find_override(module: nn.Module, library: str, *methods: str) -> str:
-    """Return the first of its methods that is not the library's own, "" if all are."""
     for method in ("forward", *methods):
         found: Any = next((cls for cls in type(module).__mro__ if method in vars(cls)), None)
         owner = found.__module__.partition(".")[0] if found else library
@@ -107,7 +101,7 @@ def why_unknown(module: nn.Module, library: str, what: str, *called_whole: nn.Mo
         # dropout is left out, so a module that is merely named like one would be lost
         named_dropout = "drop" in path.rpartition(".")[2]
         is_dropout = "Drop" in type(part).__name__ or isinstance(part, nn.Identity)
-        if not is_own(part, library) or (named_dropout and not is_dropout):
+        if find_override(part, library) or (named_dropout and not is_dropout):
             return f"{where} is a {kind_of(part)}, whose parts are not known"
     return ""
 
@@ -121,16 +115,11 @@ def refuse_bypassed(
 ) -> None:
     """Refuse a model with a user's code or hooks that running it by its parts would bypass.
 
-    Args:
-        model: The model.
-        block: The block at which it is cut. The modules that contain it are not called as a whole,
-            so they must be the library's own.
-        library: The name of the library that defines the model.
-        around: Other modules that are not called.
-        methods: Methods besides forward that are not called.
+    The modules that contain the block at which it is cut are not called as a whole, nor are those
+    `around`, nor these methods besides forward. So they must be the library's own.
     """
     for module in (model, *_modules_above(block, model), *around):
-        method, hooked = _find_override(module, library, *methods), has_hooks(module)
+        method, hooked = find_override(module, library, *methods), has_hooks(module)
         if not method and not hooked:
             continue
         path = next(path for path, one in model.named_modules() if one is module)

@@ -51,11 +51,7 @@ def find_calls(
 ) -> list[Call]:
     """Run the model until it calls the last of some modules, and return the arguments of each call.
 
-    Args:
-        model: The model.
-        modules: Modules inside it, in the order of their calls.
-        inputs: What the model is called with, such as images (B, 3, H, W).
-        options: The keyword arguments that the model is called with.
+    The modules are in the order of their calls; the model is called with the inputs and options.
     """
     calls: list[Call] = []
 

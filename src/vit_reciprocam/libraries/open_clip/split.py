@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Attention, Readout, Split, Tap, projections
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.changes import (
-    is_own,
+    find_override,
     kind_of,
     refuse_bypassed,
     runs_as,
@@ -102,7 +102,7 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
         reads = "the head's attention pooler reads all tokens, not the class token"
     elif tower.pool_type != "tok":
         reads = f"the head reads all patches (pool_type={tower.pool_type!r}), not the class token"
-    changed = "" if is_own(tower, "open_clip", *_POOL_METHODS) else f"{name} has a pool of its own"
+    changed = find_override(tower, "open_clip", *_POOL_METHODS) and f"{name} has a pool of its own"
 
     def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
         _check_size(tower, images)
@@ -216,7 +216,7 @@ def _why_unknown_block(block: Any, what: str) -> str:
     kinds = (ResidualAttentionBlock, CustomResidualAttentionBlock)
     if not runs_as(block, *kinds):
         return f"{what} is a {kind_of(block)}, whose parts are not known"
-    if not is_own(block, "open_clip", "attention"):
+    if find_override(block, "open_clip", "attention"):
         return f"{what} has an attention method of its own"
     because = ""
     if not runs_as(block.attn, CustomAttention):

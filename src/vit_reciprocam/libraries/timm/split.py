@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.common.changes import (
+    find_override,
     has_hooks,
-    is_own,
     kind_of,
     refuse_bypassed,
     runs_as,
@@ -60,7 +60,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     if pool:
         return _split_pool(m)
     # a user's head may read more tokens
-    changed = "" if is_own(model, "timm", *_HEAD_METHODS) else f"{name} has a head of its own"
+    changed = find_override(model, "timm", *_HEAD_METHODS) and f"{name} has a head of its own"
     return split_block(
         blocks=blocks,
         description=describe_block(blocks[0]),

@@ -49,35 +49,22 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
         return _split_vit(model, block)
     if isinstance(model, SwinTransformer):
         return _split_swin(model, block, pool)
-    raise _unsupported_task(model)
+    raise unsupported(type(model).__name__, *(cls.__module__ for cls in type(model).__mro__))
 
 
-_TASKS = {
-    "detection": "finds boxes in images, and gives no class scores of an image",
-    "segmentation": "labels pixels, and gives no class scores of an image",
-}
-
-
-def unsupported(name: str) -> ModelError:
-    """Return the error for a model that is not a supported transformer."""
+def unsupported(name: str, *modules: str) -> ModelError:
+    """Return the error for a model by name, whose class and its bases are defined in modules."""
+    for task, does in (("detection", "finds boxes in images"), ("segmentation", "labels pixels")):
+        if any(module.startswith(f"torchvision.models.{task}") for module in modules):
+            return ModelError(
+                f"torchvision's {name} {does}, and gives no class scores of an image: pass a "
+                "classifier, such as torchvision.models.vit_b_16(), or wrap it in a module that "
+                "gives scores (batch, classes) and name where to cut it with target="
+            )
     return ModelError(
         f"torchvision's {name} is not supported: it is neither a VisionTransformer nor a "
         "SwinTransformer"
     )
-
-
-def _unsupported_task(model: nn.Module) -> ModelError:
-    """Return the error that says what a model is for, and what to pass instead."""
-    name = type(model).__name__
-    for cls in type(model).__mro__:
-        for task, does in _TASKS.items():
-            if cls.__module__.startswith(f"torchvision.models.{task}"):
-                return ModelError(
-                    f"torchvision's {name} {does}: pass a classifier, such as "
-                    "torchvision.models.vit_b_16(), or wrap it in a module that gives scores "
-                    "(batch, classes) and name where to cut it with target="
-                )
-    return unsupported(name)
 
 
 def _split_vit(model: Any, number: int) -> Split:

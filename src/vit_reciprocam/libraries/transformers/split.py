@@ -13,7 +13,12 @@ from torch.nn.functional import normalize
 
 from vit_reciprocam.core.split import Readout, Split
 from vit_reciprocam.errors import InputError, ModelError
-from vit_reciprocam.libraries.common.changes import is_own, kind_of, refuse_bypassed, why_unknown
+from vit_reciprocam.libraries.common.changes import (
+    find_override,
+    kind_of,
+    refuse_bypassed,
+    why_unknown,
+)
 from vit_reciprocam.libraries.common.multihead import (
     multihead_attention,
     multihead_output,
@@ -249,7 +254,7 @@ def _attention_pool(pooling: Pooling) -> Readout:
 
 def _why_unknown_pool(head: Any) -> str:
     """Return why running an attention pool by its parts may differ from calling it, or ""."""
-    if not is_own(head, "transformers"):
+    if find_override(head, "transformers"):
         return f"the head pools by a {kind_of(head)}, whose forward is not of transformers"
     return why_unknown_multihead(head.attention, "the head's attention") or why_unknown(
         head, "transformers", "the head's attention pool"
