@@ -21,7 +21,6 @@ SHAPES_CHECKED = [
         "core.stencil",
         "libraries.common.split",
         "libraries.common.multihead",
-        "libraries.timm.attention",
         "libraries.timm.blocks",
         "libraries.timm.last_block",
         "libraries.transformers.blocks",

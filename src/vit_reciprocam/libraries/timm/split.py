@@ -34,8 +34,12 @@ from vit_reciprocam.libraries.common.changes import (
 from vit_reciprocam.libraries.common.encoder import Encoder, Layer, no_encoder, steps
 from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
 from vit_reciprocam.libraries.common.split import no_pool, run_again, split_block, split_pool
-from vit_reciprocam.libraries.timm.attention import describe_pool, finish_pool, why_unknown_pool
-from vit_reciprocam.libraries.timm.blocks import describe_block
+from vit_reciprocam.libraries.timm.blocks import (
+    describe_block,
+    describe_pool,
+    finish_pool,
+    why_unknown_pool,
+)
 from vit_reciprocam.libraries.timm.hierarchical import split as split_hierarchical
 from vit_reciprocam.libraries.validation import check_size
 
