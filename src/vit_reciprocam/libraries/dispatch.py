@@ -18,15 +18,9 @@ __all__ = ["split_model"]
 def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut a supported classifier at an encoder block, or just before the pooling of its head.
 
-    Args:
-        model: The classifier.
-        block: The number of the block, counted from the end: -1 is the last.
-        pool: Whether to cut where the head pools all tokens instead of at a block.
-
-    Raises:
-        ModelError: If the model is not supported, or if running it by its parts would bypass code
-            or hooks that a user has added; the message gives the reason.
-        InputError: If it has no such block, or no pooling to cut at.
+    Blocks are counted from the end: -1 is the last. A model that is not supported raises
+    `ModelError` with the reason, and so does one with code or hooks of a user that running it by
+    its parts would bypass. A block or a pooling that it does not have raises `InputError`.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")

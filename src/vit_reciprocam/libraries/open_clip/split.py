@@ -35,7 +35,7 @@ from vit_reciprocam.libraries.common.multihead import (
     normed_attention,
     why_unknown_multihead,
 )
-from vit_reciprocam.libraries.common.running import Call, Grid, find_call, find_calls, last_blocks
+from vit_reciprocam.libraries.common.running import Call, Grid, find_calls, last_blocks
 from vit_reciprocam.libraries.common.split import BlockDescription, no_pool, split_block, split_pool
 from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, fill_template
 
@@ -104,19 +104,11 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
         reads = f"the head reads all patches (pool_type={tower.pool_type!r}), not the class token"
     changed = find_override(tower, "open_clip", *_POOL_METHODS) and f"{name} has a pool of its own"
 
-    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
-        _check_size(tower, images)
-        return tower.grid_size, find_calls(tower, blocks, images)
-
-    def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
-        features: Tensor = tower._pool(y)[0]
-        return features if tower.proj is None else features @ tower.proj
-
     return split_block(
         blocks=blocks,
         description=_describe_block(block),
-        enter=enter,
-        head=head,
+        enter=functools.partial(_enter, tower, blocks),
+        head=lambda y: _project(tower, tower._pool(y)[0]),
         reads=reads,
         prefix=1,
         why_unknown=changed
@@ -149,17 +141,14 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
         raise no_pool(tower)
 
     def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
-        _check_size(tower, images)
-        y = block(find_call(tower, block, images)[0][0])
+        grid, (((x, *_), _),) = _enter(tower, [block], images)
+        y = block(x)
         if pooler is not None:
-            return tower.grid_size, pooler.ln_k(y)
-        return tower.grid_size, (y if tower.final_ln_after_pool else tower.ln_post(y))[:, 1:]
-
-    def project(features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch E"]:
-        return features if tower.proj is None else features @ tower.proj
+            return grid, pooler.ln_k(y)
+        return grid, (y if tower.final_ln_after_pool else tower.ln_post(y))[:, 1:]
 
     def finish_mean(mean: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch E"]:
-        return project(tower.ln_post(mean) if tower.final_ln_after_pool else mean)
+        return _project(tower, tower.ln_post(mean) if tower.final_ln_after_pool else mean)
 
     if pooler is None:
         return split_pool(tokens=tokens, finish=finish_mean, block=block)
@@ -172,7 +161,7 @@ def _split_pool(tower: Any, block: nn.Module) -> Split:
         return attended
 
     def finish_pooler(attended: Float[Tensor, "*batch R width"]) -> Float[Tensor, "*batch E"]:
-        return project(tower.ln_post(attended).mean(dim=-2))
+        return _project(tower, tower.ln_post(attended).mean(dim=-2))
 
     queries = pooler.ln_q(pooler.query)[read]
     return split_pool(
@@ -199,8 +188,15 @@ def _why_unknown_pooler(pooler: Any) -> str:
     )
 
 
-def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
-    """Refuse images of another size or number of channels than the tower takes."""
+def _project(tower: Any, pooled: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch E"]:
+    """Return the features of what the tower pools."""
+    return pooled if tower.proj is None else pooled @ tower.proj
+
+
+def _enter(
+    tower: Any, blocks: Sequence[nn.Module], images: Float[Tensor, "B channels H W"]
+) -> tuple[Grid, list[Call]]:
+    """Return the patch grid and the calls of some blocks; refuse images of another size."""
     channels, height, width = images.shape[1:]
     wanted = (tower.conv1.in_channels, *tower.image_size)
     if (channels, height, width) != wanted:
@@ -209,6 +205,7 @@ def _check_size(tower: Any, images: Float[Tensor, "B channels H W"]) -> None:
             f"pixels (height x width), got {channels} of {height}x{width}. Resize them, or "
             "create the model with force_image_size="
         )
+    return tower.grid_size, find_calls(tower, blocks, images)
 
 
 def _why_unknown_block(block: Any, what: str) -> str:

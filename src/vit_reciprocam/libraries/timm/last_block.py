@@ -14,10 +14,8 @@ from vit_reciprocam.core.split import Tap
 from vit_reciprocam.libraries.common.running import Grid, get_first, same
 
 __all__ = [
-    "Finish",
     "LastBlock",
     "MethodInputTap",
-    "ReorderedTap",
     "at_attention_input",
     "at_norm1",
     "at_reordered_norm1",
@@ -62,7 +60,7 @@ class MethodInputTap(Tap):
 
 
 @dataclass(frozen=True)
-class ReorderedTap(Tap):
+class _ReorderedTap(Tap):
     """The place of F in a block whose tokens are not in the order of the image's patches.
 
     Attributes:
@@ -147,7 +145,7 @@ def at_reordered_norm1(
     **more: Any,
 ) -> LastBlock:
     """Describe a block whose X and F are not (B, T, D) in the order of the image."""
-    tap = ReorderedTap((block.norm1,), arrange=arrange, restore=restore)
+    tap = _ReorderedTap((block.norm1,), arrange=arrange, restore=restore)
     return at_norm1(
         block, finish, tap=tap, arrange=arrange, restore=lambda x, _: restore(x), **more
     )

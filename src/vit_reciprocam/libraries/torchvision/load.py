@@ -80,8 +80,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
 
 def _outline(name: str, options: dict[str, Any]) -> Any:
     """Create a model on the meta device, without memory; refuse it if it cannot be explained."""
-    with torch.device("meta"), NoValues():
-        model = _create(name, options)
+    model = build(name, **options)
     split(model)
     return model
 
@@ -161,5 +160,5 @@ def build(name: str, **options: Any) -> nn.Module:
     if not is_named_transformer(get_model_builder(name).__module__):
         raise unsupported(name)
     with torch.device("meta"), NoValues():
-        model: nn.Module = get_model(name, **options)
+        model: nn.Module = _create(name, options)
     return model.eval()
