@@ -51,7 +51,7 @@ def runs_as(module: Any, *classes: Any) -> bool:
 def find_override(module: nn.Module, library: str, *methods: str) -> str:
     """Return which of forward and these methods is a user's own, "" if none is.
 
-    A method is not if it is the library's, PyTorch's or this package's, and was not patched.
+    A method of the library, of PyTorch or of this package is not, unless the module was patched.
     """
     for method in ("forward", *methods):
         found: Any = next((cls for cls in type(module).__mro__ if method in vars(cls)), None)
