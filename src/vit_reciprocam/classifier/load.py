@@ -10,6 +10,7 @@ from typing import Any
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 from vit_reciprocam.libraries import LIBRARIES
+from vit_reciprocam.onnx.contract import check_classes
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 __all__ = ["ASSETS", "is_onnx", "load", "specs"]
@@ -93,10 +94,7 @@ def load(
 
     torch_backend = TorchBackend(spec, model, device=device, size=prepared.size)
     classifier = Classifier(spec, torch_backend, prepared, names)
-    if names is not None and len(names) != classifier.num_classes:
-        raise InputError(
-            f"{len(names)} class names given for a model of {classifier.num_classes} classes"
-        )
+    check_classes(classifier.num_classes, names)
     return classifier
 
 
