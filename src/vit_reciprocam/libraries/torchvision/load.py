@@ -47,10 +47,11 @@ def load_torchvision(
         raise no_such_model(torchvision, name, list_models())
     if get_model_builder(name).__module__ not in _FAMILIES:
         raise unsupported(name)
+    outline = build(name, **options)
+    split(outline)  # refuse what cannot be explained before fetching it
     published: Any = get_model_weights(name)
     model: Any
     if weights == RANDOM:
-        _outline(name, options)
         chosen, model = published.DEFAULT, _create(name, options)
     elif weights is None or weights in published.__members__:
         chosen = published.DEFAULT if weights is None else published[weights]
@@ -58,7 +59,7 @@ def load_torchvision(
     else:
         path = Path(weights)
         chosen = next((w for w in published if Path(w.url).name == path.name), published.DEFAULT)
-        model = _create_from_file(name, path, options)
+        model = _create_from_file(name, path, options, outline)
     names = tuple(chosen.meta["categories"])
     size = getattr(model, "image_size", None)
     return (
@@ -78,16 +79,8 @@ def _create(name: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _outline(name: str, options: dict[str, Any]) -> Any:
-    """Create a model on the meta device, without memory; refuse it if it cannot be explained."""
-    model = build(name, **options)
-    split(model)
-    return model
-
-
 def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Create a model with published weights; refuse one that cannot be explained."""
-    _outline(name, options)
+    """Create a model with published weights."""
     try:
         model: nn.Module = get_model(name, weights=weights, **options)
     except (ValueError, TypeError) as error:
@@ -103,10 +96,9 @@ def _download(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _create_from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+def _create_from_file(name: str, path: Path, options: dict[str, Any], outline: Any) -> nn.Module:
     """Create a model with the weights, the number of classes and the image size of a file."""
     state = read_weights(path)
-    outline = _outline(name, options)
     found: dict[str, Any] = {}
     head = state.get("heads.head.weight", state.get("head.weight"))
     if head is not None and head.ndim:
