@@ -16,7 +16,7 @@ import torch
 from open_clip.model import _build_vision_tower
 from torch import nn
 
-from vit_reciprocam.errors import DownloadError, InputError, ModelError, WeightsError
+from vit_reciprocam.errors import InputError, ModelError, WeightsError
 from vit_reciprocam.libraries.common.loading import (
     RANDOM,
     Architecture,
@@ -63,7 +63,8 @@ def load_open_clip(
         split_tower(build_tower(config))  # refuse what cannot be explained before fetching it
     with _fetching(f"the tokenizer of {name!r}"):
         tokenizer = open_clip.get_tokenizer(name)
-    model = _create(name, tag, weights, trained, options)
+    with _fetching(f"the weights of {name!r}"):
+        model = _create(name, tag, weights, trained, options)
     preprocess = _preprocess(model.visual.preprocess_cfg)
     return zero_shot(model.eval(), tokenizer, prompts, templates), preprocess, tuple(prompts)
 
@@ -100,41 +101,34 @@ def _create(
         if weights is not None and not Path(weights).is_file():
             raise WeightsError(f"no such weights file: {weights}")
     try:
-        with _silence():
-            return open_clip.create_model(name, **source, **settings)
+        return open_clip.create_model(name, **source, **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(
             f"open_clip cannot create {name!r} with options {options}: {error}"
         ) from error
     except Exception as error:  # hub clients, safetensors, pickle and zip errors share no base
         if weights in (None, RANDOM):
-            raise _not_fetched(f"the weights of {name!r}", error) from error
+            raise
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise WeightsError(f"{weights} does not fit {name!r}: {reason}") from error
 
 
 @contextlib.contextmanager
 def _fetching(what: str) -> Iterator[None]:
-    """Mute open_clip, and turn an error into one that says what could not be fetched."""
+    """Mute open_clip, and turn an error of others into one that says what was not fetched."""
     try:
-        with _silence():
+        # open_clip logs through the root logger, and what it calls logs too, errors included
+        with quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL):
             yield
+    except ModelError:
+        raise
     except Exception as error:  # hub clients raise errors of many unrelated kinds
-        raise _not_fetched(what, error) from error
-
-
-def _not_fetched(what: str, error: Exception) -> DownloadError:
-    return not_fetched(
-        what,
-        error,
-        "a local file (--weights model.safetensors on the command line, weights= in Python) of a "
-        "model whose tokenizer comes with open_clip, such as ViT-B-32",
-    )
-
-
-def _silence() -> contextlib.AbstractContextManager[None]:
-    """Mute open_clip, which logs through the root logger, and what it calls, errors included."""
-    return quiet("", "huggingface_hub", "timm", "transformers", level=logging.CRITICAL)
+        raise not_fetched(
+            what,
+            error,
+            "a local file (--weights model.safetensors on the command line, weights= in Python) of "
+            "a model whose tokenizer comes with open_clip, such as ViT-B-32",
+        ) from error
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:
