@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 import onnx
+from onnx import external_data_helper, inliner
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_classes, check_file_targets
-from vit_reciprocam.onnx.files import check_output
+from vit_reciprocam.onnx.files import check_output, find_weights, write_then_move
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch, append_direct, append_outputs
 from vit_reciprocam.onnx.insert.check import prove
 from vit_reciprocam.onnx.insert.closed_form import append_closed_form
-from vit_reciprocam.onnx.insert.files import find_opset, load_model, save_model
 from vit_reciprocam.onnx.insert.graph import Graph, remove_rounding
 from vit_reciprocam.onnx.insert.read import Reading, read
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.files import library_versions
 
 __all__ = ["Inserted", "insert"]
+
+_LEAST_OPSET = 11
 
 
 @dataclass(frozen=True)
@@ -92,16 +97,16 @@ def insert(
         InputError: If a setting does not fit.
     """
     masking = Masking(kernel, class_token)
-    check_file_targets(targets)
+    top = check_file_targets(targets)
     source, destination = Path(source), check_output(destination)
-    graph = Graph(load_model(source, destination), source.parent)
+    graph = Graph(_load(source, destination), source.parent)
     _refuse_names(graph, source, targets, raw)
     try:
         unrounded = remove_rounding(graph)
         reading = read(unrounded, grid=grid, size=size, target_node=target_node)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
-    check_classes(reading.classes, class_names, check_file_targets(targets))
+    check_classes(reading.classes, class_names, top)
     height, width = reading.values[reading.images].shape[2:]
     if isinstance(preprocess, str):
         preprocess = Preprocess.parse(preprocess, size=(height, width))
@@ -124,7 +129,7 @@ def insert(
     )
     for key, value in metadata.to_properties().items():
         explained.metadata_props.add(key=key, value=value)
-    save_model(explained, destination, folder=source.parent)
+    _save(explained, destination, source.parent)
     return inserted
 
 
@@ -151,7 +156,7 @@ def _explain(
     """
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
-        branch = Branch(find_opset(graph.model))
+        branch = Branch(_find_opset(graph.model))
         if because:
             logits = append_direct(branch, unrounded, reading, masking)
         else:
@@ -187,3 +192,65 @@ def _explain(
         except ModelError as error:  # it cannot be built, does not run, or gives wrong scores
             because = str(error)
     return build(because)
+
+
+def _load(path: Path, destination: Path) -> onnx.ModelProto:
+    """Read a model that is to be written to another place, with calls of its functions inlined.
+
+    Weights in files beside it stay there; only their paths are checked.
+    """
+    if not path.is_file():
+        raise ModelError(f"no such model file: {path}")
+    damaged = ModelError(f"{path} is not an ONNX file, or was cut short")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise damaged from error
+    if not model.graph.node or not model.opset_import:
+        raise damaged
+    folder, files = path.parent.resolve(), [path]
+    for place in sorted(_find_locations(model)):
+        weights = find_weights(path, place)
+        # A link out of the folder is refused too: insert copies the file that it leads to.
+        if not weights.resolve().is_relative_to(folder):
+            raise ModelError(
+                f"{path} asks for weights outside its folder, by the link {place!r}: that is "
+                "refused. Put the file itself in place of the link"
+            )
+        files.append(weights)
+    if destination.resolve() in [file.resolve() for file in files]:
+        raise InputError(f"{destination} belongs to the file to read: write to another place")
+    opset, newest = _find_opset(model), onnx.defs.onnx_opset_version()
+    if not _LEAST_OPSET <= opset <= newest:
+        raise ModelError(
+            f"{path} is written in opset {opset}; {_LEAST_OPSET} to {newest} are read here"
+        )
+    return inliner.inline_local_functions(model) if model.functions else model
+
+
+def _find_opset(model: onnx.ModelProto) -> int:
+    """Return the version of ONNX's own operators in a model."""
+    versions = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx")]
+    return max(versions, default=0)
+
+
+def _save(model: onnx.ModelProto, path: Path, folder: Path) -> None:
+    """Write a model, whole or not at all, and copy its external weights from `folder` beside it."""
+    with write_then_move(path) as file:
+        if path.parent.resolve() != folder.resolve():
+            for number, (place, entries) in enumerate(sorted(_find_locations(model).items())):
+                weights = file.with_name(f"{path.name}.{number}.data")
+                shutil.copyfile(folder / place, weights)
+                for entry in entries:
+                    entry.value = weights.name
+        file.write_bytes(model.SerializeToString())
+
+
+def _find_locations(model: onnx.ModelProto) -> dict[str, list[onnx.StringStringEntryProto]]:
+    """Return the entries with the path of external weights, relative to the file, by that path."""
+    found: dict[str, list[onnx.StringStringEntryProto]] = {}
+    for tensor in external_data_helper._get_all_tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location" and external_data_helper.uses_external_data(tensor):
+                found.setdefault(entry.value, []).append(entry)
+    return found
