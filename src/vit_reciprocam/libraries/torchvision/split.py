@@ -78,15 +78,11 @@ def _split_vit(model: Any, number: int) -> Split:
         _check_size(model.conv_proj, images, size=(side, side), advice=advice)
         return (side // model.patch_size,) * 2, find_calls(model, blocks, images)
 
-    def head(y: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
-        logits: Tensor = model.heads(model.encoder.ln(y)[:, 0])
-        return logits
-
     return split_block(
         blocks=blocks,
         description=_describe_block(blocks[0]),
         enter=enter,
-        head=head,
+        head=lambda y: model.heads(model.encoder.ln(y)[:, 0]),
         reads=1,
         prefix=1,
         why_unknown=why_unknown(model.encoder.ln, "torchvision", "the norm after the last block"),
@@ -137,10 +133,6 @@ def _split_swin(model: Any, number: int, pool: bool) -> Split:
         ((x, *_), _), *_ = calls  # (B, h, w, D)
         return (x.shape[1], x.shape[2]), calls
 
-    def head(y: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C"]:
-        logits: Tensor = model.head(model.flatten(model.avgpool(model.permute(model.norm(y)))))
-        return logits
-
     def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
         grid, (call,) = enter(images)
         return grid, model.norm(run_again(block, call, call[0][0])).flatten(1, 2)
@@ -154,7 +146,7 @@ def _split_swin(model: Any, number: int, pool: bool) -> Split:
         blocks=blocks,
         description=BlockDescription(tap),
         enter=enter,
-        head=head,
+        head=lambda y: model.head(model.flatten(model.avgpool(model.permute(model.norm(y))))),
         reads="the head averages all tokens",
     )
 
