@@ -176,7 +176,7 @@ def prepare_model(
     if untouched is None and backend.path == ASSETS / "demo.onnx":
         untouched = ASSETS / "demo-plain.onnx"
     if untouched is None:
-        cut_out_prediction(backend.path, cut_file)
+        cut_out_prediction(backend.path, backend.metadata, cut_file)
         untouched = cut_file
     files = OnnxFiles(options, str(untouched))
     files.check(classifier.preprocess.size)

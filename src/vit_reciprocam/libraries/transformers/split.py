@@ -30,7 +30,6 @@ from vit_reciprocam.libraries.common.zero_shot import ZeroShot, check_prompts, f
 from vit_reciprocam.libraries.transformers.blocks import describe_block
 from vit_reciprocam.libraries.transformers.families import (
     FAMILIES,
-    ImageTower,
     ModelDescription,
     Pooling,
     base_name,
@@ -62,15 +61,12 @@ def zero_shot(
         raise ModelError(f"the {type(model).__name__} is in training mode: call model.eval() first")
     check_prompts(prompts, templates)
     every = [fill_template(template, prompt) for prompt in prompts for template in templates]
-    embedded = torch.cat(
-        [
-            _embed(m, processor, every[start : start + _TEXTS_AT_ONCE])
-            for start in range(0, len(every), _TEXTS_AT_ONCE)
-        ]
-    )
+    starts = range(0, len(every), _TEXTS_AT_ONCE)
+    embedded = [_embed(m, processor, every[start : start + _TEXTS_AT_ONCE]) for start in starts]
+    each = normalize(torch.cat(embedded), dim=-1).unflatten(0, (len(prompts), len(templates)))
     return ZeroShot(
         tower,
-        normalize(embedded, dim=-1).unflatten(0, (len(prompts), len(templates))).mean(dim=1),
+        each.mean(dim=1),
         scale=m.logit_scale.exp().item(),
         bias=float(getattr(m, "logit_bias", 0.0)),
     )
@@ -122,18 +118,15 @@ _INSTEAD = {
 }
 
 
-_GIVES_FEATURES = re.compile("(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?")
-
-
 def check_class(kind: type) -> None:
     """Refuse a class of models that `split` does not support, and say what to pass instead."""
     name = base_name(kind)
     if name in FAMILIES:
         return
-    known = "it is not a Vision Transformer whose parts are known. Supported are "
-    if name in _INSTEAD or "ForImageClassification" in name:
+    if "ForImageClassification" in name:
+        known = "it is not a Vision Transformer whose parts are known. Supported are "
         why = f"is not supported: {_INSTEAD.get(name, known + ', '.join(sorted(FAMILIES)))}"
-    elif issubclass(kind, ImageTower) or _GIVES_FEATURES.fullmatch(name):
+    elif re.fullmatch("ImageTower|(CLIP|MetaClip2|Siglip)(Vision)?Model(WithProjection)?", name):
         why = (
             "gives image features, no class scores: make a classifier of text prompts with "
             "vit_reciprocam.libraries.transformers.split.zero_shot(model, processor, prompts)"

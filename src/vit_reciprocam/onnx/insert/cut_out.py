@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from vit_reciprocam.errors import MissingDependencyError, ModelError
 from vit_reciprocam.onnx.contract import Metadata
-from vit_reciprocam.onnx.run.protobuf import read_header
 
 __all__ = ["cut_out_prediction"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "QLinearMatMul")
 
 
-def cut_out_prediction(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def cut_out_prediction(path: Path, about: Metadata, out: Path) -> None:
     """Write to another file only those nodes of an explained file that its logits need.
 
     They are the untouched model if the explanation was inserted. A file in which prediction and
     maps come from the same operations, as in those that `export` writes, is refused.
     """
-    about = Metadata.from_properties(read_header(path).properties, file=str(path))
     try:
         import onnx.utils
 
@@ -32,7 +29,7 @@ def cut_out_prediction(path: str | os.PathLike[str], out: str | os.PathLike[str]
         ) from error
     from vit_reciprocam.onnx.insert.graph import Graph
 
-    graph = Graph(onnx.load(path, load_external_data=False), Path(path).parent)
+    graph = Graph(onnx.load(path, load_external_data=False), path.parent)
     needed = graph.nodes_above([about.logits])
     above_maps = graph.nodes_above(["scores"], until=["classes"])
     # An inserted branch shares the nodes before F and has copies of those after it. So if the maps

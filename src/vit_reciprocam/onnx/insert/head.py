@@ -126,13 +126,8 @@ def _prepare_changes(
 
 
 def _token_axis(shape: tuple[int, ...], count: int, axes: tuple[str, ...] = ()) -> int:
-    """Return the token axis of a value: "t" in `axes` if given, else the axis of that length."""
-    if axes:
-        axis = axes.index("t")
-        found = [axis] if shape[axis] == count else []
-    else:
-        found = [axis for axis, size in enumerate(shape) if size == count]
-        found = [1] if 1 in found else found
+    """Return the token axis of a value, which has that length and, if `axes` are given, is "t"."""
+    found = [n for n, size in enumerate(shape) if size == count and (not axes or axes[n] == "t")]
     if not found:
         raise ModelError(f"a value {shape} beside the last attention has no axis of all tokens")
-    return found[0]
+    return 1 if 1 in found else found[0]

@@ -90,11 +90,6 @@ def open_session(
             nothing runs on another device than the one named.
         threads: Number of CPU threads inside one run; None leaves it to the runtime.
         streams: Number of runs that may overlap, in OpenVINO only.
-
-    Raises:
-        ModelError: If the file cannot be read, or the runtime cannot run it.
-        InputError: If there is no such backend or device, or it has no such setting.
-        MissingDependencyError: If the backend is not installed.
     """
     check_choice("backend", backend, BACKENDS)
     for name, number in (("threads", threads), ("streams", streams)):
