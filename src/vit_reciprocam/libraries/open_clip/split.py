@@ -55,11 +55,12 @@ def split(model: nn.Module, **_options: Any) -> NoReturn:
 
 def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     """Cut an image tower; its features, before normalisation, take the place of logits."""
+    if isinstance(tower, TimmModel):
+        return _split_timm(tower, block, pool)
+    if isinstance(tower, VisionTransformer):
+        return _split_vit(tower, block, pool)
     name = type(tower).__name__
-    base: Any = next((k for k in (VisionTransformer, TimmModel) if isinstance(tower, k)), None)
-    if base is None:
-        raise ModelError(f"open_clip's {name} is not supported: it is not a Vision Transformer")
-    return (_split_timm if base is TimmModel else _split_vit)(tower, block, pool)
+    raise ModelError(f"open_clip's {name} is not supported: it is not a Vision Transformer")
 
 
 def _split_timm(tower: Any, block: int, pool: bool) -> Split:

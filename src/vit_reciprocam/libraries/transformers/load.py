@@ -157,7 +157,11 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
     if interpolation is None:
         raise _unsupported(name, processor, "resizes by another filter than Pillow's usual four")
     target = crop["height"], crop["width"]
-    crop_pct = _share(target[0], scaled[0])
+    crop_pct = target[0] / scaled[0]
+    # `Preprocess` divides the crop by this share and rounds down, which must give the side again.
+    # Where floating-point error prevents that, half a pixel more is enough.
+    if math.floor(target[0] / crop_pct) != scaled[0]:
+        crop_pct = target[0] / (scaled[0] + 0.5)
     if crop_pct > 1 or tuple(math.floor(side / crop_pct) for side in target) != scaled:
         raise _unsupported(name, processor, f"resizes to {scaled} and crops to {target}")
     normalise = processor.do_normalize
@@ -173,16 +177,6 @@ def _preprocess(name: str, processor: Any) -> Preprocess:
     if not _agree(processor, preprocess):
         raise _unsupported(name, processor, "does more than resize, crop and normalise")
     return preprocess
-
-
-def _share(kept: int, side: int) -> float:
-    """Return the share of a side that a crop keeps.
-
-    `Preprocess` divides the crop by this share and rounds down, which must give the side again. If
-    floating-point error prevents that, half a pixel is added to the side.
-    """
-    share = kept / side
-    return share if math.floor(kept / share) == side else kept / (side + 0.5)
 
 
 def _agree(processor: Any, preprocess: Preprocess) -> bool:
