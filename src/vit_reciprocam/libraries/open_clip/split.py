@@ -250,9 +250,7 @@ def zero_shot(
     """Turn the image tower of a CLIP model into a classifier of text prompts.
 
     The model must be in evaluation mode; its tokenizer, from `open_clip.get_tokenizer`, cuts off
-    what is too long for it. There is one prompt per class: a sentence or, with templates, a name.
-    Templates are sentences with a place {} for it, and a class is the mean of their normalised
-    embeddings.
+    what is too long for it. `prompts` and `templates` are those of `vit_reciprocam.load`.
     """
     m: Any = model
     if any(not hasattr(m, part) for part in ("visual", "encode_text", "logit_scale")):

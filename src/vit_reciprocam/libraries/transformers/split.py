@@ -49,9 +49,8 @@ def zero_shot(
 ) -> ZeroShot:
     """Turn a CLIPModel, SiglipModel or MetaClip2Model into a classifier of text prompts.
 
-    The model must be in evaluation mode; `processor` is its processor or its tokenizer. There is
-    one prompt per class: a sentence or, with templates, a name. Templates are sentences with a
-    place {} for it, and a class is the mean of their normalised embeddings.
+    The model must be in evaluation mode; `processor` is its processor or its tokenizer. `prompts`
+    and `templates` are those of `vit_reciprocam.load`.
     """
     m: Any = model
     if not hasattr(model, "get_text_features"):

@@ -203,11 +203,10 @@ class OnnxExplainer:
         logits, scores, *classes = self.session.run(names, {self.metadata.images: batch.images})
         logits = self._as_logits(logits)
         chosen = resolve_targets(targets, logits)
-        if not classes:
-            if isinstance(targets, str):  # "all" wants every class, in order
-                return logits, scores, chosen
-            places = chosen
-        else:
+        if not classes and isinstance(targets, str):  # "all" wants every class, in order
+            return logits, scores, chosen
+        places = chosen
+        if classes:
             found = chosen[:, :, None] == classes[0][:, None, :]
             missing = np.argwhere(~found.any(axis=2))
             if len(missing):
