@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +46,8 @@ _SLOW = 10  # number of forward passes; a call that takes longer is made in fewe
 _FEWEST = 5  # least number of rounds in which a slow call is made
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """A median, and the quartiles, between which the middle half of the values lies."""
 
     median: float
@@ -294,12 +295,12 @@ def _make_row(case: _Case, group: Sequence[_Case]) -> Row:
     if not case.seconds:
         return case.row
     by_label = {other.row.method: other.seconds for other in group}
-    seconds = _spread(case.seconds.values())
+    ms = _spread(1000 * seconds for seconds in case.seconds.values())
     return replace(
         case.row,
         rounds=len(case.seconds),
-        ms=Spread(*(1000 * value for value in seconds)),
-        fps=case.row.batch / seconds.median,
+        ms=ms,
+        fps=1000 * case.row.batch / ms.median,
         to_forward=_ratio(case.seconds, by_label[FORWARD]),
         to_reciprocam=_ratio(case.seconds, by_label[RECIPROCAM]),
     )

@@ -128,7 +128,7 @@ def benchmark_command(
             "environment": environment(),
             "random_weights": random,
             "options": library_options,
-            "rows": [_record(row) for row in rows],
+            "rows": [dataclasses.asdict(row) for row in rows],
         }
         if destination is not None:
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -247,12 +247,6 @@ def _conditions(rows: list[Row], report: dict[str, Any]) -> str:
     )
 
 
-def _record(row: Row) -> dict[str, Any]:
-    """Return a row as JSON values, in which spreads are objects."""
-    spreads = {key: one._asdict() for key, one in vars(row).items() if isinstance(one, Spread)}
-    return dataclasses.asdict(row) | spreads
-
-
 def _csv(rows: list[Row]) -> str:
     """Return CSV with a line per row and three columns per spread."""
     lines = []
@@ -260,7 +254,7 @@ def _csv(rows: list[Row]) -> str:
         line: dict[str, Any] = {}
         for key, value in vars(row).items():
             if key in ("ms", "to_forward", "to_reciprocam"):
-                spread = value or (None, None, None)
+                spread = dataclasses.astuple(value) if value else (None, None, None)
                 line |= zip((key, f"{key}_low", f"{key}_high"), spread, strict=True)
             else:
                 line[key] = "x".join(map(str, value)) if key == "size" else value

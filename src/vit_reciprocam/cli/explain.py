@@ -241,13 +241,10 @@ def _list_classes(record: dict[str, Any]) -> list[tuple[str, str]]:
     targets = record["targets"]
     if len(targets) > MOST_DRAWN:
         targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
-    rows = [
-        (
-            target["name"] + (" (no preference)" if target["degenerate"] else ""),
-            f"{target['probability']:.1%}",
-        )
-        for target in targets
-    ]
+    rows = []
+    for target in targets:
+        note = " (no preference)" if target["degenerate"] else ""
+        rows.append((target["name"] + note, f"{target['probability']:.1%}"))
     if hidden := len(record["targets"]) - len(targets):
         rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
     predicted = record["prediction"]

@@ -103,7 +103,9 @@ def reproduce_command(
     if what is Preset.FIGURES:
         methods = [*FIGURE_METHODS, *more]
         with errors_in_one_line(debug):
-            failed = _draw(data or "", names, weights, methods, folder, limit, device)
+            failed = _draw(
+                data or "", methods, folder, limit, models=names, weights=weights, device=device
+            )
         if failed:
             raise typer.Exit(1)
         return
@@ -127,15 +129,7 @@ def reproduce_command(
         raise some_failed
 
 
-def _draw(
-    data: str,
-    names: list[str],
-    weights: list[Path] | None,
-    methods: list[str],
-    folder: Path,
-    limit: int | None,
-    device: str,
-) -> bool:
+def _draw(data: str, methods: list[str], folder: Path, limit: int | None, **models: Any) -> bool:
     """Draw maps, with a row per class and a column per method; return whether pictures failed."""
     check_folder(folder)
     files: dict[str, bytes] = {}
@@ -144,11 +138,7 @@ def _draw(
     pictures = find_images([data], skip=holds_results)[:limit]
     if not any(path.exists() for path in pictures):
         raise InputError(f"no such folder of pictures: {data}")
-    tasks = [
-        (one, path)
-        for one in options.load_models(names, weights, device=device)
-        for path in pictures
-    ]
+    tasks = [(one, path) for one in options.load_models(**models) for path in pictures]
     for classifier, path in progress(tasks, "Drawing"):
         try:
             explained = [
@@ -170,6 +160,6 @@ def _draw(
         files[name] = png(panels(drawn, captions, columns=1 + len(specs)))
     if not files:
         raise InputError(f"no picture of {data} could be drawn")
-    write_folder(folder, files, {"methods": methods, "models": names})
+    write_folder(folder, files, {"methods": methods, "models": models["models"]})
     out.print(f"{len(files)} pictures in {folder}", soft_wrap=True)
     return failed

@@ -17,10 +17,7 @@ __all__ = ["PRESETS", "Preprocess"]
 
 _MOST_PIXELS = 100_000_000  # in a resized picture
 _INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -6,9 +6,8 @@ runs, so that each figure can be shown with its origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ _WITHOUT_EFFECT = ("path", "memory_limit")  # settings that do not change Recipr
 _FEW = 30  # number of pictures below which bootstrap intervals are too narrow
 
 Columns = Mapping[str, np.ndarray]
-Draw = Callable[[Mapping[str, Columns]], Resampled]
 
 
 @dataclass(frozen=True)
@@ -180,9 +178,8 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
                 specs[method], columns[method], origins[method] = spec, found, run
     if not columns:
         return None
-    draw = partial(resample, protocol=runs[0].protocol, resamples=resamples, seed=seed)
-    own = _resample_each(columns, draw)
-    paired = _resample_common(columns, own, draw)
+    how = {"protocol": runs[0].protocol, "resamples": resamples, "seed": seed}
+    own, paired = _resample(columns, **how)
     reference = _reference(specs)
     figures = {method: each.figures(method) for method, each in own.items()}
     real = {method: figures[method] for method in specs if specs[method]["method"] not in NULLS}
@@ -206,33 +203,23 @@ def _model_rows(runs: Sequence[Run], model: str, resamples: int, seed: int) -> M
     return ModelRows(model, weights, reference, tuple(rows), paired, notes)
 
 
-def _resample_each(columns: Mapping[str, Columns], draw: Draw) -> dict[str, Resampled]:
-    """Return method -> its figures on all pictures that it was measured on.
-
-    Methods that were measured on the same pictures share their resamples.
-    """
-    groups: dict[bytes, dict[str, Columns]] = {}
-    for method, each in columns.items():
-        groups.setdefault(each["index"].tobytes(), {})[method] = each
-    found: dict[str, Resampled] = {}
-    for group in groups.values():
-        found |= dict.fromkeys(group, draw(group))
-    return found
-
-
-def _resample_common(
-    columns: Mapping[str, Columns], own: Mapping[str, Resampled], draw: Draw
-) -> Resampled | None:
-    """Return the figures on the pictures that all methods share; None if there are none."""
-    first = next(iter(own.values()))
-    if len(first.methods) == len(columns):  # all were measured on the same pictures
-        return first
+def _resample(
+    columns: Mapping[str, Columns], **how: Any
+) -> tuple[dict[str, Resampled], Resampled | None]:
+    """Return method -> figures on all its pictures, and the figures on those that all share."""
     common = list(set.intersection(*(set(each["index"]) for each in columns.values())))
     shared = {
         method: {name: values[np.isin(each["index"], common)] for name, values in each.items()}
         for method, each in columns.items()
     }
-    return draw(shared) if common else None
+    paired = resample(shared, **how) if common else None
+    own = {}
+    for method, each in columns.items():
+        if paired and len(each["index"]) == len(common):
+            own[method] = paired
+        else:
+            own[method] = resample({method: each}, **how)
+    return own, paired
 
 
 def _reference(specs: Mapping[str, Mapping[str, Any]]) -> str:

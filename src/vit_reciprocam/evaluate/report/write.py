@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -150,10 +149,8 @@ def _describe(table: Table) -> dict[str, Any]:
                         "method": row.method,
                         "null_baseline": row.is_null,
                         "images": row.images,
-                        "figures": {k: dataclasses.asdict(v) for k, v in row.figures.items()},
-                        "differences": {
-                            k: dataclasses.asdict(v) for k, v in row.differences.items()
-                        },
+                        "figures": {k: vars(v) for k, v in row.figures.items()},
+                        "differences": {k: vars(v) for k, v in row.differences.items()},
                         "best": sorted(row.best),
                     }
                     for row in model.rows
