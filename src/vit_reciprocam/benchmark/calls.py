@@ -131,8 +131,7 @@ class OnnxFiles:
     @functools.cached_property
     def _untouched_session(self) -> Session:
         """The file without maps, open in the same runtime."""
-        options = {name: value for name, value in self.options.items() if name != "path"}
-        return open_session(self.untouched, **options)
+        return open_session(**{**self.options, "path": self.untouched})
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuse two files whose predictions for a random image of that size differ."""

@@ -13,29 +13,20 @@ from vit_reciprocam.errors import InputError, check_choice
 
 __all__ = ["COLORMAPS", "colorize", "enlarge", "overlay", "panels", "png"]
 
-
-def _anchors(*rows: str) -> np.ndarray:
-    return np.array([list(bytes.fromhex(colour)) for row in rows for colour in row.split()])
-
-
+_COLOURS = {
+    "viridis": "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+    "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725",
+    "inferno": "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 "
+    "d24644 e45a31 f1731d f98e09 fcac11 f9cb35 f2ea69 fcffa4",
+    "cividis": "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 "
+    "8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838",
+    "jet": "000080 0000c8 0000ff 0040ff 0080ff 00c0ff 16ffe1 49ffad 7dff7a "
+    "b1ff46 e4ff13 ffd000 ff9400 ff5900 ff1e00 c40000 800000",
+    "gray": "000000 ffffff",
+}
 COLORMAPS: dict[str, np.ndarray] = {
-    "viridis": _anchors(
-        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c",
-        "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725",
-    ),
-    "inferno": _anchors(
-        "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754",
-        "d24644 e45a31 f1731d f98e09 fcac11 f9cb35 f2ea69 fcffa4",
-    ),
-    "cividis": _anchors(
-        "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78",
-        "8c8878 9b9476 aba072 bcae6c cdbb63 dec958 f0d846 fee838",
-    ),
-    "jet": _anchors(
-        "000080 0000c8 0000ff 0040ff 0080ff 00c0ff 16ffe1 49ffad 7dff7a",
-        "b1ff46 e4ff13 ffd000 ff9400 ff5900 ff1e00 c40000 800000",
-    ),
-    "gray": _anchors("000000 ffffff"),
+    name: np.array([list(bytes.fromhex(colour)) for colour in colours.split()])
+    for name, colours in _COLOURS.items()
 }
 """Name -> evenly spaced RGB anchors (n, 3), interpolated linearly.
 

@@ -18,6 +18,7 @@ __all__ = ["CLASSES", "Scene", "draw_scene"]
 Points = np.ndarray  # (n, 2), x to the right and y down, in a square from -1 to 1
 Shape = tuple[str, Points]  # what picks its colour (body, accent, light, dark), and its corners
 Colour = tuple[int, ...]
+Pair = tuple[float, float]  # x and y, or half of a width and a height
 
 _SUPERSAMPLE = 2  # drawn larger and scaled down, for smooth edges
 _MAX_OBJECTS = 3
@@ -196,17 +197,12 @@ def _box(x: float, y: float, half_width: float, half_height: float) -> Points:
     return corners * (half_width, half_height) + (x, y)
 
 
-def _poly(*corners: tuple[float, float]) -> Points:
+def _poly(*corners: Pair) -> Points:
     return np.array(corners, dtype=float)
 
 
 def _band(
-    x: float,
-    y: float,
-    outer: tuple[float, float],
-    inner: tuple[float, float],
-    start: float = 0,
-    stop: float = 360,
+    x: float, y: float, outer: Pair, inner: Pair, start: float = 0, stop: float = 360
 ) -> Points:
     return np.vstack([_ellipse(x, y, *outer, start, stop), _ellipse(x, y, *inner, stop, start)])
 

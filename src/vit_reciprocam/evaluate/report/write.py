@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.evaluate.report import formats, gallery, plots, sheets
+from vit_reciprocam.evaluate.report import formats, gallery, sheets
 from vit_reciprocam.evaluate.report.tables import ModelRows, Table, read_tables
 from vit_reciprocam.evaluate.store import RUN
 from vit_reciprocam.pictures.render import COLORMAPS
@@ -115,7 +115,7 @@ def render_page(tables: Sequence[Table]) -> str:
 
 def _illustrate(model: ModelRows, key: str) -> dict[str, Any]:
     drawn = [
-        (metric, plots.difference_plot(model, metric, key=f"{key}-{metric}-d"))
+        (metric, gallery.difference_plot(model, metric, key=f"{key}-{metric}-d"))
         for metric in _DIFFERENCES
     ]
     return {
@@ -123,7 +123,7 @@ def _illustrate(model: ModelRows, key: str) -> dict[str, Any]:
         "key": key,
         "differences": [(metric, Markup(svg)) for metric, svg in drawn if svg],
         "distributions": [
-            (metric, Markup(plots.distribution_plot(model, metric, key=f"{key}-{metric}")))
+            (metric, Markup(gallery.distribution_plot(model, metric, key=f"{key}-{metric}")))
             for metric in _DISTRIBUTIONS
         ],
         "sections": gallery.sections(model),
