@@ -184,12 +184,9 @@ def prepare_model(
 
 @contextlib.contextmanager
 def set_threads(wanted: int | None, classifiers: Sequence[Classifier]) -> Iterator[int]:
-    """Set PyTorch's number of threads until the context ends, and yield the number in use.
-
-    If all classifiers are ONNX files, that is their number, and PyTorch is not imported.
-    """
+    """Set PyTorch's number of threads until the context ends, and yield the number in use."""
     onnx = [one.backend for one in classifiers if isinstance(one.backend, OnnxExplainer)]
-    if len(onnx) == len(classifiers):
+    if len(onnx) == len(classifiers):  # then PyTorch need not be installed
         yield wanted or onnx[0].threads or os.cpu_count() or 1
         return
     import torch

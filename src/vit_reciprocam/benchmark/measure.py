@@ -228,10 +228,7 @@ def _warm_up(
     warmup: int,
     tick: Callable[[], None],
 ) -> list[_Case]:
-    """Make each call of one model and batch size `warmup` times.
-
-    If a call cannot be made, its row says why; an optional one is left out.
-    """
+    """Make each call of a model and batch size, or say in its row why it cannot be made."""
     size, device = classifier.preprocess.size, device_name(model)
     onnx = isinstance(model, OnnxFiles)
     if onnx:

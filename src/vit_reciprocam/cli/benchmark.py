@@ -142,11 +142,10 @@ def benchmark_command(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(rows, report)
-    for row in rows:
-        if row.note:
-            where = f"{row.model}, batch {row.batch}, {row.method}"
-            say("failed", f"{where}: {row.note}")
-    if any(row.note for row in rows):
+    failed = [row for row in rows if row.note]
+    for row in failed:
+        say("failed", f"{row.model}, batch {row.batch}, {row.method}: {row.note}")
+    if failed:
         raise typer.Exit(1 if any(row.ms for row in rows) else 2)
 
 

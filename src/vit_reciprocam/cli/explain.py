@@ -135,7 +135,10 @@ def explain_command(
             _add_picture(report, explanation, folder)
         if report["images"]:
             write_atomically(summary, (json.dumps(report, indent=2) + "\n").encode())
-    _print_report(report, as_json)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    elif report["images"]:
+        _print_report(report)
     for failure in report["failures"]:
         say("failed", failure["error"])
     if report["failures"]:
@@ -169,7 +172,7 @@ def demo_command(
         return
     height, width = explanation.scores.shape[2:]
     classes = explanation.probs.shape[1]
-    _print_report(report, as_json=False)
+    _print_report(report)
     out.print(
         f"prediction alone {predicted_ms:.1f} ms; with the {height}×{width} maps of all {classes} "
         f"classes {explained_ms:.1f} ms: [bold]{ratio:.2f}×[/bold]\n"
@@ -208,7 +211,7 @@ def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path
 def _start_report(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the report on pictures, to be printed and written, before any is explained."""
     about = {"generator": GENERATOR, "model": model, "settings": settings}
-    return about | {"images": [], "failures": []}
+    return {**about, "images": [], "failures": []}
 
 
 def _add_picture(report: dict[str, Any], explanation: Explanation, folder: Path) -> None:
@@ -219,13 +222,8 @@ def _add_picture(report: dict[str, Any], explanation: Explanation, folder: Path)
     report["images"].append(explanation.record() | place)
 
 
-def _print_report(report: dict[str, Any], as_json: bool) -> None:
-    """Print a report as a table or as one JSON document."""
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    if not report["images"]:
-        return
+def _print_report(report: dict[str, Any]) -> None:
+    """Print a table with one line per picture and class."""
     headings = ("picture", "explained class", "probability", "folder")
     table = Table(*(Column(heading, overflow="fold") for heading in headings))
     for record in report["images"]:

@@ -26,20 +26,12 @@ __all__ = ["reproduce_command"]
 
 MODELS = [f"timm:deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 FIGURE_METHODS = ["relevance", "reciprocam:kernel=dirac", "reciprocam"]
+KERNELS = ["reciprocam:kernel=dirac", "reciprocam:kernel=gaussian"]
 TABLE_METHODS = {
     "table1": ["reciprocam", "reciprocam:kernel=dirac", "relevance", "rollout", *NULLS],
-    "table3": [
-        f"reciprocam:kernel={kernel}{rest}"
-        for kernel in ("dirac", "gaussian")
-        for rest in ("", ",class_token=false")
-    ],
-    "table4": [
-        f"reciprocam:kernel={kernel}{rest}"
-        for kernel in ("dirac", "gaussian")
-        for rest in ("", ",layer=block")
-    ],
+    "table3": [method + rest for method in KERNELS for rest in ("", ",class_token=false")],
+    "table4": [method + rest for method in KERNELS for rest in ("", ",layer=block")],
 }
-
 
 # a table of the paper, or its figures; the values are these names in lower case
 Preset = enum.StrEnum("Preset", ["TABLE1", "TABLE2", "TABLE3", "TABLE4", "FIGURES"])

@@ -91,13 +91,7 @@ def score_cam(
         targets: Classes, as in `ReciproCAM`.
         batch_size: Number of channels per forward pass.
     """
-
-    def build(*args: Any, **options: Any) -> Any:
-        cam: Any = pytorch_grad_cam.ScoreCAM(*args, **options)
-        cam.batch_size = batch_size
-        return cam
-
-    return _cam(build, model, images, targets)
+    return _cam(pytorch_grad_cam.ScoreCAM, model, images, targets, batch_size)
 
 
 def integrated_gradients(
@@ -167,7 +161,9 @@ def occlusion(
     return torch.stack(maps, dim=1)
 
 
-def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+def _cam(
+    method: Callable[..., Any], model: nn.Module, images: Tensor, targets: Any, batch_size: int = 32
+) -> Tensor:
     """Run a method of pytorch-grad-cam at the last block's first LayerNorm, on the patch grid."""
     split = split_model(model)
     if split.tap.side != "output" or len(split.tap.modules) > 1:
@@ -189,6 +185,7 @@ def _cam(method: Callable[..., Any], model: nn.Module, images: Tensor, targets: 
             channels_first = split.cut(images[:1]).channels_first
         for column in chosen.T.tolist():
             with method(logits, [split.tap.modules[0]], as_channels) as cam:
+                cam.batch_size = batch_size  # read by Score-CAM alone
                 cam.get_target_width_height = lambda _images: (grid[1], grid[0])  # not upsampled
                 with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM's progress bars
                     maps.append(cam(images, list(map(ClassifierOutputTarget, column))))

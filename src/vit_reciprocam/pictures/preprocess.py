@@ -141,10 +141,7 @@ class Preprocess:
         return cls(**settings)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        """Return width and height after the resize, as timm and torchvision compute them.
-
-        A picture so long and thin that they would be too large is refused.
-        """
+        """Return width and height after the resize, as timm and torchvision compute them."""
         want_h, want_w = (math.floor(side / self.crop_pct) for side in self.size)
         if self.resize == "squash":
             return want_w, want_h

@@ -68,10 +68,7 @@ class Item:
         return read_image(self.source) if scene is None else scene.image
 
     def read_objects(self, size: tuple[int, int]) -> Image.Image | None:
-        """Return the label's objects as a picture in mode "L", 255 inside; None if not known.
-
-        The size is the picture's width and height; a mask or box that does not fit it is refused.
-        """
+        """Return the label's objects, 255 in a picture in mode "L" of this size, if known."""
         scene = self._scene()
         if scene is not None:
             return Image.fromarray(scene.masks[0].astype(np.uint8) * 255)
@@ -133,10 +130,7 @@ class Labels:
     class_names: Sequence[str] | None = None
 
     def find(self, label: Any, where: str) -> int:
-        """Return the class index of a label, which is an index, a WordNet synset or a class name.
-
-        If the model has no such class, the error names the label's place, `where`.
-        """
+        """Return the class index of a label: an index, a WordNet synset or a class name."""
         if isinstance(label, str) and _SYNSET.fullmatch(label.strip()):
             if label.strip() in self._synsets:
                 return self._synsets[label.strip()]

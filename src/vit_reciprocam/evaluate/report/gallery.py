@@ -52,10 +52,9 @@ _STYLE: Any = {
 
 
 def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
-    """Return an SVG of each method's difference to the reference on one metric, with its interval.
+    """Return an SVG of the differences to the reference on one metric; "" if there are none.
 
-    If there is no difference, return "". The key keeps the names in this SVG different from those
-    in others.
+    The key keeps the names in this SVG different from those in others.
     """
     rows = [row for row in model.rows if metric in row.differences]
     if not rows:
@@ -72,10 +71,7 @@ def difference_plot(model: ModelRows, metric: str, *, key: str) -> str:
 
 
 def distribution_plot(model: ModelRows, metric: str, *, key: str) -> str:
-    """Return an SVG with the histogram and the median of one metric over pictures per method.
-
-    Every picture must have the metric. The key is that of `difference_plot`.
-    """
+    """Return an SVG with each method's histogram and median of a metric that all pictures have."""
     figure, axes = _axes(model.rows)
     edges = np.linspace(0, 100, _BINS + 1)
     for place, row in enumerate(model.rows):

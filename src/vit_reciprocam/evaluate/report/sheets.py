@@ -77,10 +77,7 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def figure_sheets(table: Table) -> list[Sheet]:
-    """Return the paper's Table 1: the methods of each model, null baselines below a rule.
-
-    If there are differences to the reference, they follow as another sheet.
-    """
+    """Return the paper's Table 1, and if there are differences to the reference, their sheet."""
     figures: list[Block] = []
     differences: list[Block] = []
     for model in table.models:
