@@ -169,23 +169,11 @@ class Picture:
 def read_dataset(
     data: str, labels: Labels, *, ground_truth: Path | None = None, boxes: Path | None = None
 ) -> DataSet:
-    """Find the pictures of a data set.
+    """Find the pictures of a data set, in any layout of docs/evaluation.md, "Data sets".
 
-    Args:
-        data: "scenes:N", N drawn scenes with the mask of their first object; a CSV or Parquet
-            listing with the column image (a path from the listing's folder) and any of label or
-            synset, xmin, ymin, xmax and ymax, boxes (JSON: a list of four numbers each) and mask; a
-            folder with such a listing named labels.csv or labels.parquet; a folder of class
-            folders, each named by synset, class index or class name; or a folder of ILSVRC2012's
-            50,000 files with a ground-truth file in it or beside it.
-        labels: The model's classes.
-        ground_truth: File of ILSVRC2012's labels: LOC_val_solution.csv of Kaggle, lines of FILE and
-            class INDEX, or one synset per line.
-        boxes: Folder of ILSVRC2012's XML files.
-
-    Raises:
-        InputError: If there is no such data set, it is empty, a label is not a class of the model,
-            or an annotation file is missing, damaged or not for this layout.
+    Ground truth is the file with the labels of ILSVRC2012's pictures, and boxes the folder of their
+    XML files. `InputError` is raised if there is no such data set, it is empty, a label is not a
+    class of the model, or an annotation file is missing, damaged or not for this layout.
     """
     items: dict[Item, None] = {}
     duplicates = 0

@@ -158,9 +158,7 @@ def sections(model: ModelRows, *, count: int = 4) -> list[Section]:
     run = next(row.run for row in model.rows if row.method == model.reference)
     about = run.settings["models"][model.model]
     preprocess = run.protocol.preprocess(Preprocess.from_dict(about["preprocess"]))
-    records = {
-        method: _choose(each, wanted).to_pylist() for method, each in _records(model).items()
-    }
+    records = {name: _choose(each, wanted).to_pylist() for name, each in _records(model).items()}
     drawn = {  # every method has records of these pictures, in the order of their indices
         index: _draw(
             model,

@@ -158,10 +158,9 @@ def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
                 f"{run.path} is not finished: {done} of {total} pictures. Its figures will change."
             )
     names = dict.fromkeys(name for run in runs for name in run.settings["models"])
-    models = [_model_rows(runs, name, resamples, seed) for name in names]
-    missing = [name for name, model in zip(names, models, strict=True) if model is None]
-    notes += [f"No picture was measured with {name}." for name in missing]
-    found = tuple(model for model in models if model is not None)
+    models = {name: _model_rows(runs, name, resamples, seed) for name in names}
+    notes += [f"No picture was measured with {name}." for name in names if models[name] is None]
+    found = tuple(model for model in models.values() if model is not None)
     return Table(tuple(runs), found, resamples, seed, apart, tuple(notes))
 
 
