@@ -1,5 +1,7 @@
 """How often and in what order calls are made; by a clock of our own, never by time."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from stage import FIXED, Stage
@@ -30,12 +32,14 @@ def test_ratios_are_taken_round_by_round(monkeypatch):
     stage = Stage(monkeypatch, lambda label, number: COST.get(label, 2.5) * (1 + number))
     rows = {row.method: row for row in stage.run(rounds=5, batch_sizes=(8,))}
     naive = rows["naive H"]
-    assert naive.ms == pytest.approx((27_000, 18_000, 36_000)), "median and quartiles of 9 to 45 s"
+    assert astuple(naive.ms) == pytest.approx((27_000, 18_000, 36_000)), (
+        "median and quartiles of 9 to 45 s"
+    )
     assert naive.fps == pytest.approx(8 / 27)
-    assert naive.to_forward == pytest.approx((4.5, 4.5, 4.5)), "drift cancels out"
-    assert naive.to_reciprocam == pytest.approx((3, 3, 3))
-    assert rows["forward"].to_forward == (1, 1, 1)
-    assert rows["forward"].to_reciprocam == pytest.approx((2 / 3,) * 3)
+    assert astuple(naive.to_forward) == pytest.approx((4.5, 4.5, 4.5)), "drift cancels out"
+    assert astuple(naive.to_reciprocam) == pytest.approx((3, 3, 3))
+    assert astuple(rows["forward"].to_forward) == (1, 1, 1)
+    assert astuple(rows["forward"].to_reciprocam) == pytest.approx((2 / 3,) * 3)
     assert {row.rounds for row in rows.values()} == {5}
 
 
@@ -43,8 +47,8 @@ def test_the_spread_is_that_of_the_ratios(monkeypatch):
     seconds = {"forward": [1, 2, 1, 2, 1], "rollout": [1, 4, 3, 8, 5]}  # ratios 1, 2, 3, 4, 5
     stage = Stage(monkeypatch, lambda label, number: seconds.get(label, [1] * 5)[number])
     rows = {row.method: row for row in stage.run(rounds=5)}
-    assert rows["rollout"].to_forward == pytest.approx((3, 2, 4))
-    assert rows["rollout"].to_reciprocam == pytest.approx((4, 3, 5))
+    assert astuple(rows["rollout"].to_forward) == pytest.approx((3, 2, 4))
+    assert astuple(rows["rollout"].to_reciprocam) == pytest.approx((4, 3, 5))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,9 @@ def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch, cost, rounds, timed):
 
     rows = {row.method: row for row in Stage(monkeypatch, seconds).run(rounds=rounds)}
     assert rows["rollout"].rounds == timed
-    assert rows["rollout"].to_forward == pytest.approx((cost,) * 3), "of the rounds that have both"
+    assert astuple(rows["rollout"].to_forward) == pytest.approx((cost,) * 3), (
+        "of the rounds that have both"
+    )
     assert rows["naive H"].rounds == rounds
 
 
