@@ -15,9 +15,9 @@ import numpy as np
 
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.load import ASSETS
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.errors import InputError, MissingDependencyError, ModelError
 from vit_reciprocam.methods import METHODS, MethodSpec, check_settings
-from vit_reciprocam.onnx.insert.cut_out import cut_out_prediction
+from vit_reciprocam.onnx.contract import Metadata
 from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 from vit_reciprocam.onnx.run.sessions import Session, open_session
 from vit_reciprocam.results.explanation import Explanation
@@ -43,6 +43,8 @@ ALL_MAPS = "reciprocam, all maps"  # these scores scaled to [0, 1] too
 NAIVE = "naive H"  # the top class's map with H, the rest of the network, run once per mask
 FIXED = (FORWARD, RECIPROCAM, ALL_SCORES, ALL_MAPS, NAIVE)
 """The calls that are measured for every model."""
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "QLinearMatMul")
 
 Call = Callable[[], tuple[Any, str]]
 """A function that returns the result, and the path of ReciproCAM, or "" if it did not run."""
@@ -165,8 +167,8 @@ def prepare_model(
 ) -> Any:
     """Return a classifier's PyTorch model, or the `OnnxFiles` that `make_call` takes instead.
 
-    If no untouched file is given, it is the demo model's own, or what `cut_out_prediction` makes of
-    another file with maps and writes to `cut_file`.
+    If no untouched file is given, it is the demo model's own, or it is cut out of another file
+    with maps and written to `cut_file`.
     """
     backend = classifier.backend
     if not isinstance(backend, OnnxExplainer):
@@ -175,11 +177,42 @@ def prepare_model(
     if untouched is None and backend.path == ASSETS / "demo.onnx":
         untouched = ASSETS / "demo-plain.onnx"
     if untouched is None:
-        cut_out_prediction(backend.path, backend.metadata, cut_file)
+        _cut_out_prediction(backend.path, backend.metadata, cut_file)
         untouched = cut_file
     files = OnnxFiles(options, str(untouched))
     files.check(classifier.preprocess.size)
     return files
+
+
+def _cut_out_prediction(path: Path, about: Metadata, out: Path) -> None:
+    """Write to another file only those nodes of an explained file that its logits need.
+
+    They are the untouched model if the explanation was inserted. A file in which prediction and
+    maps come from the same operations, as in those that `export` writes, is refused.
+    """
+    try:
+        import onnx.utils
+
+        import onnx
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"cutting {path} down to its prediction (or give the untouched model: --plain FILE)",
+            "onnx",
+        ) from error
+    from vit_reciprocam.onnx.insert.graph import Graph
+
+    graph = Graph(onnx.load(path, load_external_data=False), path.parent)
+    needed = graph.nodes_above([about.logits])
+    above_maps = graph.nodes_above(["scores"], until=["classes"])
+    # An inserted branch shares the nodes before F and has copies of those after it. So if the maps
+    # need the prediction's last product too, nothing was inserted.
+    last = [number for number in needed if graph.nodes[number].op_type in _PRODUCTS]
+    if last and max(last) in above_maps:
+        raise ModelError(
+            f"in {path} prediction and maps come from the same operations, so the untouched model "
+            "cannot be cut out of it: give that as a file of its own, --plain FILE"
+        )
+    onnx.utils.extract_model(path, out, [about.images], [about.logits], check_model=False)
 
 
 @contextlib.contextmanager

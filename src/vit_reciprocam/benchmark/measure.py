@@ -122,8 +122,8 @@ def benchmark(
         naive: Whether to measure "naive H", which takes long with many patches.
         memory: Whether to measure peak memory too, in a fresh process for each row.
         untouched: File of the untouched model for each classifier that is an ONNX file, which
-            "forward" then runs; None for the others. By default it is what `cut_out_prediction`
-            makes of the file, which needs the package onnx; the demo model brings its own.
+            "forward" then runs; None for the others. By default it is cut out of the file, which
+            needs the package onnx; the demo model brings its own.
         progress: Function that is called with the number of calls done and the number of all calls,
             which may change on the way.
 
