@@ -132,11 +132,8 @@ def _run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
 
 
 def trace_layers(encoder: Encoder, x: Float[Tensor, "b T D"]) -> Iterator[Trace]:
-    """Run an encoder on its tokens layer by layer, and yield what each computed.
-
-    A layer runs step by step, since fused kernels do not give their attention weights.
-    """
-    for layer in encoder.layers:
+    """Run an encoder on its tokens layer by layer, and yield what each computed."""
+    for layer in encoder.layers:  # step by step: fused kernels do not give attention weights
         a = layer.attention
         before = _run_steps(layer.before, x)
         query = a.query_norm(_heads(a, a.query(before[-1])))
@@ -221,14 +218,11 @@ def _layer_relevance(layer: Layer, t: Trace, r: Tensor) -> tuple[Tensor, Tensor]
 def _projections_relevance(
     attention: Attention, x: Tensor, r_query: Tensor, r_key: Tensor, r_value: Tensor
 ) -> Tensor:
-    """Propagate relevance from queries, keys and values (b, heads, T, head dimension) to x.
-
-    The three projections are one linear layer, so their shares are added without the copy rule.
-    """
+    """Propagate relevance from queries, keys and values (b, heads, T, head dimension) to x."""
     assert isinstance(attention.query, Projection)
     total = torch.zeros_like(x, dtype=r_value.dtype)
     shares = (attention.query, r_query), (attention.key, r_key), (attention.value, r_value)
-    for projection, r in shares:
+    for projection, r in shares:  # they are one linear layer: no copy rule
         total += linear_rule(x, projection.weight, r.transpose(1, 2).flatten(2))
     return total
 

@@ -140,12 +140,9 @@ def _noise(image: np.ndarray, seed: int, cells: int) -> np.ndarray:
 
 
 def _bicubic_weights(side: int, cells: int) -> np.ndarray:
-    """Return bicubic weights (side, cells), with the outer cells centred on the outer places.
-
-    Beyond the border, the cells at the border are repeated.
-    """
+    """Return bicubic weights (side, cells), with the outer cells centred on the outer places."""
     place = np.linspace(0, cells - 1, side)[:, None]
-    beyond = np.arange(-2, cells + 2)
+    beyond = np.arange(-2, cells + 2)  # the cells at the border are repeated
     weights = cubic_weights(abs(place - beyond))
     return np.asarray(weights @ (beyond.clip(0, cells - 1)[:, None] == np.arange(cells)))
 

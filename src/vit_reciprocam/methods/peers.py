@@ -196,10 +196,7 @@ def _cam(
 def _prepare(
     model: nn.Module, images: Tensor, targets: Any
 ) -> Iterator[tuple[nn.Module, Tensor, Tensor, tuple[int, int]]]:
-    """Yield a module that gives logits, images with gradients, targets (B, K), and the grid.
-
-    Modes, gradients and `requires_grad` of the model are restored once the context ends.
-    """
+    """Yield a module that gives logits, images with gradients, targets (B, K), and the grid."""
     split = split_and_check(model, images)
     if torch.is_inference_mode_enabled():
         raise InputError("these methods need gradients: leave torch.inference_mode first")
@@ -212,7 +209,7 @@ def _prepare(
             grid, resolved, _ = grid_and_targets(split, images, targets)
             chosen = torch.from_numpy(resolved).to(images.device)
             yield _Logits(model), images.requires_grad_(), chosen, grid
-    finally:
+    finally:  # the model is left as it was
         for module, training in modes:
             module.training = training
         for parameter, requires_grad, gradient in wanted:

@@ -34,16 +34,13 @@ PARTIAL = "manifest.partial.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name and move it into place, so that nobody sees half of it.
-
-    The content reaches the disk before the name does, so that a power cut leaves no empty file.
-    """
+    """Write a file under another name and move it into place, so that nobody sees half of it."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the name, so that a power cut leaves no empty file
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -252,9 +252,6 @@ def _read_mask(path: str) -> Image.Image:
         raise ImageError(f"mask {path} cannot be read: {error}") from error
 
 
-# --- loading ---------------------------------------------------------------------------------
-
-
 def load_batches(
     items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
 ) -> Iterator[list[Picture]]:

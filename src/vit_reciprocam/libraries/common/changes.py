@@ -28,21 +28,15 @@ __all__ = [
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a user put forward hooks on the module.
-
-    transformers leaves hooks of its own on a model after a call with output_hidden_states=True.
-    They change nothing, so they do not count.
-    """
+    """Return whether a user put forward hooks on the module."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers leaves these on a model after a call with output_hidden_states=True
     harmless = "transformers.utils.output_capturing"
     return any(getattr(hook, "__module__", None) != harmless for hook in hooks)
 
 
 def runs_as(module: Any, *classes: Any) -> bool:
-    """Return whether calling the module runs the forward of one of these classes.
-
-    A subclass with another forward does not, nor does a module whose forward was patched.
-    """
+    """Return whether the module's forward is that of one of these classes, and is not patched."""
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return False
     return any(type(module).forward is cls.forward for cls in classes)
@@ -136,12 +130,9 @@ def refuse_bypassed(
 
 
 def _modules_above(block: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """Return the modules inside a module that contain a block, the outermost first.
-
-    Every call of an explainer runs this, so it reads `_modules`, which is faster than paths.
-    """
+    """Return the modules inside a module that contain a block, the outermost first."""
     found = []
-    for part in module._modules.values():
+    for part in module._modules.values():  # faster than paths, and every explainer's call runs this
         if part is not None and part._modules:
             inside = _modules_above(block, part)
             if inside or block in part._modules.values():

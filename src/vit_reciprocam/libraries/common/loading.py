@@ -38,10 +38,7 @@ RANDOM = "random"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only.
-
-    A training checkpoint may hold several; the averaged weights come first.
-    """
+    """Read a state dict from a .safetensors file, or from a .pth file that holds tensors only."""
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}")
     try:
@@ -54,6 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({type(error).__name__}): pass a .safetensors file, "
             "or a .pth file that holds tensors only"
         ) from error
+    # a training checkpoint may hold several; the averaged weights come first
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -67,10 +65,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def quiet(*loggers: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Mute loggers (by name, "" is the root) below a level, as long as the context lasts.
-
-    They would repeat for each retry what the error says at the end.
-    """
+    """Mute loggers (by name, "" is the root) below a level, as long as the context lasts."""
+    # they would repeat for each retry what the error says at the end
     found = [logging.getLogger(name) for name in loggers]
     before = [logger.level for logger in found]
     for logger in found:

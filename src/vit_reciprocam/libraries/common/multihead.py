@@ -24,12 +24,8 @@ __all__ = [
 def normed_attention(
     module: Any, projected: Sequence[Any], query_norm: nn.Module, key_norm: nn.Module, **more: Any
 ) -> Attention:
-    """Return the attention of a module with `num_heads`, `scale`, and norms of queries and keys.
-
-    `projected` are the functions from tokens to queries, keys and values. A norm may be the
-    identity.
-    """
-    query, key, value = projected
+    """Return the attention of a module with `num_heads`, `scale`, and norms of queries and keys."""
+    query, key, value = projected  # functions of tokens
     known = None if isinstance(key_norm, nn.Identity) else key_norm
     return Attention(module.num_heads, module.scale, query, key, value, query_norm, known, **more)
 
@@ -37,10 +33,7 @@ def normed_attention(
 def multihead_attention(
     attention: nn.MultiheadAttention, queries: Float[Tensor, "R D"] | None = None
 ) -> Attention:
-    """Return the attention up to the joined heads.
-
-    A pool has learned `queries`. They are projected in place of the readout tokens.
-    """
+    """Return the attention up to the joined heads; learned `queries` replace those of tokens."""
     a: Any = attention
     if a.in_proj_weight is not None:
         weights = a.in_proj_weight.chunk(3)
@@ -58,11 +51,8 @@ def multihead_attention(
 def multihead_output(
     attention: nn.MultiheadAttention, heads: Float[Tensor, "*batch A"]
 ) -> Float[Tensor, "*batch D"]:
-    """Project the joined heads to the attention's output.
-
-    Its out_proj is not called, because nn.MultiheadAttention does not call it either, so hooks on
-    it never run.
-    """
+    """Project the joined heads to the attention's output."""
+    # nn.MultiheadAttention does not call its out_proj either, so hooks on it never run
     return linear(heads, attention.out_proj.weight, attention.out_proj.bias)
 
 

@@ -49,10 +49,7 @@ def find_call(model: nn.Module, module: nn.Module, *inputs: Any, **options: Any)
 def find_calls(
     model: nn.Module, modules: Sequence[nn.Module], *inputs: Any, **options: Any
 ) -> list[Call]:
-    """Run the model until it calls the last of some modules, and return the arguments of each call.
-
-    The modules are in the order of their calls; the model is called with the inputs and options.
-    """
+    """Run the model until it has called these modules, in order; return the calls' arguments."""
     calls: list[Call] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

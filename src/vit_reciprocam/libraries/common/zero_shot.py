@@ -32,13 +32,10 @@ class ZeroShot(nn.Module):
         tower: nn.Module,
         prompts: Float[Tensor, "C E"],
         *,
-        scale: float,
-        bias: float = 0.0,
+        scale: float,  # exp(logit_scale) of a trained model
+        bias: float = 0.0,  # logit_bias of SigLIP
     ) -> None:
-        """Join a tower and text embeddings of any length, one per class.
-
-        A trained model has the scale as exp(logit_scale), and SigLIP the bias as logit_bias.
-        """
+        """Join a tower and text embeddings of any length, one per class."""
         super().__init__()
         self.tower = tower
         self.register_buffer("prompts", normalize(prompts.detach(), dim=-1))

@@ -69,8 +69,6 @@ def _last_of_stages(m: Any) -> Any:
     return m.stages[-1].blocks[-1]
 
 
-# Settings that families share
-
 _CLASS_TOKEN: dict[str, Any] = {
     "prefix": 1,
     "because": "the parts of its last attention are not known",
@@ -86,9 +84,6 @@ _CHANNELS_AS_TOKENS: dict[str, Any] = {
     "arrange": lambda x: x.flatten(2).transpose(1, 2),
     "restore": tokens_to_channels,
 }
-
-
-# The families
 
 
 @_family("CSATv2")

@@ -112,16 +112,13 @@ def _cut(model: Any, last: LastBlock, images: Float[Tensor, "B channels H W"]) -
 
 
 def _find_grid(last: LastBlock, x: Tensor, others: list[Any], size: tuple[int, int]) -> Grid:
-    """Return the grid of the tokens x that the block takes, for images of size (height, width).
-
-    Some blocks are given the grid, as one of their other arguments.
-    """
+    """Return the grid of the tokens x that the block takes, for images of size (height, width)."""
     if last.grid is not None:
         return last.grid
     if last.layout != "tokens":
         rows, columns = x.shape[1:3] if last.layout == "rows" else x.shape[2:]
         return rows, columns
-    for value in others:
+    for value in others:  # some blocks are given the grid
         if isinstance(value, (tuple, list)) and len(value) == 2:
             return int(value[0]), int(value[1])
     return infer_grid(x.shape[-2] - last.prefix, *size)

@@ -38,12 +38,9 @@ class MethodInputTap(Tap):
 
     No module there takes all of F. But a method of the block takes it, and cuts it into windows, so
     F is the method's argument.
-
-    Attributes:
-        method: The method's name.
     """
 
-    method: str = ""
+    method: str = ""  # the method's name
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
@@ -61,15 +58,10 @@ class MethodInputTap(Tap):
 
 @dataclass(frozen=True)
 class _ReorderedTap(Tap):
-    """The place of F in a block whose tokens are not in the order of the image's patches.
+    """The place of F in a block whose tokens are not in the order of the image's patches."""
 
-    Attributes:
-        arrange: F in the block's order -> F in the order of the image, (B, T, D).
-        restore: The inverse of `arrange`.
-    """
-
-    arrange: Callable[[Tensor], Tensor] = same
-    restore: Callable[[Tensor], Tensor] = same
+    arrange: Callable[[Tensor], Tensor] = same  # F -> F in the order of the image, (B, T, D)
+    restore: Callable[[Tensor], Tensor] = same  # the inverse of `arrange`
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
@@ -116,9 +108,6 @@ class LastBlock:
     because: str = "the head averages all tokens"
 
 
-# The place of F
-
-
 def at_norm1(
     block: Any,
     finish: Finish,
@@ -128,10 +117,7 @@ def at_norm1(
     attention: Any = None,
     **more: Any,
 ) -> LastBlock:
-    """Describe the common case: F is the output of the block's norm1.
-
-    The arguments are attributes of `LastBlock`.
-    """
+    """Describe the common case: F is the output of norm1. Arguments are those of `LastBlock`."""
     tap = tap or Tap((getattr(block, "norm1", None) or block,))
     attention = attention or get_first(block, *_ATTENTIONS)
     return LastBlock(block, tap, finish, attention, layout, **more)
@@ -158,9 +144,6 @@ def at_attention_input(
     # a block without attention is refused later, so until then any tap will do
     tap = Tap((attention or block,), "input")
     return LastBlock(block, tap, finish, attention, layout)
-
-
-# What follows the block
 
 
 def call_each(*modules: Callable[[Any], Any]) -> Finish:

@@ -113,10 +113,8 @@ def _create_from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Modu
 
 
 def _fit_to_size(name: str, state: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
-    """Load weights into a model for another image size, with the position embedding resampled.
-
-    timm resamples it if it is given the weights as if they were the published ones.
-    """
+    """Load weights into a model for another image size, with the position embedding resampled."""
+    # timm resamples it if it is given the weights as if they were the published ones
     overlay = {"state_dict": state, "num_classes": options["num_classes"]}
     model: nn.Module = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, **options

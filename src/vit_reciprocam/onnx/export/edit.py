@@ -47,10 +47,8 @@ def strip_notes(model: ir.Model) -> None:
 
 
 def chunk_size(masks: int) -> int:
-    """Return how many masks one step of the loop runs: the largest divisor of `masks` up to 8.
-
-    It has to divide the number of masks because an ONNX Loop only stacks results of one shape.
-    """
+    """Return how many masks one step of the loop runs: the largest divisor of `masks` up to 8."""
+    # it has to divide their number, since an ONNX Loop only stacks results of one shape
     return next(size for size in range(min(_LARGEST_CHUNK, masks), 0, -1) if masks % size == 0)
 
 
@@ -111,9 +109,8 @@ def _loop_body(
 ) -> ir.Graph:
     """Return the graph that a Loop runs in each step, with `masks` picked from `all_masks`.
 
-    ONNX prescribes its inputs: the number of the step, and whether to go on. Its outputs are
-    whether to go on, and what the Loop stacks, here `logits`. All other values that the nodes use
-    come from the graph around the Loop.
+    ONNX prescribes its inputs, the number of the step and whether to go on, and its outputs,
+    whether to go on and what the Loop stacks.
     """
     number = ir.Value(
         name="chunk_number", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
