@@ -1,7 +1,4 @@
-"""The families of transformers' models: the blocks, the head and the tokens of each.
-
-At the end stand the image towers of models that compare images with texts.
-"""
+"""The families of transformers' models, and image towers of those that compare with texts."""
 
 from __future__ import annotations
 

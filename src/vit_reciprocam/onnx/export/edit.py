@@ -18,10 +18,7 @@ _SMALL = 1024  # smaller constants are not worth a conversion or a place in a fi
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Remove the exporter's metadata and descriptions, which hold paths of the machine it ran on.
-
-    Operators other than ONNX's standard ones are refused.
-    """
+    """Remove the exporter's notes, which hold paths of its machine; refuse custom operators."""
     custom = {f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain}
     if custom or model.functions:
         named = ", ".join(sorted(custom) or map(str, model.functions))

@@ -79,10 +79,7 @@ class SelfAttention(NamedTuple):
 def read_attention(
     graph: Graph, found: FoundAttention, values: Mapping[str, np.ndarray], batch: int
 ) -> SelfAttention:
-    """Return an attention as the `values` of a run with `batch` images show it.
-
-    Scores that are made in another way are refused.
-    """
+    """Return an attention as the `values` of a run with `batch` images show it, or refuse it."""
     node = graph.nodes[found.number]
     if node.op_type in FUSED:
         return _read_fused(graph, node, values)

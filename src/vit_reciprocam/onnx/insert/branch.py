@@ -24,15 +24,12 @@ _FLOAT, _INT64, _BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.Ten
 
 
 class Branch:
-    """What is added to a graph; every name in it begins with PREFIX, except of inputs and outputs.
-
-    Nodes lie in an order in which they can run.
-    """
+    """What is added to a graph; all names but those of inputs and outputs begin with PREFIX."""
 
     def __init__(self, opset: int) -> None:
         """Start without nodes, for a version of ONNX's own operators."""
         self.opset = opset
-        self.nodes: list[onnx.NodeProto] = []
+        self.nodes: list[onnx.NodeProto] = []  # in an order in which they can run
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -131,11 +128,7 @@ def append_direct(branch: Branch, graph: Graph, reading: Reading, masking: Maski
 def append_outputs(
     branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool
 ) -> None:
-    """Append scores, maps and classes as `vit_reciprocam.onnx.contract` names them.
-
-    `logits` is the name of the logits (B, N, C) under all masks; `targets` and `raw` are those of
-    `insert`.
-    """
+    """Append scores, maps and classes, as `onnx.contract` names them, from logits (B, N, C)."""
     top = check_file_targets(targets)
     batch = reading.batch or "batch"
     probabilities = logits if reading.is_softmax else branch.op("Softmax", logits, axis=-1)

@@ -219,12 +219,9 @@ class Graph:
         return [name for name in dict.fromkeys(node_inputs(node)) if name in self.image_values]
 
     def walk_up(self, name: str, through: Collection[str] | None = None) -> Iterator[str]:
-        """Yield a value and those above it, as long as nodes of the kinds `through` compute them.
-
-        It ends at a node of which not exactly one input depends on the images.
-        """
+        """Yield a value and those above it, while nodes of the kinds `through` compute them."""
         above = [name]
-        while len(above) == 1:
+        while len(above) == 1:  # exactly one input depends on the images
             yield above[0]
             node = self.producer(above[0])
             if node is None or (through is not None and node.op_type not in through):
@@ -234,10 +231,7 @@ class Graph:
     def search_up(
         self, names: Iterable[str], *, until: Callable[[onnx.NodeProto], bool]
     ) -> Iterator[onnx.NodeProto]:
-        """Yield the nodes that compute some values from the images, the nearest first.
-
-        The search goes on above all nodes but those for which `until` is true.
-        """
+        """Yield the nodes that compute values from the images, nearest first, up to `until`."""
         waiting, seen = list(names), set()
         for name in waiting:  # what comes next is appended on the way
             node = self.producer(name)

@@ -151,10 +151,7 @@ def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
 def _explain(
     graph: Graph, unrounded: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
 ) -> tuple[onnx.ModelProto, Inserted]:
-    """Return the model with an explanation, by the closed form if the graph permits.
-
-    The `reading` describes `unrounded`, which is `graph` without rounding.
-    """
+    """Return the model with an explanation, by the closed form if the graph permits."""
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
         branch = Branch(_find_opset(graph.model))
@@ -263,14 +260,12 @@ def _score_masks(
     pictures: np.ndarray,
     patches: Sequence[int],
 ) -> np.ndarray:
-    """Return scores (B, C, n) as the method defines them: mask F and run the nodes after it.
-
-    The nodes before F round as in the file, those after it do not.
-    """
+    """Return scores (B, C, n) as the method defines them: mask F and run the nodes after it."""
     entering = unrounded.values_entering(
         unrounded.nodes_between([reading.normed], [reading.logits])
     )
     wanted = [*dict.fromkeys([reading.normed, *entering])]
+    # the nodes before F round as in the file, those after it do not
     given = graph.run({reading.images: pictures}, wanted)
     normed = given[reading.normed]
     run = unrounded.prepare(given, [reading.logits])
@@ -283,10 +278,7 @@ def _score_masks(
 
 
 def _load(path: Path, destination: Path) -> onnx.ModelProto:
-    """Read a model that is to be written to another place, with calls of its functions inlined.
-
-    Weights in files beside it stay there; only their paths are checked.
-    """
+    """Read a model that is to be written to another place, with calls of its functions inlined."""
     if not path.is_file():
         raise ModelError(f"no such model file: {path}")
     damaged = ModelError(f"{path} is not an ONNX file, or was cut short")

@@ -131,10 +131,7 @@ def _count_own(
     tokens: str,
     layout: Layout,
 ) -> int:
-    """Return how many cells move their own token more than any other cell moves it.
-
-    Each cell has a region of the value `changed`, in which all signs are flipped.
-    """
+    """Return how many cells move their own token more than any other cell moves it."""
     run = graph.prepare(given, [tokens])
     base = run(given)[tokens].astype(np.float64)
     others = tuple(axis for axis in range(base.ndim) if axis not in layout.axes)
@@ -142,7 +139,7 @@ def _count_own(
     moved = []  # by each cell in turn: how far it moved each cell's token
     for region in regions:
         value = given[changed].copy()
-        value[region] *= -1
+        value[region] *= -1  # each cell has a region of the value `changed`
         move = np.abs(run({**given, changed: value})[tokens] - base)
         moved.append(move.sum(axis=others).reshape(-1)[places])
     # Tokens are not compared with one another: after attention some move more than all others,
