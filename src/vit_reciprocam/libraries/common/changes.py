@@ -30,7 +30,7 @@ __all__ = [
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a user put forward hooks on the module."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers leaves these on a model after a call with output_hidden_states=True
+    # transformers leaves some on a model after output_hidden_states=True, which change nothing
     harmless = "transformers.utils.output_capturing"
     return any(getattr(hook, "__module__", None) != harmless for hook in hooks)
 
