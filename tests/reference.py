@@ -5,16 +5,21 @@ by that patch's mask. Nothing here knows of splits, levels or closed forms.
 """
 
 import copy
+import types
 
 import torch
 
-GAUSSIAN = [[1 / 16, 2 / 16, 1 / 16], [2 / 16, 4 / 16, 2 / 16], [1 / 16, 2 / 16, 1 / 16]]
-DIRAC = [[1.0]]
+WINDOWS = {
+    "gaussian": [[1 / 16, 2 / 16, 1 / 16], [2 / 16, 4 / 16, 2 / 16], [1 / 16, 2 / 16, 1 / 16]],
+    "dirac": [[1.0]],
+    "box": [[1.0] * 3] * 3,
+    "box5": [[1.0] * 5] * 5,
+}
 
 
 def naive_mask(grid, row, column, kernel, prefix, class_token):
     """Return the mask of one patch as a list of T weights."""
-    weights = GAUSSIAN if kernel == "gaussian" else DIRAC
+    weights = WINDOWS[kernel]
     reach = len(weights) // 2
     patches = []
     for y in range(grid[0]):
@@ -69,6 +74,70 @@ def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cu
             for hook in hooks:
                 hook.remove()
     return result, unmasked
+
+
+@torch.no_grad()
+def naive_deep_logits(
+    model,
+    images,
+    grid,
+    *,
+    kernel,
+    class_token,
+    depth,
+    readers=1,
+    find_cut=cut_of,
+    prefix=None,
+    blocks_of=lambda model: model.blocks,
+    head=lambda model, tokens: model.forward_head(model.norm(tokens)),
+):
+    """Return the logits (B, C, h, w) under each mask, and (B, C) under the all-null mask.
+
+    The readout tokens of each mask run through the last `depth` blocks, one whole block at a time.
+    There they stand before all other tokens of the unmasked images, and F of all of them is
+    multiplied by the mask. Of the block's output only the readout tokens are kept; in the next
+    block the other tokens are those of the unmasked images again.
+    """
+    model = copy.deepcopy(model).double().eval()
+    images = images.double()
+    prefix = model.num_prefix_tokens if prefix is None else prefix
+    blocks = list(blocks_of(model))[-depth:]
+    calls = []
+
+    def record(_module, args, kwargs):
+        calls.append((args, kwargs))
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    unmasked = logits_of(model(images))
+    for hook in hooks:
+        hook.remove()
+
+    def under(mask):
+        mask = torch.tensor(mask, dtype=torch.float64)[:, None]
+        readout = calls[0][0][0][:, :readers]
+        for block, ((x, *others), options) in zip(blocks, calls, strict=True):
+            _, modules, side = find_cut(types.SimpleNamespace(blocks=[block]))
+            if side == "output":
+                hooks = [m.register_forward_hook(lambda _m, _a, out: out * mask) for m in modules]
+            else:
+                hooks = [
+                    m.register_forward_pre_hook(lambda _m, args: (args[0] * mask, *args[1:]))
+                    for m in modules
+                ]
+            y = block(torch.cat([readout, x[:, readers:]], dim=1), *others, **options)
+            y = y if isinstance(y, torch.Tensor) else y[0]
+            for hook in hooks:
+                hook.remove()
+            readout = y[:, :readers]
+        return head(model, torch.cat([readout, x[:, readers:]], dim=1))
+
+    result = torch.empty(*unmasked.shape, *grid, dtype=torch.float64)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            mask = naive_mask(grid, row, column, kernel, prefix, class_token)
+            result[:, :, row, column] = under(mask)
+    null = under([1.0 if class_token else 0.0] * prefix + [0.0] * (grid[0] * grid[1]))
+    return result, null
 
 
 def logits_of(output):

@@ -200,7 +200,7 @@ def _multiplications(run: Callable[[], object]) -> int:
 
 def _rows(split: Split, cut: Cut) -> Callable[[int, int], Tensor]:
     prepare = direct_rows if split.direct_because else closed_form_rows
-    return prepare(cut, split.prefix_tokens, Masking())
+    return prepare(cut, split.prefix_tokens, [Masking()])
 
 
 def _all_masks(split: Split, images: Tensor) -> Tensor:

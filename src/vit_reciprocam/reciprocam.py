@@ -13,33 +13,30 @@ the price of one H.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.batch import Batch
-from vit_reciprocam.core.closed_form import closed_form_rows
-from vit_reciprocam.core.direct import direct_rows
-from vit_reciprocam.core.masks import Masking
-from vit_reciprocam.core.split import Cut, MeanPool, Readout, Split, Splitter, widen
-from vit_reciprocam.core.targets import resolve_targets
+from vit_reciprocam.core.masks import Masking, describe_maskings
+from vit_reciprocam.core.precision import in_float32, widen_cut
+from vit_reciprocam.core.scores import (
+    NORMALIZATIONS,
+    SCORES,
+    Scores,
+    compute_scores,
+    to_numpy,
+)
+from vit_reciprocam.core.split import Cut, Split, Splitter
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.libraries.cut_at import cut_at, cut_at_block, refuse_training
 from vit_reciprocam.libraries.validation import check_images, check_mode
 from vit_reciprocam.results.explanation import Explanation, softmax
 
 __all__ = ["ReciproCAM", "reciprocam"]
-
-_NOT_FINITE = (
-    "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
-    "float32 if it is in half precision"
-)
 
 
 class ReciproCAM:
@@ -65,7 +62,10 @@ class ReciproCAM:
         kernel: str = "gaussian",
         class_token: bool = True,
         layer: str = "norm1",
+        depth: int = 1,
         score: str = "probability",
+        normalize: str = "minmax",
+        fuse: Sequence[Mapping[str, Any]] = (),
         path: str = "auto",
         block: int = -1,
         target: nn.Module | None = None,
@@ -81,14 +81,25 @@ class ReciproCAM:
         Args:
             model: A supported classifier in evaluation mode, on any device; with `target` or
                 `split`, any module.
-            kernel: Window kept around each patch: "gaussian", 3x3 (the paper's default), or
-                "dirac".
+            kernel: Window kept around each patch: "gaussian", 3x3 (the paper's default), "dirac",
+                the patch alone, "box", 3x3 patches in full, or "box5", 5x5.
             class_token: False also masks the prefix tokens (the paper's ablation, Table 3).
             layer: Place where tokens are masked: "norm1" (the paper's default) or "block" (its
                 Table 4); for heads that pool all tokens also "pool", just before the pooling. That
                 is not the paper's method, since only the pooling is left between mask and head,
                 but it has a closed form.
-            score: "probability", the paper's, or "logit", without the softmax.
+            depth: Number of blocks, counted from the last, in which the readout tokens see masked
+                patches; 1 is the paper's method. More needs a head that reads prefix tokens only.
+                The patches themselves are computed from the unmasked image, whatever the depth.
+            score: "probability", the paper's, "log-probability", or "logit", without the softmax.
+            normalize: "minmax", the paper's, scales each map from its smallest to its largest score
+                (equation 3). "evidence" has a natural zero instead, the all-null mask, which keeps
+                no patch: the evidence of a mask is the logarithm of its probability over that of
+                the all-null mask, in nats, and the map is its positive part over its maximum.
+            fuse: Settings whose evidence is summed, each divided by its own maximum, such as
+                `[{"kernel": "dirac", "depth": 2}, {"kernel": "box", "depth": 4}]`. They replace
+                `kernel`, `class_token` and `depth`, and go with `normalize="evidence"`. One plain
+                pass serves them all.
             path: "auto" takes the closed form if it holds, and the result's `path` says which ran;
                 "closed-form" raises if it does not hold; "direct" always runs H once per mask.
             block: Encoder block, counted from the end; in a hierarchical model a block of its last
@@ -114,19 +125,33 @@ class ReciproCAM:
             ModelError: If the model is not supported, with the reason.
             ClosedFormError: If `path` is "closed-form" and it does not hold, with the reason.
         """
-        check_choice("score", score, ("probability", "logit"))
+        check_choice("score", score, SCORES)
+        check_choice("normalize", normalize, NORMALIZATIONS)
         check_choice("path", path, ("auto", "closed-form", "direct"))
         if memory_limit is not None and memory_limit <= 0:
             raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit}")
         self.model = model
-        self.masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
+        masking = Masking(kernel=kernel, class_token=class_token, layer=layer, depth=depth)
+        self.maskings = _read_fused(masking, fuse) if fuse else (masking,)
+        if normalize != "evidence" and fuse:
+            raise InputError("fuse sums evidence: pass normalize='evidence' with it")
+        if normalize == "evidence" and score == "logit":
+            raise InputError("evidence compares probabilities: leave out score='logit'")
+        depth = max(one.depth for one in self.maskings)
+        if depth > 1 and (target is not None or block != -1 or path == "direct"):
+            raise InputError(
+                f"depth={depth} masks what the readout tokens read in the last blocks, in closed "
+                "form: leave out target, block and path='direct', or use depth=1"
+            )
         self.score = score
+        self.normalize = normalize
         self.path = path
         self.block = block
         self.memory_limit = memory_limit
         self.progress = progress
         self._is_known = split is None and target is None
-        self.split = _choose_splitter(layer, block, split, target, grid, prefix_tokens)
+        self._depth = depth
+        self.split = _choose_splitter(layer, block, depth, split, target, grid, prefix_tokens)
         if check:
             self._split_and_check()
 
@@ -150,71 +175,55 @@ class ReciproCAM:
             InputError: If the images or targets do not fit the model.
             ModelError: If the model is in training mode with random layers, or gives NaN.
         """
-        scores, logits, chosen, path = self._run(images, targets)
+        result, path = self._run(images, targets)
         return Explanation(
-            scores=_numpy(scores),
-            logits=logits,
-            probs=softmax(logits),
-            targets=chosen,
+            scores=to_numpy(result.scores),
+            evidence=None if result.evidence is None else to_numpy(result.evidence),
+            logits=result.logits,
+            probs=softmax(result.logits),
+            targets=result.targets,
             path=path,
             settings={
                 "method": "reciprocam",
                 "model": type(self.model).__name__,
-                "kernel": self.masking.kernel,
-                "class_token": self.masking.class_token,
-                "layer": self.masking.layer,
+                **describe_maskings(self.maskings),
                 **({} if self.block == -1 else {"block": self.block}),
                 "score": self.score,
+                "normalize": self.normalize,
             },
         )
 
     def scores(
         self, images: Float[Tensor, "B ch H W"] | Batch, targets: Any = None
     ) -> Float[Tensor, "B K h w"]:
-        """Return the scores alone, as a tensor on the model's device.
+        """Return what maps are scaled from: scores, or evidence with `normalize="evidence"`.
 
-        They are in float32, or in float64 for a float64 model. Arguments and errors are those of
-        `__call__`.
+        It is a tensor on the model's device, in float32, or in float64 for a float64 model.
+        Arguments and errors are those of `__call__`.
         """
-        return self._run(images, targets)[0]
+        result, _ = self._run(images, targets)
+        return result.scores if result.evidence is None else result.evidence
 
     @torch.no_grad()
-    def _run(
-        self, images: Tensor | Batch, targets: Any
-    ) -> tuple[Tensor, np.ndarray, np.ndarray, str]:
-        """Return scores (B, K, h, w), logits (B, C), targets (B, K) and the path that ran."""
+    def _run(self, images: Tensor | Batch, targets: Any) -> tuple[Scores, str]:
+        """Return the scores and the path that ran."""
         split, path = self._split_and_check()
         cut = self._cut(split, images if isinstance(images, Batch) else Batch(images))
         if path == "closed-form" and cut.readout is None:
             raise ModelError("the split has no readout: say so in its direct_because")
-        prepare = closed_form_rows if path == "closed-form" else direct_rows
-        rows = prepare(cut, split.prefix_tokens, self.masking)
-        count = 1 + cut.grid[0] * cut.grid[1]
-        limit = self.memory_limit or _default_limit(cut.x.device, path)
-        chunks = math.ceil(count / max(1, limit // _row_bytes(cut, path)))
-        bounds = [count * chunk // chunks for chunk in range(chunks + 1)]
-        for start, stop in itertools.pairwise(bounds):
-            values = rows(start, stop)  # (stop - start, B, C)
-            if start == 0:  # row 0 is the prediction
-                logits = _numpy(values[0].clone())
-                if not np.isfinite(logits).all():
-                    raise ModelError(_NOT_FINITE.format("logits"))
-                chosen = resolve_targets(targets, logits)
-            values = widen(values)
-            if self.score == "probability":
-                values = values.softmax(dim=-1)
-            if not isinstance(targets, str):  # "all" wants every class, in order
-                index = torch.from_numpy(chosen[None]).to(values.device)
-                values = values.take_along_dim(index, dim=-1)
-            if start == 0:
-                scores = values if chunks == 1 else values.new_empty(count, *values.shape[1:])
-            if chunks > 1:
-                scores[start:stop] = values
-            if self.progress is not None:
-                self.progress(stop, count)
-        if not scores.sum().isfinite():
-            raise ModelError(_NOT_FINITE.format("scores under the masks"))
-        return scores[1:].permute(1, 2, 0).unflatten(2, cut.grid), logits, chosen, path
+        with in_float32(cut.x):
+            scores = compute_scores(
+                widen_cut(cut),
+                split.prefix_tokens,
+                self.maskings,
+                targets,
+                score=self.score,
+                with_evidence=self.normalize == "evidence",
+                path=path,
+                memory_limit=self.memory_limit,
+                progress=self.progress,
+            )
+        return scores, path
 
     def _split_and_check(self) -> tuple[Split, str]:
         """Split the model, and return with it the path to take; refuse what cannot be explained."""
@@ -224,10 +233,11 @@ class ReciproCAM:
                 "split must be a function that gives a vit_reciprocam.core.split.Split, but gave "
                 f"{type(split).__name__}"
             )
-        if self.path == "closed-form" and split.direct_because:
+        if split.direct_because and (self.path == "closed-form" or self._depth > 1):
+            instead = "path='auto' or path='direct'" if self._depth == 1 else "depth=1"
             raise ClosedFormError(
                 f"the closed form does not hold for this model: {split.direct_because}. "
-                "Use path='auto' or path='direct'"
+                f"Use {instead}"
             )
         if self._is_known:  # with random layers, maps would not explain the prediction
             check_mode(self.model)
@@ -252,9 +262,26 @@ def reciprocam(
     return ReciproCAM(model, check=False, **settings).scores(images, targets)
 
 
+def _read_fused(masking: Masking, fuse: Sequence[Mapping[str, Any]]) -> tuple[Masking, ...]:
+    """Return the maskings of `fuse=`; `masking` is what the other settings say."""
+    if masking != Masking(layer=masking.layer):
+        raise InputError("fuse says kernel, class_token and depth: leave these out beside it")
+    keys = {"kernel", "class_token", "depth"}
+    if not all(isinstance(one, Mapping) and one.keys() <= keys for one in fuse):
+        raise InputError(
+            f"fuse must be a list of settings, each with some of {', '.join(sorted(keys))}; "
+            f"got {fuse!r}"
+        )
+    maskings = tuple(Masking(layer=masking.layer, **one) for one in fuse)
+    if len(set(maskings)) < len(maskings):
+        raise InputError(f"fuse has a setting twice: {list(fuse)!r}")
+    return maskings
+
+
 def _choose_splitter(
     layer: str,
     block: int,
+    depth: int,
     split: Splitter | None,
     target: nn.Module | None,
     grid: tuple[int, int] | None,
@@ -270,30 +297,9 @@ def _choose_splitter(
     if grid is not None or prefix_tokens:
         raise InputError("grid and prefix_tokens go with target; else they are found")
     if split is None:
-        return cut_at_block(block, pool=layer == "pool")
+        return cut_at_block(block, pool=layer == "pool", depth=depth)
     if layer == "pool" or block != -1:
         raise InputError("split says where the cut is: leave out layer='pool' and block")
     if not callable(split):
         raise InputError(f"split must be a function, got {type(split).__name__}")
     return split
-
-
-def _default_limit(device: torch.device, path: str) -> int:
-    """Return the number of bytes that a chunk of masks may take by default."""
-    if device.type == "cpu":  # the caches decide: measured on both paths
-        return 2**25 if path == "closed-form" else 2**27
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
-
-
-def _row_bytes(cut: Cut, path: str) -> int:
-    """Return roughly the bytes that one mask takes: 20 vectors per token that H computes."""
-    numbers = cut.x.numel()
-    if path == "closed-form" and isinstance(cut.readout, MeanPool):
-        numbers = numbers // cut.x.shape[1]
-    elif path == "closed-form" and isinstance(cut.readout, Readout):
-        numbers = numbers // cut.x.shape[1] * cut.readout.tokens
-    return 20 * numbers * cut.x.element_size()
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()

@@ -356,7 +356,7 @@ def test_explain_refuses_bad_input(small, tmp_path):
     with pytest.raises(InputError, match="images is empty"):
         vr.explain([], small)
     with pytest.raises(InputError, match="kernel must be one of"):
-        vr.explain(picture, small, kernel="box")
+        vr.explain(picture, small, kernel="disk")
     with pytest.raises(InputError, match="top must be between 1 and the number of classes, 1000"):
         vr.explain(picture, small, top=0)
 

@@ -162,7 +162,10 @@ def test_the_rest_is_done_where_some_pictures_fail(scenes, tmp_path):
         (["{scene}", "--out", "{scene}/sub"], "0.png is a file"),
         (["{scene}", "--target", "top13"], "top must be between 1 and the number of classes, 12"),
         (["{scene}", "--kernel", "dirac"], "fixed when its file was written"),
-        (["{scene}", "--kernel", "box"], "kernel must be one of 'gaussian', 'dirac'; got 'box'"),
+        (
+            ["{scene}", "--kernel", "disk"],
+            "kernel must be one of 'gaussian', 'dirac', 'box', 'box5'; got 'disk'",
+        ),
         (["{scene}", "--colormap", "hot"], "colormap must be one of"),
         (["{scene}", "--model", "demoo"], "model must be one of 'demo', 'timm:NAME'"),
         (["{scene}", "--max-pixels", "100"], "more than 100 pixels"),

@@ -47,7 +47,10 @@ def test_window_sizes_by_hand():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kernel": "box"}, "kernel must be one of 'gaussian', 'dirac'; got 'box'"),
+        (
+            {"kernel": "disk"},
+            "kernel must be one of 'gaussian', 'dirac', 'box', 'box5'; got 'disk'",
+        ),
         ({"layer": "norm2"}, "layer must be one of 'norm1', 'block', 'pool'; got 'norm2'"),
     ],
 )

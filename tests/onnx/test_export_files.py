@@ -163,7 +163,7 @@ def huge():
         (None, {"size": (224, 224)}, InputError, "takes images of 12x20"),
         (None, {"size": (12, 0)}, InputError, "size must be"),
         (None, {"dynamic_size": True}, InputError, "cannot stay open: this model takes images of"),
-        (None, {"kernel": "box"}, InputError, "kernel must be one of"),
+        (None, {"kernel": "disk"}, InputError, "kernel must be one of"),
         (None, {"layer": "pool"}, InputError, "reads its class token"),
         (None, {"targets": "best"}, InputError, "targets of a file must be"),
         (None, {"targets": "top6"}, InputError, "'top6', but the model has 5 classes"),

@@ -118,7 +118,7 @@ def test_open_size(source_of, tmp_path):
         ({"class_names": ["a"]}, InputError, "1 class names given for a model of 7"),
         ({"targets": "top9"}, InputError, "the model has 7 classes"),
         ({"targets": "best"}, InputError, "targets of a file must be"),
-        ({"kernel": "box"}, InputError, "kernel must be one of"),
+        ({"kernel": "disk"}, InputError, "kernel must be one of"),
         ({"preprocess": "imagenet:size=48"}, InputError, r"of \(48, 48\), the maps hold for"),
         ({"preprocess": "photos"}, InputError, "preprocess must be one of"),
     ],

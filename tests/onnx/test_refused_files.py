@@ -98,7 +98,7 @@ def five_dimensions(model):
             {"schema": 1},
             r"written by vit-reciprocam [\d.]+, in a layout that this version does not read",
         ),
-        (nothing, {"masking": {"kernel": "box"}}, "kernel must be one of|cannot be read"),
+        (nothing, {"masking": {"kernel": "disk"}}, "kernel must be one of|cannot be read"),
     ],
 )
 def test_files_that_contradict_themselves(tmp_path, change, about, words, backend):

@@ -48,9 +48,12 @@ def test_nan_in_the_weights():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kernel": "box"}, "kernel must be one of"),
+        ({"kernel": "disk"}, "kernel must be one of"),
         ({"layer": "norm2"}, "layer must be one of"),
-        ({"score": "softmax"}, "score must be one of 'probability', 'logit'; got 'softmax'"),
+        (
+            {"score": "softmax"},
+            "score must be one of 'probability', 'log-probability', 'logit'; got 'softmax'",
+        ),
         ({"path": "fast"}, "path must be one of 'auto', 'closed-form', 'direct'; got 'fast'"),
         ({"memory_limit": 0}, "memory_limit must be a positive"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, first_line
-from vit_reciprocam.methods import METHODS, check_settings
+from vit_reciprocam.methods import METHODS, PRESETS, check_settings
 from vit_reciprocam.reciprocam import ReciproCAM
 from vit_reciprocam.results.explanation import Explanation, softmax
 
@@ -67,13 +68,17 @@ class TorchBackend:
     ) -> Explainer:
         """Return a method of `METHODS` with its settings, as `Backend` describes it."""
         check_settings(method, settings)
-        if method == "reciprocam":
-            reciprocam = ReciproCAM(self.model, check=check, **settings)
+        ours = method == "reciprocam" or method in PRESETS
+        if ours:
+            chosen = {**PRESETS.get(method, {}), **settings}
+            reciprocam = ReciproCAM(self.model, check=check, **chosen)
 
         def explain(images: np.ndarray | Batch, targets: Any = None) -> Explanation:
             batch = images if isinstance(images, Batch) else self.batch(images)
-            if method == "reciprocam":
-                return reciprocam(batch, targets)
+            if ours:
+                explanation = reciprocam(batch, targets)
+                named = {**explanation.settings, "method": method}
+                return dataclasses.replace(explanation, settings=named)
             logits = self.predict(batch)
             chosen = resolve_targets(targets, logits)
             maps = METHODS[method](self.model, batch.images, chosen, **settings)

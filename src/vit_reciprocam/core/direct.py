@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,23 +15,35 @@ from vit_reciprocam.core.split import Cut
 __all__ = ["direct_rows", "under_masks"]
 
 
-def direct_rows(cut: Cut, prefix_tokens: int, masking: Masking) -> Callable[[int, int], Tensor]:
+def direct_rows(
+    cut: Cut, prefix_tokens: int, maskings: Sequence[Masking], *, null: bool = False
+) -> Callable[[int, int], Tensor]:
     """Return what `closed_form_rows` does, by running H once per mask as the definition says."""
-    run = under_masks(cut, masking)
+    run = under_masks(cut, maskings[0].layer)
+    patches = cut.grid[0] * cut.grid[1]
+    size = patches + null  # rows of one masking
+
+    def masks(start: int, stop: int) -> Iterator[np.ndarray]:
+        if start == 0:  # row 0 is the unmasked image
+            yield np.ones((1, prefix_tokens + patches))
+        for number, masking in enumerate(maskings):
+            first = 1 + number * size + null  # row of the first patch's mask
+            if null and start < first <= stop:
+                prefix = np.full((1, prefix_tokens), float(masking.class_token))
+                yield np.concatenate([prefix, np.zeros((1, patches))], axis=1)
+            inside = range(max(start - first, 0), min(stop - first, patches))
+            if inside:
+                yield mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=inside)
 
     def rows(start: int, stop: int) -> Tensor:
-        patches = range(max(start, 1) - 1, stop - 1)
-        masks = mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=patches)
-        if start == 0:  # row 0 is the unmasked image
-            masks = np.concatenate([np.ones((1, masks.shape[1])), masks])
-        return run(torch.from_numpy(masks).to(cut.x))
+        return run(torch.from_numpy(np.concatenate([*masks(start, stop)])).to(cut.x))
 
     return rows
 
 
-def under_masks(cut: Cut, masking: Masking) -> Callable[[Tensor], Tensor]:
+def under_masks(cut: Cut, layer: str) -> Callable[[Tensor], Tensor]:
     """Return H as a function of masks (M, T) that returns the logits (M, B, C)."""
-    x, at_norm = cut.x, masking.layer != "block"
+    x, at_norm = cut.x, layer != "block"
     tokens = cut.norm(x) if at_norm else x
 
     def run(masks: Float[Tensor, "M T"]) -> Tensor:

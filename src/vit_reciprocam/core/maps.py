@@ -8,7 +8,7 @@ import numpy as np
 
 from vit_reciprocam.errors import InputError, check_choice
 
-__all__ = ["FLAT", "MODES", "Size", "cubic_weights", "min_max", "upsample"]
+__all__ = ["FLAT", "MODES", "Size", "cubic_weights", "min_max", "positive_part", "upsample"]
 
 MODES = ("bilinear", "bicubic")
 """Names of the ways to bring maps to a picture's size."""
@@ -32,6 +32,17 @@ def min_max(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     maps = (scores - low).astype(np.float32, copy=False)
     maps /= np.where(flat, np.inf, high - low)
     return maps, flat[..., 0, 0]
+
+
+def positive_part(evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positive part of each (h, w) over its largest value, and which have none.
+
+    Evidence (..., h, w) gives maps (..., h, w) float32 in [0, 1], and bool (...), True for each map
+    of zeros.
+    """
+    maps = evidence.clip(0).astype(np.float32, copy=False)
+    most = maps.max(axis=(-2, -1), keepdims=True)
+    return maps / np.where(most > 0, most, np.inf), most[..., 0, 0] == 0
 
 
 def upsample(maps: np.ndarray, size: Size, mode: str = "bilinear") -> np.ndarray:

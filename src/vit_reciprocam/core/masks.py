@@ -6,21 +6,34 @@ encoder block.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_reciprocam.errors import check_choice
+from vit_reciprocam.errors import InputError, check_choice
 
-__all__ = ["KERNELS", "LAYERS", "Masking", "Place", "kernel_window", "mask_matrix", "window_sizes"]
+__all__ = [
+    "KERNELS",
+    "LAYERS",
+    "Masking",
+    "Place",
+    "describe_maskings",
+    "kernel_window",
+    "mask_matrix",
+    "window_sizes",
+]
 
 KERNELS: dict[str, np.ndarray] = {
     "gaussian": np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16,
     "dirac": np.ones((1, 1)),
+    "box": np.ones((3, 3)),
+    "box5": np.ones((5, 5)),
 }
-"""Weights of each kernel, an odd number of rows and columns."""
+"""Weights of each kernel, a square of an odd number of rows; none is above 1."""
 
 LAYERS = ("norm1", "block", "pool")
 """Names of the places at which tokens can be masked."""
@@ -45,16 +58,42 @@ class Masking:
             masks the output of the previous block, so that both the skip path and the LayerNorm see
             it (Table 4); "pool", for heads that pool all tokens, masks what they pool, which is not
             the paper's method.
+        depth: Number of blocks, the last ones, in which the readout tokens see the masked tokens; 1
+            is the paper's method. More than 1 needs the layer "norm1".
     """
 
     kernel: str = "gaussian"
     class_token: bool = True
     layer: str = "norm1"
+    depth: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a kernel or layer that does not exist."""
+        """Refuse a kernel, layer or depth that does not exist, or that do not go together."""
         check_choice("kernel", self.kernel, KERNELS)
         check_choice("layer", self.layer, LAYERS)
+        depth: Any = self.depth
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise InputError(
+                "depth must be a whole number of blocks, 1 (the paper's method) or more; got "
+                f"{self.depth!r}"
+            )
+        if self.depth > 1 and self.layer != "norm1":
+            raise InputError(
+                f"depth={self.depth} masks what the readout tokens read after each block's first "
+                f"LayerNorm, so it goes with layer='norm1', not {self.layer!r}; layer='block' and "
+                "'pool' have depth=1"
+            )
+
+
+def describe_maskings(maskings: Sequence[Masking]) -> dict[str, Any]:
+    """Return the settings of one masking, or of several that are fused, as JSON values."""
+    if len(maskings) == 1:
+        return dataclasses.asdict(maskings[0])
+    fused = [
+        {"kernel": one.kernel, "class_token": one.class_token, "depth": one.depth}
+        for one in maskings
+    ]
+    return {"fuse": fused, "layer": maskings[0].layer}
 
 
 @functools.cache
@@ -92,7 +131,7 @@ def mask_matrix(
 
     Row n holds the kernel centred on patch n, cropped at the border and not renormalised; the
     prefix columns are 1, or 0 with the class token off. If `patches` is given, only the rows of
-    these patches are returned. The layer makes no difference here.
+    these patches are returned. Layer and depth make no difference here.
     """
     height, width = grid
     rows = range(height * width) if patches is None else patches

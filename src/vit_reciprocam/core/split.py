@@ -25,6 +25,7 @@ __all__ = [
     "MeanPool",
     "Projection",
     "Readout",
+    "ReadoutBlock",
     "Split",
     "Splitter",
     "Tap",
@@ -144,6 +145,37 @@ class Attention:
     rotate: Callable[[Tensor], Tensor] | None = None
     bias: Tensor | None = None
 
+    def split_heads(self, joined: Float[Tensor, "*batch A"]) -> Float[Tensor, "*batch k d"]:
+        """Split joined heads into k heads of width d."""
+        heads: Tensor = joined.unflatten(-1, (self.heads, -1))
+        return heads
+
+    def queries(self, readers: Float[Tensor, "*batch R D"]) -> Float[Tensor, "*batch R k d"]:
+        """Return the queries of readout tokens."""
+        queries: Tensor = self.query_norm(self.split_heads(self.query(readers)))
+        return queries
+
+
+@dataclass(frozen=True)
+class ReadoutBlock:
+    """An encoder block before the last, as the readout tokens run through it.
+
+    Attributes:
+        x: X, the residual stream (B, T, D) that enters the block for the unmasked images.
+        norm: X -> F, the block's first LayerNorm, which acts on each token alone.
+        attention: Attention of the block, part by part.
+        finish: Joined heads (n, B, R, A), normed tokens F (n, B, R, D) and skip path X (n, B, R, D)
+            of the readout tokens -> the block's output for them (n, B, R, D).
+        projected: Joined keys and values (B, T, A) of F, if the plain pass has left them; they are
+            what `attention` projects.
+    """
+
+    x: Tensor
+    norm: Callable[[Tensor], Tensor]
+    attention: Attention
+    finish: Callable[[Tensor, Tensor, Tensor], Tensor]
+    projected: tuple[Tensor, Tensor] | None = None
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -154,11 +186,13 @@ class Readout:
         attention: Attention of the block, part by part.
         finish: Joined heads (n, B, R, A), normed tokens F (n, B, R, D) and skip path X (n, B, R, D)
             of the readout tokens -> logits (n, B, C).
+        earlier: Blocks before this one, in their order: as many as a depth above 1 needs.
     """
 
     tokens: int
     attention: Attention
     finish: Callable[[Tensor, Tensor, Tensor], Tensor]
+    earlier: tuple[ReadoutBlock, ...] = ()
 
 
 @dataclass(frozen=True)

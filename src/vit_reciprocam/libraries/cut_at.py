@@ -19,12 +19,12 @@ __all__ = ["cut_at", "cut_at_block", "refuse_training"]
 
 
 @functools.cache
-def cut_at_block(block: int = -1, *, pool: bool = False) -> Splitter:
+def cut_at_block(block: int = -1, *, pool: bool = False, depth: int = 1) -> Splitter:
     """Return the function that calls `split_model` with these arguments.
 
     The same arguments give the same function, so that explainers can tell whether they cut alike.
     """
-    return functools.partial(split_model, block=block, pool=pool)
+    return functools.partial(split_model, block=block, pool=pool, depth=depth)
 
 
 def cut_at(

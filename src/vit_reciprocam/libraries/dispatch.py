@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,12 +17,13 @@ from vit_reciprocam.libraries.validation import refuse_quantised
 __all__ = ["split_model"]
 
 
-def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split_model(model: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut a supported classifier at an encoder block, or just before the pooling of its head.
 
-    Blocks are counted from the end: -1 is the last. A model that is not supported raises
-    `ModelError` with the reason, and so does one with code or hooks of a user that running it by
-    its parts would bypass. A block or a pooling that it does not have raises `InputError`.
+    Blocks are counted from the end: -1 is the last. The cut's readout holds the last `depth`
+    blocks, for which the closed form must hold. A model that is not supported raises `ModelError`
+    with the reason, and so does one with code or hooks of a user that running it by its parts would
+    bypass. A block, depth or pooling that it does not have raises `InputError`.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -35,22 +38,25 @@ def split_model(model: nn.Module, *, block: int = -1, pool: bool = False) -> Spl
         )
     if pool and block != -1:
         raise InputError("layer='pool' cuts after the last block: leave out block")
+    if depth > 1 and (pool or block != -1):
+        raise InputError("depth counts from the last block: leave out block and layer='pool'")
     refuse_quantised(model)
+    where = {"block": block, "pool": pool, "depth": depth}
     if library := library_of(model):
-        split: Split = library.split(model, block=block, pool=pool)
+        split: Split = library.split(model, **where)
         return split
     if isinstance(model, ZeroShot):
         refuse_bypassed(model, model.tower, "vit_reciprocam")
-        return add_scores(_split_tower(model.tower, block=block, pool=pool), model.scores)
+        return add_scores(_split_tower(model.tower, **where), model.scores)
     raise _unsupported(model)
 
 
-def _split_tower(tower: nn.Module, *, block: int, pool: bool) -> Split:
+def _split_tower(tower: nn.Module, **where: Any) -> Split:
     """Cut an image tower; features take the place of logits."""
     for module in tower.modules():  # from the outside in: an open_clip tower may hold a timm model
         library = library_of(module)
         if library and library.split_tower:
-            split: Split = library.split_tower(tower, block=block, pool=pool)
+            split: Split = library.split_tower(tower, **where)
             return split
     raise ModelError(f"{type(tower).__qualname__} is not a supported image tower")
 

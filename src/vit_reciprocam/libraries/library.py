@@ -24,15 +24,15 @@ class Library:
         module: The name by which Python imports it; its models' classes are defined in it.
         package: The name by which it is installed.
         extra: The optional dependency group of this package that installs it.
-        split: (model, block=, pool=) -> the `Split` of a classifier. The arguments are those of
-            `libraries.dispatch.split_model`.
+        split: (model, block=, pool=, depth=) -> the `Split` of a classifier. The arguments are
+            those of `libraries.dispatch.split_model`.
         load: (name, weights=, options=) -> (model in evaluation mode, its `Preprocess`, its class
             names or None). With `takes_prompts`, prompts= and templates= are passed if given.
             Raises `WeightsError` if local weights do not fit the model, and `DownloadError` if
             published ones cannot be fetched.
         listing: () -> an iterator over an `Architecture` for each of its models.
-        split_tower: (tower, block=, pool=) -> the `Split` of an image tower, which gives features
-            instead of logits. None if the library has no towers.
+        split_tower: (tower, block=, pool=, depth=) -> the `Split` of an image tower, which gives
+            features instead of logits. None if the library has no towers.
         encoder: (model) -> its `Encoder`, for methods that read the attention of every layer. None
             if none of its models can be described so.
         takes_prompts: Whether some of its models take texts as classes.

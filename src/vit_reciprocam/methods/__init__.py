@@ -21,10 +21,24 @@ from vit_reciprocam.core.settings import parse_settings, read_value, write_value
 from vit_reciprocam.errors import MissingDependencyError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords
 
-__all__ = ["METHODS", "MethodSpec", "check_settings"]
+__all__ = ["METHODS", "PRESETS", "MethodSpec", "check_settings"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "deep": {
+        "normalize": "evidence",
+        "fuse": (
+            {"kernel": "dirac", "depth": 2},
+            {"kernel": "gaussian", "depth": 2},
+            {"kernel": "box", "depth": 4},
+        ),
+    },
+    "deep:fast": {"normalize": "evidence", "kernel": "gaussian", "depth": 2},
+}
+"""Name of a method -> the settings of `ReciproCAM` that it stands for."""
 
 _MODULES = {
     "reciprocam": "reciprocam",
+    **dict.fromkeys(PRESETS, "reciprocam"),
     "rollout": "methods.baselines",
     "relevance": "methods.baselines",
     "raw_attention": "methods.baselines",
@@ -50,7 +64,12 @@ def _make_method(name: str) -> Method:
             null_baseline = _import("null_baseline", "methods.baselines")
             values = null_baseline(name, model, images, targets, **settings)
         else:
-            values = _import(name, _MODULES[name])(model, images, targets, **settings)
+            function = "reciprocam" if name in PRESETS else name
+            values = _import(function, _MODULES[name])(
+                model, images, targets, **{**PRESETS.get(name, {}), **settings}
+            )
+        if {**PRESETS.get(name, {}), **settings}.get("normalize") == "evidence":
+            return _positive_part(values)
         return values.float() if name == "uniform" else _min_max(values)  # uniform stays at 1
 
     method.__name__ = method.__qualname__ = name
@@ -68,7 +87,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         _import("null_baseline", "methods.baselines")  # torch must be there
         check_keywords(name, NULLS[name].draw, settings)
         return
-    wanted = "ReciproCAM" if name == "reciprocam" else name
+    wanted = "ReciproCAM" if name == "reciprocam" or name in PRESETS else name
     check_keywords(name, _import(wanted, _MODULES[name]), settings)
 
 
@@ -82,6 +101,8 @@ class MethodSpec:
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
         """Return the method that "NAME" or "NAME:KEY=VALUE,KEY=VALUE" names."""
+        if text in METHODS:  # a name may hold a colon, such as "deep:fast"
+            return cls(text)
         name, settings = parse_settings(
             "method",
             text,
@@ -107,6 +128,13 @@ def _import(name: str, module: str) -> Callable[..., Any]:
             raise
         raise MissingDependencyError(f"method {name}", _EXTRAS[module]) from error
     return function
+
+
+def _positive_part(values: Any) -> Any:
+    """Scale evidence (..., h, w) to [0, 1], as `core.maps.positive_part` does."""
+    maps = values.detach().float().clamp(min=0)
+    most = maps.amax(dim=(-2, -1), keepdim=True)
+    return maps / most.masked_fill(most == 0, float("inf"))
 
 
 def _min_max(values: Any) -> Any:

@@ -25,6 +25,7 @@ from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.validation import check_images, check_mode
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
 from vit_reciprocam.methods.null import NULLS
+from vit_reciprocam.methods.trace import trace_rows
 
 __all__ = [
     "grid_and_targets",
@@ -168,6 +169,26 @@ def relevance(
     return _maps_by_layer(
         model, images, targets, rows_and_logits, start_layer, memory_limit, "relevance"
     )
+
+
+def trace(
+    model: nn.Module, images: Images, targets: Any = None, *, memory_limit: int = _GIB
+) -> Maps:
+    """Return the trace: what each patch, as the blocks read it, adds to log p of each target.
+
+    See `methods.trace`. Values are in nats, with their sign.
+
+    Args:
+        model: Model of a supported library whose head reads only its class token or tokens.
+        images: Preprocessed images.
+        targets: Classes, as in `ReciproCAM`.
+        memory_limit: Bytes that a chunk of images may take, roughly.
+
+    Raises:
+        InputError: If the images or targets do not fit.
+        ModelError: If the model has parts for which the trace has no rule, with the reason.
+    """
+    return _maps_by_layer(model, images, targets, trace_rows, 0, memory_limit, "trace")
 
 
 def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> Tensor:

@@ -36,6 +36,8 @@ __all__ = [
     "linear_rule",
     "matmul_rule",
     "relevance_matrices",
+    "run_steps",
+    "split_heads",
     "trace_layers",
 ]
 
@@ -123,7 +125,7 @@ class Trace(NamedTuple):
     out: Tensor  # output of the block (b, T, D)
 
 
-def _run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
+def run_steps(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
     """Return the input of each step, and the last output."""
     values = [x]
     for step in steps:
@@ -135,24 +137,24 @@ def trace_layers(encoder: Encoder, x: Float[Tensor, "b T D"]) -> Iterator[Trace]
     """Run an encoder on its tokens layer by layer, and yield what each computed."""
     for layer in encoder.layers:  # step by step: fused kernels do not give attention weights
         a = layer.attention
-        before = _run_steps(layer.before, x)
-        query = a.query_norm(_heads(a, a.query(before[-1])))
-        key = _heads(a, a.key(before[-1]))
+        before = run_steps(layer.before, x)
+        query = a.query_norm(split_heads(a, a.query(before[-1])))
+        key = split_heads(a, a.key(before[-1]))
         key = key if a.key_norm is None else a.key_norm(key)
-        value = _heads(a, a.value(before[-1]))
+        value = split_heads(a, a.value(before[-1]))
         attention = (query @ key.mT * a.scale).softmax(dim=-1)
-        after = _run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
+        after = run_steps(layer.after, (attention @ value).transpose(1, 2).flatten(2))
         y = x + after[-1]
-        mlp = _run_steps(layer.mlp, y)
+        mlp = run_steps(layer.mlp, y)
         out = y + mlp[-1]
         yield Trace(x, before, query, key, value, attention, after, y, mlp, out)
         x = out
 
 
-def _heads(attention: Attention, joined: Tensor) -> Tensor:
-    """Split joined heads (b, T, A) into (b, heads, T, head dimension)."""
+def split_heads(attention: Attention, joined: Tensor) -> Tensor:
+    """Split joined heads (..., T, A) into (..., heads, T, head dimension)."""
     apart: Tensor = joined.unflatten(-1, (attention.heads, -1))
-    return apart.transpose(1, 2)
+    return apart.transpose(-3, -2)
 
 
 def relevance_matrices(
@@ -170,8 +172,8 @@ def relevance_matrices(
     """
     with torch.enable_grad():
         traces = list(trace_layers(encoder, tokens.detach().requires_grad_()))
-        normed = _run_steps(encoder.norm, traces[-1].out)[-1]
-        heads = [_run_steps(steps, normed[:, at]) for at, steps in enumerate(encoder.heads)]
+        normed = run_steps(encoder.norm, traces[-1].out)[-1]
+        heads = [run_steps(steps, normed[:, at]) for at, steps in enumerate(encoder.heads)]
         logits = torch.stack([values[-1] for values in heads]).mean(dim=0)
 
     @torch.no_grad()
@@ -208,7 +210,7 @@ def _layer_relevance(layer: Layer, t: Trace, r: Tensor) -> tuple[Tensor, Tensor]
     r_y, r_mlp = add_rule(t.y, t.mlp[-1], r)
     r = copy_rule(t.y, r_y, _steps_relevance(layer.mlp, t.mlp, r_mlp))
     r_x, r_after = add_rule(t.x, t.after[-1], r)
-    r_heads = _heads(layer.attention, _steps_relevance(layer.after, t.after, r_after))
+    r_heads = split_heads(layer.attention, _steps_relevance(layer.after, t.after, r_after))
     r_attention, r_value = matmul_rule(t.attention, t.value, r_heads)
     r_query, r_key = matmul_rule(t.query, t.key.mT, r_attention)
     r_normed = _projections_relevance(layer.attention, t.before[-1], r_query, r_key.mT, r_value)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_reciprocam.core.maps import min_max
+from vit_reciprocam.core.maps import min_max, positive_part
 from vit_reciprocam.core.targets import find_class
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures import render
@@ -61,6 +61,11 @@ class Explanation:
         sources: File name of each image; None if not known.
         preprocess: Preprocessing that cut these regions out of the pictures; None if not known.
         scores_are_maps: Whether `scores` are maps already, as for other methods.
+        evidence: Signed evidence (B, K, h, w) float32 in nats: log-probability of the target with
+            only that patch's window kept, minus that with no patch kept. Positive speaks for the
+            class, negative against it. If several settings are fused, the sum of their evidence,
+            each divided by its own maximum. None with `settings["normalize"] == "minmax"` and for
+            other methods.
     """
 
     scores: np.ndarray
@@ -74,13 +79,16 @@ class Explanation:
     sources: tuple[str, ...] | None = None
     preprocess: Preprocess | None = field(default=None, repr=False)
     scores_are_maps: bool = field(default=False, repr=False)
+    evidence: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Make the arrays and settings read-only; the caller's own stay writeable."""
-        for name in ("scores", "logits", "probs", "targets"):
-            array = getattr(self, name).view()
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+        for name in ("scores", "logits", "probs", "targets", "evidence"):
+            array = getattr(self, name)
+            if array is not None:
+                array = array.view()
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,23 +97,41 @@ class Explanation:
         return functools.partial(Explanation, **values | {"settings": dict(self.settings)}), ()
 
     @functools.cached_property
-    def _min_max(self) -> tuple[np.ndarray, np.ndarray]:
+    def _scaled(self) -> tuple[np.ndarray, np.ndarray]:
         """Maps, and whether each is degenerate; read-only."""
-        maps, degenerate = min_max(self.scores)
-        if self.scores_are_maps:
-            maps = self.scores.view()
+        if self.evidence is not None:
+            maps, degenerate = positive_part(self.evidence)
+        else:
+            maps, degenerate = min_max(self.scores)
+            maps = self.scores.view() if self.scores_are_maps else maps
         maps.flags.writeable = degenerate.flags.writeable = False
         return maps, degenerate
 
     @property
     def maps(self) -> np.ndarray:
-        """Maps (B, K, h, w) float32: `scores` scaled to [0, 1] each; zeros if degenerate."""
-        return self._min_max[0]
+        """Maps (B, K, h, w) float32 in [0, 1]; zeros if degenerate.
+
+        They are the `scores`, scaled from their smallest to their largest, or the positive part of
+        the `evidence`, divided by its largest.
+        """
+        return self._scaled[0]
 
     @property
     def degenerate(self) -> np.ndarray:
-        """Whether a target's score is the same for all patches, so its map says nothing: (B, K)."""
-        return self._min_max[1]
+        """Whether a map says nothing: (B, K).
+
+        Then the target's score is the same for all patches, or no patch has positive evidence.
+        """
+        return self._scaled[1]
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """Values (B, K, h, w) that put the patches of a map in order.
+
+        They are the signed evidence, in which patches that speak against a class differ, or else
+        the maps.
+        """
+        return self.maps if self.evidence is None else self.evidence
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
@@ -133,6 +159,7 @@ class Explanation:
             logits=self.logits[one],
             probs=self.probs[one],
             targets=self.targets[one],
+            evidence=None if self.evidence is None else self.evidence[one],
             pictures=self.pictures and self.pictures[one],
             sources=self.sources and self.sources[one],
         )
@@ -202,7 +229,8 @@ class Explanation:
         for position in positions:
             target = self.targets[image, position]
             pictures.append(self.overlay(position, image=image, colormap=colormap, opacity=opacity))
-            flat = " (no preference)" if self.degenerate[image, position] else ""
+            nothing = "no preference" if self.evidence is None else "no evidence"
+            flat = f" ({nothing})" if self.degenerate[image, position] else ""
             captions.append(f"{self.probs[image, target]:.1%} {_short(self.name(target))}{flat}")
         return render.panels(pictures, captions, colormap=colormap)
 
@@ -320,8 +348,9 @@ class Explanation:
                 to.
         """
         maps = io.BytesIO()
-        names = ("maps", "scores", "targets", "logits", "probs")
-        np.savez_compressed(maps, **{name: getattr(self, name) for name in names})
+        names = ("maps", "scores", "evidence", "targets", "logits", "probs")
+        arrays = {name: getattr(self, name) for name in names}
+        np.savez_compressed(maps, **{k: v for k, v in arrays.items() if v is not None})
         files = {"maps.npz": maps.getvalue()}
         records = []
         for image in range(len(self)):

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import (
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
+from comparison import assert_depth_equals_reference
 from conftest import tiny_images, tiny_model
 from reference import naive_logits
 from vit_reciprocam import ReciproCAM
@@ -345,3 +346,19 @@ def test_pools_that_are_not_there_or_not_linear():
     model.attn_pool = shake(AttentionPoolLatent(12, num_heads=3, pos_embed="abs", feat_size=15))
     with pytest.raises(ClosedFormError, match="adds a position embedding"):
         ReciproCAM(model, layer="pool", path="closed-form")
+
+
+@pytest.mark.parametrize("family", CLOSED)
+def test_depth_equals_the_naive_loops(family):
+    build, find_cut = CLOSED[family]
+    model, images = build(), tiny_images(GRID).double()
+    for kernel, class_token in itertools.product(KERNELS, (True, False)):
+        assert_depth_equals_reference(
+            model,
+            images,
+            GRID,
+            kernel=kernel,
+            class_token=class_token,
+            depth=2,
+            **shape_of(find_cut),
+        )

@@ -84,7 +84,7 @@ class Export(nn.Module):
         both = cut.rest(torch.cat([normed, normed / 2]), torch.cat([cut.x, cut.x]))
         if cut.readout is None:
             return (both,)
-        rows = closed_form_rows(cut, split.prefix_tokens, Masking())
+        rows = closed_form_rows(cut, split.prefix_tokens, [Masking()])
         return both, rows(0, 1 + cut.grid[0] * cut.grid[1])
 
 

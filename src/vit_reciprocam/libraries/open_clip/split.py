@@ -53,17 +53,17 @@ def split(model: nn.Module, **_options: Any) -> NoReturn:
     )
 
 
-def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut an image tower; its features, before normalisation, take the place of logits."""
     if isinstance(tower, TimmModel):
-        return _split_timm(tower, block, pool)
+        return _split_timm(tower, block, pool, depth)
     if isinstance(tower, VisionTransformer):
-        return _split_vit(tower, block, pool)
+        return _split_vit(tower, block, pool, depth)
     name = type(tower).__name__
     raise ModelError(f"open_clip's {name} is not supported: it is not a Vision Transformer")
 
 
-def _split_timm(tower: Any, block: int, pool: bool) -> Split:
+def _split_timm(tower: Any, block: int, pool: bool, depth: int) -> Split:
     """Cut a tower around a timm model.
 
     The tower's own head is put behind the timm model's. So for the code in libraries/timm it is one
@@ -75,10 +75,10 @@ def _split_timm(tower: Any, block: int, pool: bool) -> Split:
     trunk = copy.copy(tower.trunk)  # shares its modules, but a new head is put in the copy only
     trunk._modules = {**trunk._modules, "head": nn.Sequential(tower.trunk.head, tower.head)}
     trunk.num_classes = -1  # it has a head now, and 0 would say that it has none
-    return split_trunk(trunk, block=block, pool=pool)
+    return split_trunk(trunk, block=block, pool=pool, depth=depth)
 
 
-def _split_vit(tower: Any, number: int, pool: bool) -> Split:
+def _split_vit(tower: Any, number: int, pool: bool, depth: int) -> Split:
     name = type(tower).__name__
     transformer = tower.transformer
     if not isinstance(transformer, Transformer) or not transformer.batch_first:
@@ -91,7 +91,8 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
             f"this {name} does not pool its tokens (pool_type='none', or a parallel or cascade "
             "attention pooler), so its output is not one vector per image"
         )
-    blocks = last_blocks(number, list(transformer.resblocks) or [None])
+    every = list(transformer.resblocks)
+    blocks = last_blocks(number, every or [None])
     block = blocks[0]
     if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
         raise ModelError(f"the {name}'s last block is a {kind_of(block)}, not open_clip's")
@@ -107,8 +108,10 @@ def _split_vit(tower: Any, number: int, pool: bool) -> Split:
 
     return split_block(
         blocks=blocks,
-        description=_describe_block(block),
-        enter=functools.partial(_enter, tower, blocks),
+        describe=_describe_block,
+        enter=functools.partial(_enter, tower),
+        before=every[:number],
+        depth=depth,
         head=lambda y: _project(tower, tower._pool(y)[0]),
         reads=reads,
         prefix=1,

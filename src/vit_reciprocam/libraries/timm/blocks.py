@@ -58,15 +58,32 @@ def describe_block(block: Any, what: str = "the last block") -> BlockDescription
         tap, finish, norms = Tap((block.norm1,)), _finish_pre_norm, [block.norm1]
     else:
         raise ModelError(
-            f"the last encoder block is a {type(block).__name__}, which is not supported: it has "
-            "no LayerNorm by the name of norm1, which is where this method cuts"
+            f"{what.replace('last', 'last encoder')} is a {type(block).__name__}, which is not "
+            "supported: it has no LayerNorm by the name of norm1, which is where this method cuts"
         )
     return BlockDescription(
         tap=tap,
         attention=lambda _grid, options, tokens: _describe_attention(attention, options, tokens),
         finish=lambda heads, f, x: finish(block, _project_heads(attention, heads, f), x),
         why_unknown=lambda: _why_unknown_block(block, what, _BLOCKS, norms, attention),
+        projections=_find_projections(attention),
     )
+
+
+def _find_projections(attention: Any) -> list[tuple[nn.Module, slice]]:
+    """Return the modules that project keys and values, each with its part of their output."""
+    joint = getattr(attention, "qkv", None)
+    if (
+        getattr(attention, "num_kv_groups", 1) != 1
+        or getattr(attention, "q_bias", None) is not None
+    ):
+        return []  # shared by several heads, or the weight is used without its module
+    if isinstance(joint, nn.Linear):
+        width = joint.out_features // 3
+        return [(joint, slice(width, 2 * width)), (joint, slice(2 * width, None))]
+    names = ("k_proj", "v_proj") if hasattr(attention, "k_proj") else ("k", "v")
+    modules = [getattr(attention, name, None) for name in names]
+    return [(one, slice(None)) for one in modules if isinstance(one, nn.Linear)]
 
 
 def _why_unknown_block(

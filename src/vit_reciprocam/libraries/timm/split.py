@@ -50,16 +50,19 @@ _HEAD_METHODS = ("forward_head", "pool", "_pool")
 _PLAIN = (VisionTransformer, VisionTransformerRelPos, Beit, Eva, NaFlexVit, Cait)
 
 
-def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split(model: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut a timm model at an encoder block, or before the pooling of its head."""
     name = type(model).__name__
     _check_head(model)
     if not isinstance(model, _PLAIN):
-        if block != -1 or pool:
-            raise InputError(f"block and layer='pool' are for plain ViTs, and this is a {name}")
+        if block != -1 or pool or depth > 1:
+            raise InputError(
+                f"block, depth and layer='pool' are for plain ViTs, and this is a {name}"
+            )
         return split_hierarchical(model)
     m: Any = model
-    blocks = last_blocks(block, m.blocks_token_only if isinstance(model, Cait) else m.blocks)
+    every = list(m.blocks_token_only if isinstance(model, Cait) else m.blocks)
+    blocks = last_blocks(block, every)
     refuse_bypassed(model, blocks[0], "timm", methods=("forward_features",))
     if pool:
         return _split_pool(m)
@@ -67,8 +70,10 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     changed = find_override(model, "timm", *_HEAD_METHODS) and f"{name} has a head of its own"
     return split_block(
         blocks=blocks,
-        description=describe_block(blocks[0]),
-        enter=functools.partial(_enter, m, blocks),
+        describe=describe_block,
+        enter=functools.partial(_enter, m),
+        before=every[:block],
+        depth=depth,
         head=lambda y: m.forward_head(m.norm(y)),
         reads=_count_readout_tokens(m)
         or f"the head reads all tokens (global_pool={m.global_pool!r}), not prefix tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -36,7 +37,7 @@ from vit_reciprocam.libraries.validation import check_size
 __all__ = ["encoder", "split", "unsupported"]
 
 
-def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split(model: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut a torchvision model at an encoder block, or before the pooling of its head.
 
     A Swin Transformer is cut in its last stage, so its maps have the grid of that stage. The blocks
@@ -46,7 +47,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
     if isinstance(model, VisionTransformer):
         if pool:
             raise no_pool(model)
-        return _split_vit(model, block)
+        return _split_vit(model, block, depth)
     if isinstance(model, SwinTransformer):
         return _split_swin(model, block, pool)
     raise unsupported(type(model).__name__, *(cls.__module__ for cls in type(model).__mro__))
@@ -67,22 +68,24 @@ def unsupported(name: str, *modules: str) -> ModelError:
     )
 
 
-def _split_vit(model: Any, number: int) -> Split:
+def _split_vit(model: Any, number: int, depth: int) -> Split:
     _check_head(model, model.heads)
     blocks = _find_blocks(model, model.encoder.layers, (EncoderBlock,), number)
     refuse_bypassed(model, blocks[0], "torchvision")
 
-    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
+    def enter(modules: Sequence[nn.Module], images: Tensor) -> tuple[Grid, list[Call]]:
         side = model.image_size
         advice = ". Resize them, or create the model with image_size="
         _check_size(model.conv_proj, images, size=(side, side), advice=advice)
-        return (side // model.patch_size,) * 2, find_calls(model, blocks, images)
+        return (side // model.patch_size,) * 2, find_calls(model, modules, images)
 
     return split_block(
         blocks=blocks,
-        description=_describe_block(blocks[0]),
+        describe=_describe_block,
         enter=enter,
         head=lambda y: model.heads(model.encoder.ln(y)[:, 0]),
+        before=list(model.encoder.layers)[:number],
+        depth=depth,
         reads=1,
         prefix=1,
         why_unknown=why_unknown(model.encoder.ln, "torchvision", "the norm after the last block"),
@@ -123,18 +126,18 @@ def _split_swin(model: Any, number: int, pool: bool) -> Split:
     block = blocks[0]
     refuse_bypassed(model, block, "torchvision", *(last if pool else ()))
 
-    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
+    def enter(modules: Sequence[nn.Module], images: Tensor) -> tuple[Grid, list[Call]]:
         stem = model.features[0][0]
         merges = len(model.features) // 2 - 1  # between two stages, 2x2 patches are merged
         step = tuple(side * 2**merges for side in stem.stride)
         advice = ", which the patches of its last stage do not tile"
         _check_size(stem, images, step=step, advice=advice)
-        calls = find_calls(model, blocks, images)
+        calls = find_calls(model, modules, images)
         ((x, *_), _), *_ = calls  # (B, h, w, D)
         return (x.shape[1], x.shape[2]), calls
 
     def tokens(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, Float[Tensor, "B T D"]]:
-        grid, (call,) = enter(images)
+        grid, (call,) = enter([block], images)
         return grid, model.norm(run_again(block, call, call[0][0])).flatten(1, 2)
 
     if pool:
@@ -144,7 +147,7 @@ def _split_swin(model: Any, number: int, pool: bool) -> Split:
     tap = Tap((block.attn,), "input") if post_norm else Tap((block.norm1,))
     return split_block(
         blocks=blocks,
-        description=BlockDescription(tap),
+        describe=lambda *_: BlockDescription(tap),
         enter=enter,
         head=lambda y: model.head(model.flatten(model.avgpool(model.permute(model.norm(y))))),
         reads="the head averages all tokens",

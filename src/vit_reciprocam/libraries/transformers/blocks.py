@@ -34,6 +34,11 @@ def describe_block(
         attention=lambda grid, options, tokens: _describe_attention(block, tokens, grid, options),
         finish=lambda heads, _normed, x: _finish_block(block, heads, x),
         why_unknown=lambda: _why_unknown_block(block, what),
+        projections=[
+            (module, slice(None))
+            for module in _projections(_self_attention(block))[1:]
+            if isinstance(module, nn.Linear)
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def _embed(model: Any, processor: Any, texts: list[str]) -> Float[Tensor, "texts
     return embedded
 
 
-def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split(model: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut a transformers model at an encoder block, or before the pooling of its head.
 
     A hierarchical model is cut in its last stage, so its maps have the grid of that stage.
@@ -107,7 +108,7 @@ def split(model: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
             f"this {type(model).__name__} is not laid out as expected ({error}): use transformers "
             "5.10 or newer"
         ) from error
-    return _split(model, description, block, pool)
+    return _split(model, description, block, pool, depth)
 
 
 _INSTEAD = {
@@ -141,28 +142,32 @@ def check_class(kind: type) -> None:
     raise ModelError(f"transformers' {name} {why}")
 
 
-def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False) -> Split:
+def split_tower(tower: nn.Module, *, block: int = -1, pool: bool = False, depth: int = 1) -> Split:
     """Cut an image tower, or the tower of a model that has one, with features as logits."""
     tower = image_tower(tower)
-    return _split(tower, describe_tower(tower), block, pool)
+    return _split(tower, describe_tower(tower), block, pool, depth)
 
 
-def _split(model: nn.Module, description: ModelDescription, number: int, pool: bool) -> Split:
+def _split(
+    model: nn.Module, description: ModelDescription, number: int, pool: bool, depth: int
+) -> Split:
     refuse_bypassed(model, description.blocks[-1], "transformers")
     if pool:
         return _split_pool(model, description)
     blocks = last_blocks(number, description.blocks)
 
-    def enter(images: Float[Tensor, "B channels H W"]) -> tuple[Grid, list[Call]]:
-        grid, calls = _enter(model, description, blocks, images)
+    def enter(modules: Sequence[nn.Module], images: Tensor) -> tuple[Grid, list[Call]]:
+        grid, calls = _enter(model, description, modules, images)
         if description.check_grid is not None:
             description.check_grid(grid)
         return grid, calls
 
     return split_block(
         blocks=blocks,
-        description=describe_block(blocks[0], post_norm=description.post_norm),
+        describe=functools.partial(describe_block, post_norm=description.post_norm),
         enter=enter,
+        before=list(description.blocks)[:number],
+        depth=depth,
         head=description.head,
         reads=description.reads,
         prefix=description.prefix,

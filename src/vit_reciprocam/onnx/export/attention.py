@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from vit_reciprocam.core.closed_form import Parts
+from vit_reciprocam.core.closed_form import Attend, Parts
 from vit_reciprocam.core.masks import kernel_window
 
-__all__ = ["attend_by_convolution"]
+__all__ = ["CONVOLUTION"]
 
 # c lies this far above the largest score that all masks share, so that the weights of these scores
 # still fit float16 if somebody converts the file.
@@ -32,10 +32,19 @@ _ROOM = 8.0
 _LEAST, _MOST = -80.0, 75.0
 
 
-def attend_by_convolution(
-    parts: Parts, grid: tuple[int, int], kernel: str
+def _attend_to_all(
+    v_0: Float[Tensor, "1 1 k d"], u: Float[Tensor, "b t k d"], s: Float[Tensor, "b t r k"]
+) -> Float[Tensor, "1 b r k d"]:
+    """Return the readout tokens' heads of the unmasked image."""
+    # (b, k, d, t) @ (b, k, t, r)
+    heads = u.permute(0, 2, 3, 1) @ _positions_last(s).softmax(dim=-1).permute(0, 2, 3, 1)
+    return (v_0 + heads.permute(0, 3, 1, 2)).unsqueeze(0)
+
+
+def _attend_by_convolution(
+    parts: Parts, grid: tuple[int, int], kernel: str, null: bool
 ) -> Float[Tensor, "rows b r k d"]:
-    """Return the readout tokens' heads, row 0 without a mask and row 1 + n under mask n.
+    """Return the readout tokens' heads under every mask, after those of the all-null mask.
 
     c is near the largest of the scores that all masks share, so that the denominator never
     vanishes. All scores of a window that lie more than 83 above that score count as equal.
@@ -48,15 +57,18 @@ def attend_by_convolution(
         return (s - c).clamp(_LEAST, _MOST).exp()
 
     u = parts.u.permute(0, 2, 3, 1)  # (b, k, d, t)
-    row_0 = u @ _positions_last(parts.s).softmax(dim=-1).permute(0, 2, 3, 1)  # (b, k, d, r)
     e_prefix, e_outside = weights(s_prefix), weights(s_outside)
-    denominator = e_prefix.sum(dim=-1, keepdim=True)
-    denominator = denominator + _sum_outside(e_outside, grid, kernel)  # (b, r, k, n)
+    prefix_sum = e_prefix.sum(dim=-1, keepdim=True)
+    denominator = prefix_sum + _sum_outside(e_outside, grid, kernel)  # (b, r, k, n)
     numerator: Tensor | float = 0.0  # (b, r, k, d, n)
     if parts.prefix:
         u_prefix = u[..., : e_prefix.shape[-1]]
         summed = u_prefix @ e_prefix.permute(0, 2, 3, 1)  # (b, k, d, r)
         numerator = summed.permute(0, 3, 1, 2).unsqueeze(-1)
+    if null:
+        patches = grid[0] * grid[1] // e_outside.shape[-1]  # one weight may stand for all
+        everything = prefix_sum + patches * e_outside.sum(dim=-1, keepdim=True)
+        none = numerator / everything.unsqueeze(3)
     for level, s in parts.s_levels.items():
         e = weights(_positions_last(s))
         # If u is linear in the level, only u at level 1 is there, and the level is a factor.
@@ -64,10 +76,15 @@ def attend_by_convolution(
         u_level = parts.u_levels[held_at].permute(0, 2, 3, 1).unsqueeze(1)  # (b, 1, k, d, n)
         denominator = denominator + _sum_window(e, grid, kernel, level)
         numerator = numerator + _sum_window(e.unsqueeze(3) * u_level, grid, kernel, level, factor)
-    row_0 = row_0.permute(0, 3, 1, 2).unsqueeze(-1)  # (b, r, k, d, 1)
-    rows = torch.cat([row_0, numerator / denominator.unsqueeze(3)], dim=-1)
-    rows = parts.v_0.unsqueeze(-1) + rows  # (b, r, k, d, 1 + n)
+    rows = numerator / denominator.unsqueeze(3)
+    if null:
+        rows = torch.cat([torch.zeros_like(rows[..., :1]) + none, rows], dim=-1)
+    rows = parts.v_0.unsqueeze(-1) + rows  # (b, r, k, d, rows)
     return rows.permute(4, 0, 1, 2, 3)
+
+
+CONVOLUTION = Attend(_attend_to_all, _attend_by_convolution)
+"""The form that is fast in ONNX Runtime and OpenVINO."""
 
 
 def _positions_last(s: Float[Tensor, "b t r k"]) -> Float[Tensor, "b r k t"]:

@@ -18,7 +18,7 @@ from vit_reciprocam.core.direct import under_masks
 from vit_reciprocam.core.masks import Masking
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.dispatch import split_model
-from vit_reciprocam.onnx.export.attention import attend_by_convolution
+from vit_reciprocam.onnx.export.attention import CONVOLUTION
 
 __all__ = ["ModelWithMaps", "trace"]
 
@@ -58,11 +58,9 @@ class ModelWithMaps(nn.Module):
         chunk: tuple[Tensor, ...] = ()
         if masks is not None and rows is not None:
             logits = cut.rest(cut.norm(cut.x), cut.x)
-            chunk = (under_masks(cut, self.masking)(masks),)
+            chunk = (under_masks(cut, self.masking.layer)(masks),)
         else:
-            compute = closed_form_rows(
-                cut, split.prefix_tokens, self.masking, attend=attend_by_convolution
-            )
+            compute = closed_form_rows(cut, split.prefix_tokens, [self.masking], attend=CONVOLUTION)
             all_rows = compute(0, 1 + cut.grid[0] * cut.grid[1])
             logits, rows = all_rows[0], all_rows[1:]
         scores = rows.unflatten(0, cut.grid).softmax(dim=-1)  # (h, w, B, C)
