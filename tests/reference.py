@@ -5,7 +5,6 @@ by that patch's mask. Nothing here knows of splits, levels or closed forms.
 """
 
 import copy
-import types
 
 import torch
 
@@ -76,6 +75,11 @@ def naive_logits(model, images, grid, *, kernel, class_token, layer, find_cut=cu
     return result, unmasked
 
 
+def cuts_of(model):
+    """Return the place of F in every block of most timm models, from the first on."""
+    return [(block, [block.norm1], "output") for block in model.blocks]
+
+
 @torch.no_grad()
 def naive_deep_logits(
     model,
@@ -86,50 +90,53 @@ def naive_deep_logits(
     class_token,
     depth,
     readers=1,
-    find_cut=cut_of,
+    find_cuts=cuts_of,
     prefix=None,
-    blocks_of=lambda model: model.blocks,
-    head=lambda model, tokens: model.forward_head(model.norm(tokens)),
 ):
     """Return the logits (B, C, h, w) under each mask, and (B, C) under the all-null mask.
 
-    The readout tokens of each mask run through the last `depth` blocks, one whole block at a time.
-    There they stand before all other tokens of the unmasked images, and F of all of them is
-    multiplied by the mask. Of the block's output only the readout tokens are kept; in the next
-    block the other tokens are those of the unmasked images again.
+    For each mask the whole model runs once. In each of its last `depth` blocks a hook multiplies F
+    by the mask, and before each of them another puts all tokens but the readout tokens back to what
+    they are for the unmasked images. So only the readout tokens carry what the masks have changed
+    from block to block. Models that take patches and readout tokens apart have nothing to put back.
     """
     model = copy.deepcopy(model).double().eval()
     images = images.double()
     prefix = model.num_prefix_tokens if prefix is None else prefix
-    blocks = list(blocks_of(model))[-depth:]
-    calls = []
+    cuts = find_cuts(model)[-depth:]
+    streams = {}
 
-    def record(_module, args, kwargs):
-        calls.append((args, kwargs))
+    def record(block, args):
+        streams[block] = args[0]
 
-    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    recorders = [block.register_forward_pre_hook(record) for block, _, _ in cuts]
     unmasked = logits_of(model(images))
-    for hook in hooks:
+    for hook in recorders:
         hook.remove()
+    apart = streams[cuts[0][0]].shape[1] == grid[0] * grid[1] and prefix > 0
+
+    def put_back(block, args):
+        if apart:
+            return None
+        return torch.cat([args[0][:, :readers], streams[block][:, readers:]], dim=1), *args[1:]
 
     def under(mask):
         mask = torch.tensor(mask, dtype=torch.float64)[:, None]
-        readout = calls[0][0][0][:, :readers]
-        for block, ((x, *others), options) in zip(blocks, calls, strict=True):
-            _, modules, side = find_cut(types.SimpleNamespace(blocks=[block]))
-            if side == "output":
-                hooks = [m.register_forward_hook(lambda _m, _a, out: out * mask) for m in modules]
-            else:
-                hooks = [
-                    m.register_forward_pre_hook(lambda _m, args: (args[0] * mask, *args[1:]))
-                    for m in modules
-                ]
-            y = block(torch.cat([readout, x[:, readers:]], dim=1), *others, **options)
-            y = y if isinstance(y, torch.Tensor) else y[0]
-            for hook in hooks:
-                hook.remove()
-            readout = y[:, :readers]
-        return head(model, torch.cat([readout, x[:, readers:]], dim=1))
+        hooks = []
+        for block, modules, side in cuts:
+            hooks.append(block.register_forward_pre_hook(put_back))
+            for module in modules:
+                if side == "output":
+                    hook = module.register_forward_hook(lambda _m, _args, output: output * mask)
+                else:
+                    hook = module.register_forward_pre_hook(
+                        lambda _m, args: (args[0] * mask, *args[1:])
+                    )
+                hooks.append(hook)
+        logits = logits_of(model(images))
+        for hook in hooks:
+            hook.remove()
+        return logits
 
     result = torch.empty(*unmasked.shape, *grid, dtype=torch.float64)
     for row in range(grid[0]):

@@ -10,6 +10,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import nn
 
+from comparison import assert_depth_equals_reference
 from conftest import tiny_images, tiny_model
 from tiny_open_clip import (
     GRID,
@@ -24,6 +25,7 @@ from tiny_open_clip import (
     zero_shot,
 )
 from vit_reciprocam import ReciproCAM
+from vit_reciprocam.core.masks import KERNELS
 from vit_reciprocam.errors import (
     ClosedFormError,
     InputError,
@@ -307,3 +309,26 @@ def test_images_that_do_not_fit(shape):
     words = r"takes images of 3 channel\(s\) of 8x12 pixels .* got . of .*force_image_size="
     with pytest.raises(InputError, match=words):
         ReciproCAM(zero_shot(vit()))(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("name", ["plain", "layer_scale", "all_custom", "timm"])
+def test_depth_equals_the_naive_loops(name, class_token):
+    tower = TOWERS[name]()
+    images = images_for(tower)
+
+    def find_cuts(model):
+        return [at_block(model, block) for block in (-2, -1)]
+
+    for kernel in KERNELS:
+        assert_depth_equals_reference(
+            zero_shot(tower, images),
+            images,
+            GRID,
+            kernel=kernel,
+            class_token=class_token,
+            depth=2,
+            prefix=1,
+            find_cuts=find_cuts,
+            expect_range=-1.0 if kernel == "box5" else 1e-4,  # it may keep the whole grid
+        )

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,14 +352,32 @@ def test_pools_that_are_not_there_or_not_linear():
 @pytest.mark.parametrize("family", CLOSED)
 def test_depth_equals_the_naive_loops(family):
     build, find_cut = CLOSED[family]
-    model, images = build(), tiny_images(GRID).double()
+    cuts = {}
+    if find_cut is not None:
+
+        def find_cuts(model):
+            return [find_cut(SimpleNamespace(blocks=[block])) for block in model.blocks]
+
+        cuts = {"find_cuts": find_cuts}
+    images = tiny_images(GRID).double()
     for kernel, class_token in itertools.product(KERNELS, (True, False)):
-        assert_depth_equals_reference(
-            model,
-            images,
-            GRID,
-            kernel=kernel,
-            class_token=class_token,
-            depth=2,
-            **shape_of(find_cut),
-        )
+        masking = {"kernel": kernel, "class_token": class_token, "depth": 2}
+        assert_depth_equals_reference(build(), images, GRID, **masking, **cuts)
+
+
+def test_depth_of_cait_is_that_of_its_class_attention():
+    def find_cuts(model):
+        return [(block, [block.norm1], "output") for block in model.blocks_token_only]
+
+    model, images = shake(Cait(**SIZES, init_values=0.5)), tiny_images(GRID).double()
+    for kernel, class_token in itertools.product(KERNELS, (True, False)):
+        masking = {"kernel": kernel, "class_token": class_token, "depth": 2}
+        assert_depth_equals_reference(model, images, GRID, **masking, find_cuts=find_cuts)
+    with pytest.raises(InputError, match="depth=3, but the model has 2 blocks that its readout"):
+        ReciproCAM(model, depth=3)
+
+
+def test_depth_of_hierarchical_models_is_refused():
+    model = SwinTransformer(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    with pytest.raises(InputError, match=r"depth .* plain ViTs, and this is a SwinTransformer"):
+        ReciproCAM(model.eval(), depth=2)

@@ -17,6 +17,7 @@ from torchvision.models.vision_transformer import (
     VisionTransformer,
 )
 
+from comparison import assert_depth_equals_reference
 from conftest import tiny_images, tiny_model
 from tiny_torchvision import (
     MASKINGS,
@@ -34,6 +35,7 @@ from tiny_torchvision import (
     vit,
 )
 from vit_reciprocam import ReciproCAM
+from vit_reciprocam.core.masks import KERNELS
 from vit_reciprocam.errors import (
     ClosedFormError,
     InputError,
@@ -290,3 +292,20 @@ def test_what_cannot_be_explained_is_refused(build, words):
 def test_images_that_do_not_fit(build, shape, words):
     with pytest.raises(InputError, match=words):
         ReciproCAM(build())(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_depth_equals_the_naive_loops(kernel, class_token):
+    def find_cuts(model):
+        return [(layer, [layer.ln_1], "output") for layer in model.encoder.layers]
+
+    masking = {"kernel": kernel, "class_token": class_token, "prefix": 1, "find_cuts": find_cuts}
+    model, images = vit(num_layers=3), tiny_images((4, 4)).double()
+    for depth in (2, 3):
+        assert_depth_equals_reference(model, images, (4, 4), depth=depth, **masking)
+
+
+def test_swin_transformers_have_no_depth():
+    with pytest.raises(ClosedFormError, match=r"head averages all tokens\. Use depth=1"):
+        ReciproCAM(swin(), depth=2)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from comparison import assert_depth_equals_reference
 from conftest import tiny_images, tiny_model
 from tiny_transformers import (
     CASES,
@@ -21,7 +22,7 @@ from tiny_transformers import (
     naive,
 )
 from vit_reciprocam.core.closed_form import closed_form_rows
-from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.masks import KERNELS, Masking
 from vit_reciprocam.errors import (
     ClosedFormError,
     InputError,
@@ -283,3 +284,33 @@ def test_timm_and_transformers_agree_on_the_same_weights():
     assert ours.path == wanted.path == "closed-form"
     np.testing.assert_allclose(ours.maps, wanted.maps, atol=1e-6)
     np.testing.assert_allclose(ours.logits, wanted.logits, rtol=1e-6)
+
+
+DEEP = [name for name, one in CASES.items() if one.path == "closed-form" and name != "pvt"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", DEEP)
+def test_depth_equals_the_naive_loops(name, kernel):
+    one = CASES[name]
+    model, images = model_of(one), images_of(one.size)
+    stack, _, _ = one.block.rpartition(".")
+    side = "output" if "norm" in one.cut else "input"
+
+    def find_cuts(model):
+        blocks = model.get_submodule(stack)
+        return [(block, [block.get_submodule(one.cut)], side) for block in blocks]
+
+    for class_token in (True, False):
+        assert_depth_equals_reference(
+            model,
+            images,
+            one.grid,
+            kernel=kernel,
+            class_token=class_token,
+            depth=2,
+            readers=2 if "+" in one.kind else 1,
+            prefix=one.prefix,
+            find_cuts=find_cuts,
+            expect_range=-1.0 if kernel == "box5" else 1e-4,  # it may keep the whole grid
+        )
