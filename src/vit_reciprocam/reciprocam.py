@@ -21,15 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_reciprocam.core.batch import Batch
-from vit_reciprocam.core.masks import Masking, describe_maskings
+from vit_reciprocam.core.masks import SCORES, Masking, describe_maskings, read_maskings
 from vit_reciprocam.core.precision import in_float32, widen_cut
-from vit_reciprocam.core.scores import (
-    NORMALIZATIONS,
-    SCORES,
-    Scores,
-    compute_scores,
-    to_numpy,
-)
+from vit_reciprocam.core.scores import Scores, compute_scores, to_numpy
 from vit_reciprocam.core.split import Cut, Split, Splitter
 from vit_reciprocam.errors import ClosedFormError, InputError, ModelError, check_choice
 from vit_reciprocam.libraries.cut_at import cut_at, cut_at_block, refuse_training
@@ -126,15 +120,12 @@ class ReciproCAM:
             ClosedFormError: If `path` is "closed-form" and it does not hold, with the reason.
         """
         check_choice("score", score, SCORES)
-        check_choice("normalize", normalize, NORMALIZATIONS)
         check_choice("path", path, ("auto", "closed-form", "direct"))
         if memory_limit is not None and memory_limit <= 0:
             raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit}")
         self.model = model
         masking = Masking(kernel=kernel, class_token=class_token, layer=layer, depth=depth)
-        self.maskings = _read_fused(masking, fuse) if fuse else (masking,)
-        if normalize != "evidence" and fuse:
-            raise InputError("fuse sums evidence: pass normalize='evidence' with it")
+        self.maskings = read_maskings(masking, normalize, fuse)
         if normalize == "evidence" and score == "logit":
             raise InputError("evidence compares probabilities: leave out score='logit'")
         depth = max(one.depth for one in self.maskings)
@@ -260,22 +251,6 @@ def reciprocam(
 ) -> Float[Tensor, "B K h w"]:
     """Return `ReciproCAM.scores`, as `METHODS` needs it; settings are those of `ReciproCAM`."""
     return ReciproCAM(model, check=False, **settings).scores(images, targets)
-
-
-def _read_fused(masking: Masking, fuse: Sequence[Mapping[str, Any]]) -> tuple[Masking, ...]:
-    """Return the maskings of `fuse=`; `masking` is what the other settings say."""
-    if masking != Masking(layer=masking.layer):
-        raise InputError("fuse says kernel, class_token and depth: leave these out beside it")
-    keys = {"kernel", "class_token", "depth"}
-    if not all(isinstance(one, Mapping) and one.keys() <= keys for one in fuse):
-        raise InputError(
-            f"fuse must be a list of settings, each with some of {', '.join(sorted(keys))}; "
-            f"got {fuse!r}"
-        )
-    maskings = tuple(Masking(layer=masking.layer, **one) for one in fuse)
-    if len(set(maskings)) < len(maskings):
-        raise InputError(f"fuse has a setting twice: {list(fuse)!r}")
-    return maskings
 
 
 def _choose_splitter(

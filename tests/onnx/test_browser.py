@@ -268,7 +268,12 @@ def test_what_the_page_shows_is_what_python_draws(open_page, demo):
 
 
 def explained_file(
-    targets, preprocess, *, class_names=("ant", "bee", "cat", "dog"), probabilities=False
+    targets,
+    preprocess,
+    *,
+    class_names=("ant", "bee", "cat", "dog"),
+    probabilities=False,
+    normalize="minmax",
 ):
     """Return the bytes of a cheap model: each 4 by 4 window's mean colour scores the classes."""
     count = len(class_names or range(4))
@@ -292,7 +297,10 @@ def explained_file(
     ]
     initializers = [weight, first]
     if targets == "all":
-        nodes.append(helper.make_node("Softmax", ["rows"], ["scores"], axis=1))
+        if normalize == "evidence":  # of both signs
+            nodes.append(helper.make_node("Identity", ["rows"], ["scores"]))
+        else:
+            nodes.append(helper.make_node("Softmax", ["rows"], ["scores"], axis=1))
     else:
         if targets == "input":
             inputs.append(helper.make_tensor_value_info("targets", TensorProto.INT64, [1, "k"]))
@@ -312,6 +320,7 @@ def explained_file(
         name="tiny",
         masking=Masking(),
         path="closed-form",
+        normalize=normalize,
         targets=targets,
         images="pixels",
         logits="output",
@@ -321,6 +330,28 @@ def explained_file(
     )
     helper.set_model_props(model, metadata.to_properties())
     return model.SerializeToString()
+
+
+def test_a_file_with_evidence_shows_its_positive_part_and_its_range(open_page):
+    preprocess = Preprocess((48, 64))
+    page = open_page()
+    picture = draw_scene(3, size=200).image
+    drop_and_wait(page, "three.png", png(picture))
+    content = explained_file("all", preprocess, normalize="evidence")
+    drop(page, "tiny.onnx", content)
+    expect(page.locator("#about")).to_contain_text("tiny.onnx")
+    session = onnxruntime.InferenceSession(content)
+    logits, scores = session.run(["output", "scores"], {"pixels": preprocess(picture)[None]})
+    evidence = scores[0, logits[0].argmax()]
+    assert evidence.min() < 0 < evidence.max()
+    page.hover(".class >> nth=0")
+    expect(page.locator("#caption")).to_contain_text(
+        f"the evidence of one window goes from −{-evidence.min():#.3g} to "
+        f"+{evidence.max():#.3g} nats"
+    )
+    got = canvas(page, "map")
+    map_ = evidence.clip(0) / evidence.max()
+    assert np.abs(got - colorize(enlarge(map_, got.shape[:2])).astype(int)).max() <= 3
 
 
 @pytest.mark.parametrize(

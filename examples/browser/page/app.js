@@ -1,5 +1,5 @@
 // The page: files in, classes and their maps out. One run of the model per picture, none per map.
-import { minMax, paint, strongest } from "./map.js";
+import { minMax, paint, positivePart, strongest } from "./map.js";
 import { explain, open } from "./model.js";
 import { decode, pixelsOf, region, tensor, view } from "./picture.js";
 
@@ -51,16 +51,31 @@ function showMap(index) {
     part("caption").textContent = "The picture alone.";
     return;
   }
-  const { low, high, flat, map } = minMax(shown.scores.get(index));
+  const withEvidence = model.metadata.normalize === "evidence";
+  const scale = withEvidence ? positivePart : minMax;
+  const { low, high, flat, map } = scale(shown.scores.get(index));
   canvas.getContext("2d").putImageData(paint(map, shown.grid, canvas.width, canvas.height), 0, 0);
   const strong = document.createElement("strong");
   strong.textContent = nameOf(index);
   part("caption").replaceChildren(
     strong,
-    flat
-      ? `: ${finePercent(high)} wherever the model looks, so its map is empty.`
-      : ` is strongest ${strongest(map, shown.grid)}. With one small window kept at a time, ` +
+    withEvidence
+      ? describeEvidence(low, high, flat, strongest(map, shown.grid))
+      : flat
+        ? `: ${finePercent(high)} wherever the model looks, so its map is empty.`
+        : ` is strongest ${strongest(map, shown.grid)}. With one small window kept at a time, ` +
           `its probability goes from ${finePercent(low)} to ${finePercent(high)}.`,
+  );
+}
+
+/** Say where the evidence for a class is strongest, and what it is worth. */
+function describeEvidence(low, high, flat, place) {
+  if (flat) return ": no window speaks for it, so its map is empty.";
+  const unit = model.metadata.fuse?.length ? "" : " nats";
+  const signed = (value) => `${value < 0 ? "−" : "+"}${digits.format(Math.abs(value))}`;
+  return (
+    ` is strongest ${place}. Compared with no window at all, the evidence of one window goes ` +
+    `from ${signed(low)} to ${signed(high)}${unit}.`
   );
 }
 

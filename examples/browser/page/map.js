@@ -17,6 +17,14 @@ export function minMax(scores) {
   return { low, high, flat, map: scores.map((value) => (flat ? 0 : (value - low) / (high - low))) };
 }
 
+/** Scale the evidence for one class: its positive part over its maximum, or 0 if there is none. */
+export function positivePart(evidence) {
+  const low = evidence.reduce((a, b) => Math.min(a, b));
+  const high = evidence.reduce((a, b) => Math.max(a, b));
+  const flat = high <= 0;
+  return { low, high, flat, map: evidence.map((value) => (flat ? 0 : Math.max(value, 0) / high)) };
+}
+
 /** Return a map of [rows, columns] in [0, 1] as a smooth coloured picture of width x height. */
 export function paint(map, [rows, columns], width, height) {
   const smooth = resize({ data: map, width: columns, height: rows }, width, height, "bicubic");

@@ -4,7 +4,7 @@ import * as ort from "./ort.wasm.bundle.min.mjs";
 import { checkPreprocess } from "./picture.js";
 
 const KEY = "vit_reciprocam"; // the metadata property that onnx/contract.py describes
-const SCHEMA = 3;
+const SCHEMAS = [3, 4]; // 4 may hold evidence in place of probabilities
 const [GRAPH, METADATA] = [7, 14]; // numbers of these fields in ONNX's ModelProto
 
 ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
@@ -67,8 +67,12 @@ function readMetadata(bytes, name) {
         "to a Vision Transformer's file.",
     );
   }
-  if (metadata.schema !== SCHEMA) {
-    throw new Error(`${name} was written by another version of vit-reciprocam. Write it anew.`);
+  if (!SCHEMAS.includes(metadata.schema)) {
+    const writer = metadata.versions?.["vit-reciprocam"] ?? "of another version";
+    throw new Error(
+      `${name} was written by vit-reciprocam ${writer}, in a layout that this page does not ` +
+        "read. Write it anew.",
+    );
   }
   if (!metadata.preprocess) {
     throw new Error(

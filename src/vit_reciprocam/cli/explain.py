@@ -17,7 +17,7 @@ from vit_reciprocam.classifier.explain import explain, explain_with, parse_targe
 from vit_reciprocam.classifier.load import ASSETS, is_onnx, load
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress, say
-from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.masks import NORMALIZATIONS, SCORES, Masking
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.pictures.read import find_images
@@ -33,7 +33,7 @@ from vit_reciprocam.results.files import (
 
 __all__ = ["demo_command", "explain_command"]
 
-SETTINGS = ("method", "kernel", "class_token", "layer")
+SETTINGS = ("method", "kernel", "class_token", "layer", "depth", "fuse", "score", "normalize")
 
 
 def explain_command(
@@ -56,6 +56,9 @@ def explain_command(
     kernel: options.Kernel = None,
     class_token: options.ClassToken = None,
     layer: options.Layer = None,
+    depth: options.Depth = None,
+    score: options.Score = None,
+    normalize: options.Normalize = None,
     destination: options.Out = options.DEFAULT_OUT,
     colormap: options.Colormap = "viridis",
     opacity: Annotated[
@@ -92,8 +95,9 @@ def explain_command(
         if max_pixels is not None:
             PIL.Image.MAX_IMAGE_PIXELS = max_pixels
         check_choice("colormap", colormap, COLORMAPS)
-        masking = {"kernel": kernel, "class_token": class_token, "layer": layer}
-        settings = _read_settings(method, options.drop_none(masking))
+        masking = {"kernel": kernel, "class_token": class_token, "layer": layer, "depth": depth}
+        reading = options.drop_none({"score": score, "normalize": normalize})
+        settings = _read_settings(method, options.drop_none(masking), reading)
         paths = find_images(images, skip=holds_results)
         if not any(path.exists() for path in paths):
             raise InputError(f"no such file: {', '.join(map(str, paths))}")
@@ -181,16 +185,18 @@ def demo_command(
     out.print(f"look at [bold]{escape(str(folder / 'grid.png'))}[/bold]", soft_wrap=True)
 
 
-def _read_settings(method: str, masking: dict[str, Any]) -> dict[str, Any]:
+def _read_settings(method: str, masking: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
     """Return the method and its settings, with ReciproCAM's own options among them."""
     spec = MethodSpec.parse(method)
     if spec.name == "reciprocam":
         Masking(**masking)
-        return {"method": spec.name, **masking, **spec.settings}
-    if masking:
+        check_choice("score", reading.get("score", SCORES[0]), SCORES)
+        check_choice("normalize", reading.get("normalize", NORMALIZATIONS[0]), NORMALIZATIONS)
+        return {"method": spec.name, **masking, **reading, **spec.settings}
+    if given := [f"--{name.replace('_', '-')}" for name in (*masking, *reading)]:
         raise InputError(
-            f"--kernel, --class-token and --layer are settings of reciprocam, not of {spec.name}: "
-            f"give its own as --method {spec.name}:KEY=VALUE"
+            f"{options.join_names(given)}: for method reciprocam only, not for {spec.name}; give "
+            f"its own settings as --method {spec.name}:KEY=VALUE"
         )
     return {"method": spec.name, **spec.settings}
 

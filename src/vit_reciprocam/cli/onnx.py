@@ -15,6 +15,7 @@ from rich.table import Table
 from vit_reciprocam.classifier.load import load
 from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out
+from vit_reciprocam.core.masks import describe_maskings
 from vit_reciprocam.errors import MissingDependencyError
 from vit_reciprocam.libraries import LIBRARIES
 
@@ -38,6 +39,8 @@ def export_command(
     kernel: options.Kernel = None,
     class_token: options.ClassToken = None,
     layer: options.Layer = None,
+    depth: options.Depth = None,
+    normalize: options.Normalize = None,
     raw: options.Raw = False,
     size: Annotated[
         str | None,
@@ -89,7 +92,15 @@ def export_command(
             destination,
             name=name,
             size=pixels,
-            **options.drop_none({"kernel": kernel, "class_token": class_token, "layer": layer}),
+            **options.drop_none(
+                {
+                    "kernel": kernel,
+                    "class_token": class_token,
+                    "layer": layer,
+                    "depth": depth,
+                    "normalize": normalize,
+                }
+            ),
             targets=target,
             raw=raw,
             half=half,
@@ -107,7 +118,8 @@ def export_command(
         "opset": done.opset,
         "difference": done.difference,
         "settings": {"targets": target, "raw": raw, "half": half, "dynamic_size": dynamic_size}
-        | dataclasses.asdict(done.metadata.masking),
+        | describe_maskings(done.metadata.maskings)
+        | {"normalize": done.metadata.normalize},
     }
     if as_json:
         typer.echo(json.dumps(summary, indent=2))

@@ -11,7 +11,7 @@ import typer
 
 from vit_reciprocam.classifier.classifier import Classifier
 from vit_reciprocam.classifier.load import is_onnx, load, specs
-from vit_reciprocam.core.masks import KERNELS, LAYERS
+from vit_reciprocam.core.masks import KERNELS, LAYERS, SCORES
 from vit_reciprocam.core.settings import read_value, split_pair
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.methods import METHODS
@@ -26,7 +26,7 @@ DEFAULT_OUT = Path("vit-reciprocam-out")
 def join_names(names: Iterable[str]) -> str:
     """Return the names as "a, b or c"."""
     *others, last = names
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _join_with_default(names: Iterable[str]) -> str:
@@ -147,6 +147,30 @@ Layer = Annotated[
     typer.Option(
         show_default=False,
         help=f"Layer whose output the masks multiply: {_join_with_default(LAYERS)}.",
+    ),
+]
+
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default=False,
+        help="Number of blocks, the last ones, in which the class token sees masked patches; "
+        "default: 1, the paper's method.",
+    ),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        show_default=False, help=f"Score of a class under a mask: {_join_with_default(SCORES)}."
+    ),
+]
+Normalize = Annotated[
+    str | None,
+    typer.Option(
+        show_default=False,
+        help="Way from scores to maps: minmax (default), from the smallest to the largest, or "
+        "evidence, from the score without any patch.",
     ),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +19,14 @@ from vit_reciprocam.errors import InputError, check_choice
 __all__ = [
     "KERNELS",
     "LAYERS",
+    "NORMALIZATIONS",
+    "SCORES",
     "Masking",
     "Place",
     "describe_maskings",
     "kernel_window",
     "mask_matrix",
+    "read_maskings",
     "window_sizes",
 ]
 
@@ -37,6 +40,13 @@ KERNELS: dict[str, np.ndarray] = {
 
 LAYERS = ("norm1", "block", "pool")
 """Names of the places at which tokens can be masked."""
+
+
+SCORES = ("probability", "log-probability", "logit")
+"""Names of what is read under each mask."""
+
+NORMALIZATIONS = ("minmax", "evidence")
+"""Names of the ways from scores to maps."""
 
 
 class Place(NamedTuple):
@@ -83,6 +93,33 @@ class Masking:
                 f"LayerNorm, so it goes with layer='norm1', not {self.layer!r}; layer='block' and "
                 "'pool' have depth=1"
             )
+
+
+def read_maskings(
+    masking: Masking, normalize: str, fuse: Sequence[Mapping[str, Any]]
+) -> tuple[Masking, ...]:
+    """Return the maskings of `fuse=`, or the one that the other settings say.
+
+    Raises:
+        InputError: If a setting does not exist, is given twice, or does not go with the others.
+    """
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    if not fuse:
+        return (masking,)
+    if normalize != "evidence":
+        raise InputError("fuse sums evidence: pass normalize='evidence' with it")
+    if masking != Masking(layer=masking.layer):
+        raise InputError("fuse says kernel, class_token and depth: leave these out beside it")
+    keys = {"kernel", "class_token", "depth"}
+    if not all(isinstance(one, Mapping) and one.keys() <= keys for one in fuse):
+        raise InputError(
+            f"fuse must be a list of settings, each with some of {', '.join(sorted(keys))}; "
+            f"got {fuse!r}"
+        )
+    maskings = tuple(Masking(layer=masking.layer, **one) for one in fuse)
+    if len(set(maskings)) < len(maskings):
+        raise InputError(f"fuse has a setting twice: {list(fuse)!r}")
+    return maskings
 
 
 def describe_maskings(maskings: Sequence[Masking]) -> dict[str, Any]:

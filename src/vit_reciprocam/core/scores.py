@@ -30,17 +30,14 @@ from vit_reciprocam.core.split import Cut, MeanPool, Readout, widen
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import ModelError
 
-__all__ = ["NORMALIZATIONS", "SCORES", "Scores", "compute_scores", "to_numpy"]
+__all__ = ["Scores", "compute_scores", "fuse_evidence", "scale_evidence", "to_numpy"]
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "probability": lambda logits: logits.softmax(dim=-1),
     "log-probability": lambda logits: logits.log_softmax(dim=-1),
     "logit": lambda logits: logits,
 }
 """Name of a score -> the function from logits (..., C) to scores (..., C)."""
-
-NORMALIZATIONS = ("minmax", "evidence")
-"""Names of the ways from scores to maps."""
 
 _NOT_FINITE = (
     "the model's {} hold NaN or infinity for finite images: look at its weights, or run it in "
@@ -93,7 +90,7 @@ def compute_scores(
         )
     # Evidence compares logarithms. They are taken of softmax, whose largest logit is subtracted
     # first, so nothing is rounded at the size of the logits.
-    score_rows = SCORES["log-probability" if with_evidence else score]
+    score_rows = _SCORES["log-probability" if with_evidence else score]
     chunks = math.ceil(count / at_once)
     bounds = [count * chunk // chunks for chunk in range(chunks + 1)]
     for start, stop in itertools.pairwise(bounds):
@@ -122,7 +119,7 @@ def compute_scores(
     scores = by_masking[..., 1:].unflatten(3, cut.grid)
     evidence = scores - by_masking[..., :1, None]
     if len(maskings) > 1:
-        fused = _fuse(evidence)
+        fused = fuse_evidence(evidence)
         return Scores(fused, fused, logits, chosen)
     return Scores(
         scores[0].exp() if score == "probability" else scores[0], evidence[0], logits, chosen
@@ -134,7 +131,7 @@ def to_numpy(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
 
 
-def _fuse(evidence: Float[Tensor, "m B K h w"]) -> Float[Tensor, "B K h w"]:
+def fuse_evidence(evidence: Float[Tensor, "m B K h w"]) -> Float[Tensor, "B K h w"]:
     """Return the sum of several maskings' evidence, each divided by its own largest value.
 
     If none of its values is positive, it is divided by the largest absolute value, so that it keeps
@@ -144,6 +141,13 @@ def _fuse(evidence: Float[Tensor, "m B K h w"]) -> Float[Tensor, "B K h w"]:
     size = evidence.abs().amax(dim=(-2, -1), keepdim=True)
     scale = torch.where(largest > 0, largest, size)
     return (evidence / scale.masked_fill(scale == 0, 1.0)).sum(dim=0)
+
+
+def scale_evidence(evidence: Float[Tensor, "*maps h w"]) -> Float[Tensor, "*maps h w"]:
+    """Return the positive part over its maximum, as `core.maps.positive_part` does in NumPy."""
+    positive = evidence.clamp(min=0)
+    most = positive.amax(dim=(-2, -1), keepdim=True)
+    return positive / most.masked_fill(most == 0, float("inf"))
 
 
 def _default_limit(device: torch.device, path: str) -> int:

@@ -150,8 +150,8 @@ class Attention:
         heads: Tensor = joined.unflatten(-1, (self.heads, -1))
         return heads
 
-    def queries(self, readers: Float[Tensor, "*batch R D"]) -> Float[Tensor, "*batch R k d"]:
-        """Return the queries of readout tokens."""
+    def queries(self, readers: Float[Tensor, "*batch R D"]) -> Float[Tensor, "*batch queries k d"]:
+        """Return the queries of readout tokens, or those that a pool has learned in their place."""
         queries: Tensor = self.query_norm(self.split_heads(self.query(readers)))
         return queries
 

@@ -69,7 +69,7 @@ def _make_method(name: str) -> Method:
                 model, images, targets, **{**PRESETS.get(name, {}), **settings}
             )
         if {**PRESETS.get(name, {}), **settings}.get("normalize") == "evidence":
-            return _positive_part(values)
+            return _import("scale_evidence", "core.scores")(values.float())
         return values.float() if name == "uniform" else _min_max(values)  # uniform stays at 1
 
     method.__name__ = method.__qualname__ = name
@@ -128,13 +128,6 @@ def _import(name: str, module: str) -> Callable[..., Any]:
             raise
         raise MissingDependencyError(f"method {name}", _EXTRAS[module]) from error
     return function
-
-
-def _positive_part(values: Any) -> Any:
-    """Scale evidence (..., h, w) to [0, 1], as `core.maps.positive_part` does."""
-    maps = values.detach().float().clamp(min=0)
-    most = maps.amax(dim=(-2, -1), keepdim=True)
-    return maps / most.masked_fill(most == 0, float("inf"))
 
 
 def _min_max(values: Any) -> Any:

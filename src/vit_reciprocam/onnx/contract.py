@@ -4,7 +4,8 @@ Such a file takes preprocessed images (B, 3, H, W) and gives the model's own out
 patches and K of the model's C classes it also has
 
     saliency  (B, K, h, w)  output: maps in [0, 1]; absent if only raw scores were asked for
-    scores    (B, K, h, w)  output: probability of each class with only that window kept
+    scores    (B, K, h, w)  output: probability of each class with only that window kept, or the
+                            signed evidence in nats if `Metadata.normalize` is "evidence"
     classes   (B, K) int64  output: which classes these are, if they are the top classes
     targets   (B, K) int64  input: which classes to explain, if `Metadata.targets` is "input"
 
@@ -19,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.masks import NORMALIZATIONS, Masking
 from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.pictures.preprocess import Preprocess
 
@@ -28,7 +29,8 @@ __all__ = ["METADATA_KEY", "Metadata", "check_classes", "check_file_targets"]
 METADATA_KEY = "vit_reciprocam"
 # Version of the JSON's layout; files with another one are refused. If you raise it, raise it in
 # examples/browser/page/model.js too.
-_SCHEMA = 3
+_SCHEMA = 4
+_READ_TOO = (3,)  # without evidence, depth and fused settings
 _TOP = re.compile(r"top([1-9]\d*)")
 
 
@@ -42,6 +44,8 @@ class Metadata:
         name: Name of the model.
         masking: What the masks keep, and where the model is cut.
         path: How the maps are computed: "closed-form" or "direct".
+        normalize: How maps follow from scores, "minmax" or "evidence", as in `ReciproCAM`.
+        fuse: Maskings whose evidence is fused, in place of `masking`; empty if there is one only.
         targets: Which classes are explained: "all", "top3" and the like, or "input".
         images: Name of the input for preprocessed images.
         logits: Name of the output that holds the prediction.
@@ -54,6 +58,8 @@ class Metadata:
     name: str
     masking: Masking
     path: str
+    normalize: str = "minmax"
+    fuse: tuple[Masking, ...] = ()
     targets: str = "all"
     images: str = "images"
     logits: str = "logits"
@@ -62,12 +68,18 @@ class Metadata:
     preprocess: Preprocess | None = None
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def maskings(self) -> tuple[Masking, ...]:
+        """The maskings of the file: one, or several that are fused."""
+        return self.fuse or (self.masking,)
+
     def to_properties(self) -> dict[str, str]:
         """Return the metadata as ONNX metadata properties."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values |= {
             "schema": _SCHEMA,
             "masking": dataclasses.asdict(self.masking),
+            "fuse": [dataclasses.asdict(masking) for masking in self.fuse],
             "preprocess": self.preprocess and self.preprocess.to_dict(),
             "versions": dict(self.versions),
         }
@@ -83,13 +95,16 @@ class Metadata:
             )
         try:
             values = json.loads(properties[METADATA_KEY])
-            if values["schema"] != _SCHEMA:
+            if values["schema"] in _READ_TOO:
+                values |= {"normalize": "minmax", "fuse": []}
+            elif values["schema"] != _SCHEMA:
                 writer = values.get("versions", {}).get("vit-reciprocam", "of another version")
                 raise ModelError(
                     f"{file} was written by vit-reciprocam {writer}, in a layout that this version "
                     "does not read: write it anew, or install that version"
                 )
             check_choice("path", values["path"], ("closed-form", "direct"))
+            check_choice("normalize", values["normalize"], NORMALIZATIONS)
             check_file_targets(values["targets"])
             if not isinstance(values["probabilities"], bool):
                 raise TypeError("probabilities has to be true or false")
@@ -102,6 +117,7 @@ class Metadata:
             fields = {each.name: values[each.name] for each in dataclasses.fields(cls)}
             fields |= {
                 "masking": Masking(**values["masking"]),
+                "fuse": tuple(Masking(**one) for one in values["fuse"]),
                 "class_names": None if names is None else tuple(names),
                 "preprocess": None if preprocess is None else Preprocess.from_dict(preprocess),
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import onnx
-from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.masks import Masking, read_maskings
 from vit_reciprocam.errors import InputError, ModelError
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.onnx.contract import Metadata, check_classes, check_file_targets
@@ -71,6 +71,9 @@ def export(
     kernel: str = "gaussian",
     class_token: bool = True,
     layer: str = "norm1",
+    depth: int = 1,
+    normalize: str = "minmax",
+    fuse: Sequence[Mapping[str, Any]] = (),
     targets: str = "all",
     raw: bool = False,
     half: bool = False,
@@ -97,9 +100,13 @@ def export(
         name: Name of the model; by default that of its Python class.
         size: (height, width) of the images in pixels, if the preprocessing does not give it or
             you want another.
-        kernel: "gaussian" or "dirac", as in `ReciproCAM`.
+        kernel: Window kept around each patch, as in `ReciproCAM`.
         class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
         layer: Place where tokens are masked, as in `ReciproCAM`.
+        depth: Number of masked blocks, as in `ReciproCAM`.
+        normalize: "minmax" or "evidence", as in `ReciproCAM`. With evidence, which needs the closed
+            form, the output `scores` holds the signed evidence.
+        fuse: Settings whose evidence is fused, as in `ReciproCAM`.
         targets: Which classes are explained: "all"; "top1", "top3" … of each image, which are then
             the output `classes`; or "input", which adds the input `targets`.
         raw: Whether to leave out `saliency`, the scores scaled to [0, 1].
@@ -119,7 +126,8 @@ def export(
     model, class_names, preprocess, name = prepare.unpack_classifier(
         model, class_names, preprocess, name
     )
-    masking = Masking(kernel=kernel, class_token=class_token, layer=layer)
+    masking = Masking(kernel=kernel, class_token=class_token, layer=layer, depth=depth)
+    maskings = read_maskings(masking, normalize, fuse)
     top = check_file_targets(targets)
     path = check_output(path)
     newest = onnx.defs.onnx_opset_version()
@@ -131,14 +139,20 @@ def export(
     preprocess, size = prepare.choose_size(preprocess, size)
     prepare.check_model(model)
     converted = prepare.convert_to_float32(model, half=half)
-    split = split_model(converted, pool=layer == "pool")
+    deepest = max(one.depth for one in maskings)
+    split = split_model(converted, pool=layer == "pool", depth=deepest)
+    if split.direct_because and (deepest > 1 or normalize == "evidence"):
+        raise ModelError(
+            "depth and evidence need the closed form in a file, and it does not hold for this "
+            f"model: {split.direct_because}. Leave out depth and normalize"
+        )
     cut, classes = prepare.cut_example(split, size)
     patch = size[0] // cut.grid[0], size[1] // cut.grid[1]
     sizes = [size, prepare.find_second_size(split, size, patch)] if dynamic_size else [size]
     check_classes(classes, class_names, top)
 
     outputs = ["logits", *([] if raw else ["saliency"]), "scores", *(["classes"] if top else [])]
-    module = ModelWithMaps(converted, masking, top=top, raw=raw)
+    module = ModelWithMaps(converted, maskings, normalize=normalize, top=top, raw=raw)
     # If there are two sizes, the second is traced: at its own size a model may not resize its
     # position embedding, and the trace would lack that.
     inputs = {"images": torch.zeros(_TRACED, 3, *sizes[-1])}
@@ -171,6 +185,8 @@ def export(
         name=name,
         masking=masking,
         path="direct" if split.direct_because else "closed-form",
+        normalize=normalize,
+        fuse=maskings if fuse else (),
         targets=targets,
         class_names=None if class_names is None else tuple(class_names),
         preprocess=preprocess,

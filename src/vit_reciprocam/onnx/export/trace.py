@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vit_reciprocam.core.closed_form import closed_form_rows
 from vit_reciprocam.core.direct import under_masks
 from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.scores import fuse_evidence, scale_evidence
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.onnx.export.attention import CONVOLUTION
@@ -32,8 +33,16 @@ class ModelWithMaps(nn.Module):
     `edit.loop_over_masks` connects the two.
     """
 
-    def __init__(self, model: nn.Module, masking: Masking, *, top: int | None, raw: bool) -> None:
-        """Join a model and the settings of its explanation.
+    def __init__(
+        self,
+        model: nn.Module,
+        maskings: Sequence[Masking],
+        *,
+        normalize: str,
+        top: int | None,
+        raw: bool,
+    ) -> None:
+        """Join a model and the settings of its explanation, which are those of `ReciproCAM`.
 
         `top` is the number of most probable classes to explain; None stands for all classes, or
         those in the input `targets`. If `raw`, saliency is left out.
@@ -41,7 +50,9 @@ class ModelWithMaps(nn.Module):
         super().__init__()
         self.training = model.training
         self.model = model
-        self.masking = masking
+        self.maskings = maskings
+        self.with_evidence = normalize == "evidence"
+        self.depth = max(masking.depth for masking in maskings)
         self.top = top
         self.raw = raw
 
@@ -53,24 +64,38 @@ class ModelWithMaps(nn.Module):
         rows: Float[Tensor, "N B C"] | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the outputs that were asked for, in the order in which the class names them."""
-        split = split_model(self.model, pool=self.masking.layer == "pool")
+        layer = self.maskings[0].layer
+        split = split_model(self.model, pool=layer == "pool", depth=self.depth)
         cut = split.cut(images)
         chunk: tuple[Tensor, ...] = ()
         if masks is not None and rows is not None:
             logits = cut.rest(cut.norm(cut.x), cut.x)
-            chunk = (under_masks(cut, self.masking.layer)(masks),)
+            chunk = (under_masks(cut, layer)(masks),)
         else:
-            compute = closed_form_rows(cut, split.prefix_tokens, [self.masking], attend=CONVOLUTION)
-            all_rows = compute(0, 1 + cut.grid[0] * cut.grid[1])
+            compute = closed_form_rows(
+                cut,
+                split.prefix_tokens,
+                self.maskings,
+                null=self.with_evidence,
+                attend=CONVOLUTION,
+            )
+            size = self.with_evidence + cut.grid[0] * cut.grid[1]
+            all_rows = compute(0, 1 + len(self.maskings) * size)
             logits, rows = all_rows[0], all_rows[1:]
-        scores = rows.unflatten(0, cut.grid).softmax(dim=-1)  # (h, w, B, C)
         classes = targets if self.top is None else logits.topk(self.top, dim=-1).indices
+        rows = rows.log_softmax(dim=-1) if self.with_evidence else rows.softmax(dim=-1)
         if classes is not None:
-            scores = scores.gather(-1, classes.expand(*cut.grid, -1, -1))
-        scores = scores.permute(2, 3, 0, 1)
-        # Without this, ONNX Runtime moves the transposition behind the minima and slows them down.
-        scores = scores.flatten(2).unflatten(2, cut.grid)
-        maps = () if self.raw else (_scale(scores),)
+            rows = rows.gather(-1, classes.expand(rows.shape[0], -1, -1))
+        scores = rows.permute(1, 2, 0)  # (B, K, rows)
+        if self.with_evidence:
+            scores = scores.unflatten(2, (len(self.maskings), size)).movedim(2, 0)
+            scores = (scores[..., 1:] - scores[..., :1]).unflatten(3, cut.grid)
+            scores = fuse_evidence(scores) if len(self.maskings) > 1 else scores[0]
+        else:
+            # In one step, ONNX Runtime moves the transposition behind the minima and slows them.
+            scores = scores.flatten(2).unflatten(2, cut.grid)
+        scale = scale_evidence if self.with_evidence else _scale
+        maps = () if self.raw else (scale(scores),)
         return (logits, *maps, scores, *(() if self.top is None else (classes,)), *chunk)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_reciprocam.core.batch import Batch
-from vit_reciprocam.core.masks import Masking
+from vit_reciprocam.core.masks import Masking, describe_maskings, read_maskings
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
+from vit_reciprocam.methods import PRESETS
 from vit_reciprocam.methods.null import NULLS, check_keywords, null_maps
 from vit_reciprocam.onnx.contract import Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.run.protobuf import digest, read_header
@@ -90,25 +90,44 @@ class OnnxExplainer:
         The settings are those that the graph was written with, or those of the null baseline.
         `check` has no effect, since a file is checked when it is opened.
         """
-        check_choice("method of an ONNX file", method, ("reciprocam", *NULLS))
-        if method == "reciprocam":
-            self._check_reciprocam(**settings)
+        check_choice("method of an ONNX file", method, ("reciprocam", *PRESETS, *NULLS))
+        if method == "reciprocam" or method in PRESETS:
+            self._check_reciprocam(**{**PRESETS.get(method, {}), **settings})
             return self
         check_keywords(method, NULLS[method].draw, settings)
         return functools.partial(self._explain_by_null, method, settings)
 
     def _check_reciprocam(
-        self, *, score: str = "probability", path: str = "auto", **masking: Any
+        self,
+        *,
+        score: str = "probability",
+        path: str = "auto",
+        normalize: str | None = None,
+        fuse: Sequence[Mapping[str, Any]] = (),
+        **masking: Any,
     ) -> None:
         """Refuse settings of `ReciproCAM` other than those in the graph."""
+        allowed = ("kernel", "class_token", "layer", "depth", "score", "normalize", "fuse", "path")
         for name in masking:
-            check_choice("a setting", name, ("kernel", "class_token", "layer", "score", "path"))
+            check_choice("a setting", name, allowed)
         check_choice("path", path, ("auto", self.metadata.path))
-        have = self.metadata.masking
-        if (masking and Masking(**masking) != have) or score != "probability":
+        have = self.metadata
+        wanted = have.maskings
+        if masking or fuse:
+            wanted = read_maskings(Masking(**masking), "evidence", fuse)
+        if (
+            wanted != have.maskings
+            or score != "probability"
+            or normalize
+            not in (
+                None,
+                have.normalize,
+            )
+        ):
+            settings = describe_maskings(have.maskings) | {"normalize": have.normalize}
+            fixed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
             raise InputError(
-                f"the maps of model {self.metadata.name!r} were fixed when its file was written: "
-                f"kernel={have.kernel!r}, class_token={have.class_token}, layer={have.layer!r}, "
+                f"the maps of model {have.name!r} were fixed when its file was written: {fixed}, "
                 "score='probability'. Write the file anew with other settings, or explain the "
                 "PyTorch model, for example --model timm:NAME"
             )
@@ -143,7 +162,8 @@ class OnnxExplainer:
         batch = self.batch(images)
         run = self._run_for if self.metadata.targets == "input" else self._run_and_pick
         logits, scores, chosen = run(batch, targets)
-        settings = dataclasses.asdict(self.metadata.masking) | {"score": "probability"}
+        settings = describe_maskings(self.metadata.maskings)
+        settings |= {"score": "probability", "normalize": self.metadata.normalize}
         scores = scores.astype(np.float32, copy=False)
         return self._explanation("reciprocam", settings, scores, logits, chosen)
 
@@ -177,6 +197,9 @@ class OnnxExplainer:
         return Explanation(
             scores=scores,
             scores_are_maps=method != "reciprocam",
+            evidence=scores
+            if method == "reciprocam" and self.metadata.normalize == "evidence"
+            else None,
             logits=logits,
             probs=softmax(logits),
             targets=targets,
