@@ -147,6 +147,50 @@ def naive_deep_logits(
     return result, null
 
 
+def naive_trace(model, images, targets):
+    """Return the trace (B, K, N) of a timm VisionTransformer by automatic differentiation.
+
+    Attention weights, the norms' deviations and the activations' gates are detached, so that they
+    count as constants. The trace is the sum over blocks of stream · gradient of log p_c.
+    """
+    model = copy.deepcopy(model).double().eval()
+    streams = []
+
+    def norm(layer, x):
+        deviation = (x.var(dim=-1, correction=0, keepdim=True) + layer.eps).sqrt().detach()
+        return (x - x.mean(dim=-1, keepdim=True)) / deviation * layer.weight + layer.bias
+
+    def block_of(block, x):
+        attention, f = block.attn, norm(block.norm1, x)
+        q, k, v = attention.qkv(f).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        q, k = attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2)
+        weights = (q @ k.transpose(2, 3) * attention.scale).softmax(-1).detach()
+        heads = (weights @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        x = x + block.ls1(attention.proj(heads))
+        u = block.mlp.fc1(norm(block.norm2, x))
+        gate = (block.mlp.act(u) / u).detach()
+        return x + block.ls2(block.mlp.fc2(u * gate))
+
+    with torch.no_grad():
+        hook = model.blocks[0].register_forward_pre_hook(lambda _m, args: streams.append(args[0]))
+        model(images.double())
+        hook.remove()
+    streams = [streams[0].detach().requires_grad_()]
+    for block in model.blocks:
+        streams.append(block_of(block, streams[-1]))
+    y = norm(model.norm, streams[-1])
+    logits = model.head(y[:, 0])
+    if hasattr(model, "head_dist"):
+        logits = (logits + model.head_dist(y[:, 1])) / 2
+    chosen = logits.log_softmax(-1).gather(1, targets)
+    found = []
+    for k in range(targets.shape[1]):
+        gradients = torch.autograd.grad(chosen[:, k].sum(), streams[:-1], retain_graph=True)
+        parts = [(x * g).sum(-1) for x, g in zip(streams[:-1], gradients, strict=True)]
+        found.append(torch.stack(parts).sum(0)[:, model.num_prefix_tokens :])
+    return torch.stack(found, dim=1).detach()
+
+
 def logits_of(output):
     """Return the logits, which transformers' models give inside an object."""
     return getattr(output, "logits", output)

@@ -86,7 +86,7 @@ from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.pictures.preprocess import Preprocess
 
 
-def split(model, *, block=-1, pool=False):
+def split(model, *, block=-1, pool=False, depth=1):
     tap = Tap((model.block.norm,))
 
     def cut(images):

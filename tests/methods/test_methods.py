@@ -12,14 +12,14 @@ from conftest import tiny_images, tiny_model
 from vit_reciprocam import methods
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
-from vit_reciprocam.core.maps import min_max
+from vit_reciprocam.core.maps import min_max, positive_part
 from vit_reciprocam.errors import InputError, MissingDependencyError
 from vit_reciprocam.methods import METHODS, MethodSpec, baselines, null, peers
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_one_signature(name):
-    model, images = tiny_model(seed=1), tiny_images()
+    model, images = tiny_model(seed=1, depth=4), tiny_images()
     maps = METHODS[name](model, images, targets=[[0, 3]])
     assert maps.shape == (2, 2, 2, 3)
     assert maps.dtype == torch.float32
@@ -27,12 +27,20 @@ def test_every_method_has_one_signature(name):
     if name == "uniform":
         assert torch.equal(maps, torch.ones_like(maps))
         return
-    home = vr.reciprocam if name == "reciprocam" else peers if hasattr(peers, name) else baselines
+    scale = min_max
     if name in null.NULLS:
         own = baselines.null_baseline(name, model, images, [[0, 3]])
+    elif name in methods.SIGNED:
+        scale = positive_part
+        settings = methods.PRESETS.get(name)
+        method = baselines.trace if settings is None else vr.reciprocam.reciprocam
+        own = method(model, images, [[0, 3]], **(settings or {}))
+        assert own.min() < 0
     else:
+        home = peers if hasattr(peers, name) else baselines
+        home = vr.reciprocam if name == "reciprocam" else home
         own = getattr(home, name)(model, images, [[0, 3]])
-    assert np.array_equal(maps.numpy(), min_max(own.numpy())[0])
+    assert np.array_equal(maps.numpy(), scale(own.numpy())[0])
     assert maps.amin() == 0
     assert maps.amax() == 1
 
@@ -140,4 +148,4 @@ def test_explain_by_another_method(tmp_path):
     assert (tmp_path / "out" / "demo" / "grid.png").exists()
     result = CliRunner().invoke(app, [*command, "--method", "rollout", "--layer", "block"])
     assert result.exit_code == 2
-    assert "are settings of reciprocam, not of rollout" in result.output
+    assert "--layer: for method reciprocam only, not for rollout" in result.output

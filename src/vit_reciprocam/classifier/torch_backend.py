@@ -12,10 +12,12 @@ from torch import nn
 
 from vit_reciprocam.classifier.classifier import Explainer
 from vit_reciprocam.core.batch import Batch
+from vit_reciprocam.core.scores import to_numpy
 from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, first_line
 from vit_reciprocam.methods import METHODS, PRESETS, check_settings
+from vit_reciprocam.methods.baselines import trace
 from vit_reciprocam.reciprocam import ReciproCAM
 from vit_reciprocam.results.explanation import Explanation, softmax
 
@@ -81,9 +83,15 @@ class TorchBackend:
                 return dataclasses.replace(explanation, settings=named)
             logits = self.predict(batch)
             chosen = resolve_targets(targets, logits)
-            maps = METHODS[method](self.model, batch.images, chosen, **settings)
+            signed = None
+            if method == "trace":
+                values = trace(self.model, batch.images, chosen, **settings)
+                scores = signed = to_numpy(values)
+            else:
+                scores = to_numpy(METHODS[method](self.model, batch.images, chosen, **settings))
             return Explanation(
-                scores=maps.cpu().numpy(),
+                scores=scores,
+                evidence=signed,
                 scores_are_maps=True,
                 logits=logits,
                 probs=softmax(logits),

@@ -21,7 +21,7 @@ from vit_reciprocam.core.settings import parse_settings, read_value, write_value
 from vit_reciprocam.errors import MissingDependencyError, check_choice
 from vit_reciprocam.methods.null import NULLS, check_keywords
 
-__all__ = ["METHODS", "PRESETS", "MethodSpec", "check_settings"]
+__all__ = ["METHODS", "PRESETS", "SIGNED", "MethodSpec", "check_settings"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "deep": {
@@ -36,11 +36,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name of a method -> the settings of `ReciproCAM` that it stands for."""
 
+SIGNED = frozenset({*PRESETS, "trace"})
+"""Methods whose values have a natural zero; their maps are the positive part."""
+
 _MODULES = {
     "reciprocam": "reciprocam",
     **dict.fromkeys(PRESETS, "reciprocam"),
     "rollout": "methods.baselines",
     "relevance": "methods.baselines",
+    "trace": "methods.baselines",
     "raw_attention": "methods.baselines",
     **dict.fromkeys(NULLS, "methods.null"),
     "grad_cam": "methods.peers",
@@ -68,8 +72,8 @@ def _make_method(name: str) -> Method:
             values = _import(function, _MODULES[name])(
                 model, images, targets, **{**PRESETS.get(name, {}), **settings}
             )
-        if {**PRESETS.get(name, {}), **settings}.get("normalize") == "evidence":
-            return _import("scale_evidence", "core.scores")(values.float())
+        if name in SIGNED or settings.get("normalize") == "evidence":
+            return _import("scale_evidence", "core.scores")(values.detach().float())
         return values.float() if name == "uniform" else _min_max(values)  # uniform stays at 1
 
     method.__name__ = method.__qualname__ = name
