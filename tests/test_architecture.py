@@ -36,6 +36,10 @@ NEEDS_TORCH = {
     "core.split",
     "core.closed_form",
     "core.direct",
+    "core.own_queries",
+    "core.precision",
+    "core.scores",
+    "core.seen",
     "core.stencil",
     "libraries.*.*",
     "libraries.cut_at",
@@ -46,6 +50,7 @@ NEEDS_TORCH = {
     "methods.baselines",
     "methods.lrp",
     "methods.peers",
+    "methods.trace",
     "onnx.export.*",
     "classifier.torch_backend",
 }

@@ -34,6 +34,7 @@ __all__ = [
     "relevance",
     "rollout",
     "split_and_check",
+    "trace",
 ]
 
 Images = Float[Tensor, "B ch H W"]

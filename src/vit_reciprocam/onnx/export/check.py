@@ -20,7 +20,7 @@ from vit_reciprocam.reciprocam import ReciproCAM
 __all__ = ["compare"]
 
 _TOLERANCE = 1e-4
-_ROUNDING = 2e-5  # of evidence, in nats
+_ROUNDING = 2e-5  # largest error of evidence in float32, in nats
 
 
 def compare(file: Path, model: nn.Module, metadata: Metadata, shape: tuple[int, ...]) -> float:
