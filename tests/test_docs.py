@@ -65,7 +65,7 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr(vr, "load", local, raising=False)
     text = (ROOT / "README.md").read_text()
-    from_file, own_model = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    from_file, own_model, beyond = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}  # each block runs as it is printed
     exec(from_file, names)
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -77,6 +77,9 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
         names["e"], class_names=["a"] * 1000, pictures=[Image.new("L", (9, 9))]
     )
     assert given.overlay(0).size == (9, 9)
+    exec(beyond, names | {"clf": real_load("timm:test_vit", weights="small.safetensors")})
+    exec(beyond.partition("vr.explain")[0], names)
+    assert names["e"].evidence.shape == (1, 1, 10, 10)
 
 
 def test_the_adapter_in_the_docs_runs():
