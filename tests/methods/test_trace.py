@@ -8,7 +8,8 @@ import vit_reciprocam as vr
 from conftest import MODELS, tiny_images, tiny_model
 from reference import naive_trace
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.methods.baselines import trace
+from vit_reciprocam.methods import PRESETS
+from vit_reciprocam.methods.baselines import trace, traced
 
 GRID = (2, 3)
 # the reference knows the attention and MLP of these
@@ -62,3 +63,15 @@ def test_a_step_without_a_rule_is_refused():
     model.blocks[0].ls1 = Mixing()
     with pytest.raises(ModelError, match="Mixing"):
         trace(model, tiny_images(GRID))
+
+
+def test_traced_is_evidence_plus_twice_the_trace():
+    model, images = tiny_model(grid=GRID, depth=4).double(), tiny_images(GRID).double()
+    evidence = vr.reciprocam.reciprocam(model, images, [[1, 2]], **PRESETS["deep"])
+    path = trace(model, images, [[1, 2]])
+    shares = []
+    for part in (evidence, path):
+        most = part.amax(dim=(2, 3), keepdim=True)
+        size = part.abs().amax(dim=(2, 3), keepdim=True)
+        shares.append(part / torch.where(most > 0, most, size))
+    torch.testing.assert_close(traced(model, images, [[1, 2]]), shares[0] + 2 * shares[1])

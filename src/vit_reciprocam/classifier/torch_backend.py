@@ -16,8 +16,7 @@ from vit_reciprocam.core.scores import to_numpy
 from vit_reciprocam.core.split import logits_of
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, first_line
-from vit_reciprocam.methods import METHODS, PRESETS, check_settings
-from vit_reciprocam.methods.baselines import trace
+from vit_reciprocam.methods import METHODS, PRESETS, SIGNED, baselines, check_settings
 from vit_reciprocam.reciprocam import ReciproCAM
 from vit_reciprocam.results.explanation import Explanation, softmax
 
@@ -84,9 +83,11 @@ class TorchBackend:
             logits = self.predict(batch)
             chosen = resolve_targets(targets, logits)
             signed = None
-            if method == "trace":
-                values = trace(self.model, batch.images, chosen, **settings)
-                scores = signed = to_numpy(values)
+            if method in SIGNED:
+                signed_values = getattr(baselines, method)
+                scores = signed = to_numpy(
+                    signed_values(self.model, batch.images, chosen, **settings)
+                )
             else:
                 scores = to_numpy(METHODS[method](self.model, batch.images, chosen, **settings))
             return Explanation(

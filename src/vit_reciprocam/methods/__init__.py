@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name of a method -> the settings of `ReciproCAM` that it stands for."""
 
-SIGNED = frozenset({*PRESETS, "trace"})
+SIGNED = frozenset({*PRESETS, "trace", "traced"})
 """Methods whose values have a natural zero; their maps are the positive part."""
 
 _MODULES = {
@@ -45,6 +45,7 @@ _MODULES = {
     "rollout": "methods.baselines",
     "relevance": "methods.baselines",
     "trace": "methods.baselines",
+    "traced": "methods.baselines",
     "raw_attention": "methods.baselines",
     **dict.fromkeys(NULLS, "methods.null"),
     "grad_cam": "methods.peers",

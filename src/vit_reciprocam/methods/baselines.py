@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_reciprocam.core.scores import fuse_evidence
 from vit_reciprocam.core.split import Split, widen
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError, ModelError, check_choice
@@ -23,9 +24,11 @@ from vit_reciprocam.libraries.common.encoder import Encoder, encoder_of, step_wi
 from vit_reciprocam.libraries.common.running import find_call
 from vit_reciprocam.libraries.dispatch import split_model
 from vit_reciprocam.libraries.validation import check_images, check_mode
+from vit_reciprocam.methods import PRESETS
 from vit_reciprocam.methods.lrp import relevance_matrices, trace_layers
 from vit_reciprocam.methods.null import NULLS
 from vit_reciprocam.methods.trace import trace_rows
+from vit_reciprocam.reciprocam import reciprocam
 
 __all__ = [
     "grid_and_targets",
@@ -35,6 +38,7 @@ __all__ = [
     "rollout",
     "split_and_check",
     "trace",
+    "traced",
 ]
 
 Images = Float[Tensor, "B ch H W"]
@@ -190,6 +194,21 @@ def trace(
         ModelError: If the model has parts for which the trace has no rule, with the reason.
     """
     return _maps_by_layer(model, images, targets, trace_rows, 0, memory_limit, "trace")
+
+
+def traced(
+    model: nn.Module, images: Images, targets: Any = None, *, memory_limit: int = _GIB
+) -> Maps:
+    """Return the fused evidence of `METHODS["deep"]` plus twice the trace.
+
+    Both are divided by their largest value first. Evidence says which windows speak for a class,
+    the trace where their content came from. Arguments and errors are those of `trace`.
+    """
+    split = split_and_check(model, images)
+    _, chosen, _ = grid_and_targets(split, images, targets)
+    evidence = reciprocam(model, images, chosen, **PRESETS["deep"])
+    path = trace(model, images, chosen, memory_limit=memory_limit)
+    return fuse_evidence(torch.stack([evidence, path, path]))
 
 
 def _product_rows(matrices: list[Tensor], readouts: int, *, normalise: bool) -> Tensor:
