@@ -25,6 +25,7 @@ from vit_reciprocam.pictures import render
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.read import ImageSource, read_image
 from vit_reciprocam.results.files import write_folder
+from vit_reciprocam.results.region import find_region
 
 __all__ = ["MOST_DRAWN", "Explanation", "softmax"]
 
@@ -32,7 +33,6 @@ MOST_DRAWN = 12
 """Largest number of targets that are drawn and listed; if there are more, the most probable are."""
 
 _SCHEMA = 1
-_SHAPE_TOLERANCE = 0.05  # largest relative difference between a picture's and the grid's shape
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -206,7 +206,12 @@ class Explanation:
         """
         position = self._position(target, image)
         canvas = read_image(self._picture(image) if picture is None else picture)
-        box = self._box(canvas, image)
+        box = find_region(
+            canvas,
+            seen=self.pictures[image].size if self.pictures else None,
+            preprocess=self.preprocess,
+            grid=(self.scores.shape[2], self.scores.shape[3]),
+        )
         drawn = render.overlay(
             canvas.crop(box), self.maps[image, position], colormap=colormap, opacity=opacity
         )
@@ -293,27 +298,6 @@ class Explanation:
                 f"target must be a class name or a position, 0 to {targets - 1}; got {target!r}"
             )
         return int(target)
-
-    def _box(self, picture: Image.Image, image: int) -> tuple[int, int, int, int]:
-        """Return the box (left, top, right, bottom) of a picture that the model saw."""
-        whole = (0, 0, picture.width, picture.height)
-        if self.pictures and self.preprocess:
-            seen = self.pictures[image].size
-            for box in (whole, self.preprocess.box(picture)):
-                if (box[2] - box[0], box[3] - box[1]) == seen:
-                    return box
-            raise InputError(
-                f"picture is {picture.width}x{picture.height} pixels: pass the whole picture that "
-                f"was explained, or the {seen[0]}x{seen[1]} region of it that the model saw"
-            )
-        rows, columns = self.scores.shape[2:]
-        if abs(picture.width * rows / (picture.height * columns) - 1) > _SHAPE_TOLERANCE:
-            raise InputError(
-                f"picture is {picture.width}x{picture.height} pixels, the model's grid "
-                f"{columns}x{rows}: crop or resize it as it was for the model, or use "
-                "vit_reciprocam.explain, which knows where that lies in the whole picture"
-            )
-        return whole
 
     def _picture(self, image: int) -> Image.Image:
         """Return the region that the model saw."""
