@@ -3,7 +3,14 @@ import pytest
 from PIL import Image
 
 from vit_reciprocam.errors import InputError
-from vit_reciprocam.pictures.render import COLORMAPS, colorize, enlarge, overlay, panels
+from vit_reciprocam.pictures.render import (
+    COLORMAPS,
+    colorize,
+    enlarge,
+    overlay,
+    overlay_signed,
+    panels,
+)
 
 
 @pytest.mark.needs_extras
@@ -32,6 +39,22 @@ def test_overlay_by_hand():
     assert np.array_equal(overlay(picture, top_is_hot, opacity=0), picture)
 
 
+def test_signed_overlay_by_hand():
+    picture = Image.new("RGB", (4, 2), (100, 100, 100))
+    drawn = np.asarray(overlay_signed(picture, np.array([[2.0], [-1.0]]), opacity=0.8))
+    assert drawn.shape == (2, 4, 3)
+    assert drawn[0, 0].tolist() == [204, 98, 20]  # 0.8 of orange (230, 97, 0), 0.2 of 100
+    assert drawn[1, 0].tolist() == [60, 96, 132]  # half as much, 0.4 of blue (0, 90, 181)
+
+
+def test_signed_overlay_of_nothing_is_the_picture_in_grey():
+    picture = Image.new("RGB", (4, 2), (255, 0, 0))
+    drawn = np.asarray(overlay_signed(picture, np.zeros((1, 2))))
+    assert (drawn == 76).all()  # 0.299 * 255
+    with pytest.raises(InputError, match="opacity must be between 0 and 1; got 2"):
+        overlay_signed(picture, np.zeros((1, 2)), opacity=2)
+
+
 def test_upsampling_keeps_the_place_and_the_interval():
     saliency = np.zeros((4, 6))
     saliency[1, 4] = 1
@@ -56,6 +79,33 @@ def test_panels_wrap_and_cut_long_captions():
     assert sheet.width < 3 * 64
     assert sheet.height > 2 * 64
     assert sheet.getpixel((10, 10)) == (255, 0, 0)
+
+
+def test_further_lines_of_a_caption_are_never_cut():
+    picture = Image.new("RGB", (10, 40), "red")
+    one = panels([picture] * 2, ["a" * 300, ""])
+    two = panels([picture] * 2, ["a" * 300 + "\nb", ""])
+    wide = panels([picture] * 2, ["a" * 300 + "\n" + "b" * 60, "\n" + "b" * 60])
+    assert two.size == (one.width, one.height + 22)  # a line of 17 pixels, and 5 above it
+    ink = np.argwhere((np.asarray(wide.convert("L")) < 128)[320 + 2 * 10 + 17 :])
+    assert wide.width > 800
+    assert ink[:, 1].max() < wide.width - 5, "the last letter has its margin"
+
+
+def test_the_legend_against_a_class_goes_from_blue_to_orange():
+    sheet = np.asarray(panels([Image.new("RGB", (50, 50))], [""], against=True)).astype(int)
+    legend = sheet[330:]
+    blue = np.argwhere((legend == (0, 90, 181)).all(axis=-1))
+    orange = np.argwhere((legend == (230, 97, 0)).all(axis=-1))
+    assert len(blue)
+    assert len(orange)
+    assert blue[:, 1].max() < orange[:, 1].min()
+
+
+def test_a_legend_that_does_not_fit_takes_two_lines():
+    narrow = panels([Image.new("RGB", (160, 320))] * 2, ["", ""])
+    wide = panels([Image.new("RGB", (160, 320))] * 4, [""] * 4)
+    assert narrow.height == wide.height + 22
 
 
 @pytest.mark.parametrize("colormap", ["viridis", "gray"])

@@ -11,7 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_reciprocam.errors import InputError, check_choice
 
-__all__ = ["COLORMAPS", "colorize", "enlarge", "overlay", "panels", "png"]
+__all__ = [
+    "COLORMAPS",
+    "colorize",
+    "enlarge",
+    "overlay",
+    "overlay_signed",
+    "panels",
+    "png",
+]
 
 _COLOURS = {
     "viridis": "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
@@ -35,6 +43,8 @@ steps, also in print and to readers who are colour-blind. In jet they do not, bu
 """
 
 _INK = "#222222"
+_ON_ITS_OWN = "each map is scaled on its own"
+_AGAINST, _FOR = np.array([[0, 90, 181], [230, 97, 0]])  # blue and orange: seen by every reader
 
 
 def colorize(saliency: np.ndarray, colormap: str = "viridis") -> np.ndarray:
@@ -66,6 +76,26 @@ def overlay(
     return Image.blend(picture, Image.fromarray(colours), opacity)
 
 
+def overlay_signed(
+    picture: Image.Image, values: np.ndarray, *, opacity: float = 0.55
+) -> Image.Image:
+    """Return a picture in grey, over which positive values (h, w) lie in orange, negative in blue.
+
+    The values are divided by the largest absolute one, which has the given opacity; at zero only
+    the picture is seen. It is grey because its own blue and orange would look like evidence.
+    """
+    if not 0 <= opacity <= 1:
+        raise InputError(f"opacity must be between 0 and 1; got {opacity}")
+    most = np.abs(values).max()
+    shares = values / most if most > 0 else values
+    # `enlarge` keeps what it draws in [0, 1]: zero is put into the middle and taken back
+    smooth = 2 * enlarge((shares + 1) / 2, (picture.height, picture.width)) - 1
+    ink = np.where(smooth[..., None] > 0, _FOR, _AGAINST)
+    cover = opacity * np.abs(smooth)[..., None]
+    mixed = (1 - cover) * np.asarray(picture.convert("L"))[..., None] + cover * ink
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
 def png(image: Image.Image) -> bytes:
     """Return a picture as the content of a PNG file."""
     buffer = io.BytesIO()
@@ -78,36 +108,60 @@ def panels(
     captions: Sequence[str],
     *,
     colormap: str = "viridis",
+    against: bool = False,
     height: int = 320,
     columns: int = 6,
 ) -> Image.Image:
-    """Return a sheet of pictures, each above its caption, with a legend of the colour map below.
+    """Return a sheet of pictures, each above its caption, with a legend of the colours below.
 
     There is at least one picture. All are scaled to `height` pixels, or to less if they are more
-    than four times as wide as high, and stand in rows of at most `columns`. Long captions are cut.
+    than four times as wide as high, and stand in rows of at most `columns`. The first line of a
+    caption is cut if it is too long; for further lines, divided by line ends, the columns are made
+    wide enough. The legend is that of the colour map, or, with `against`, of `overlay_signed`.
     """
     gap, text = height // 32, max(11, height // 18)
+    line = text + gap // 2
     font = ImageFont.load_default(text)
     sizes = [_panel_size(picture, height) for picture in pictures]
-    width = max(size[0] for size in sizes)
+    lines = [caption.split("\n") for caption in captions]
+    further = [font.getlength(words) for caption in lines for words in caption[1:]]
+    width = max([size[0] for size in sizes] + [math.ceil(length) for length in further])
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    cell_w, cell_h = width + gap, height + 2 * gap + text
+    cell_w = width + gap
+    cell_h = height + 2 * gap + text + line * (max(len(caption) for caption in lines) - 1)
     bottom = rows * cell_h + gap
-    sheet = Image.new("RGB", (columns * cell_w + gap, bottom + text + gap), "white")
+    sheet_w = columns * cell_w + gap
+    bar, first, last = _draw_legend(text, colormap, against)
+    left = gap + round(font.getlength(f"{first}  "))
+    right = left + bar.width + gap
+    legend = [f"{last}; {_ON_ITS_OWN}"]
+    if right + font.getlength(legend[0]) + gap > sheet_w:
+        legend = [last, _ON_ITS_OWN]
+    sheet = Image.new("RGB", (sheet_w, bottom + text + gap + line * (len(legend) - 1)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, picture in enumerate(pictures):
         x, y = gap + number % columns * cell_w, gap + number // columns * cell_h
         sheet.paste(picture.resize(sizes[number], Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + height + gap // 2), _shorten(caption, font, width), fill=_INK, font=font)
-    bar = Image.fromarray(colorize(np.tile(np.linspace(0, 1, 8 * text), (text, 1)), colormap))
-    left = gap + round(font.getlength("weak  "))
-    right = left + bar.width + gap
-    strong = _shorten("strong; each map is scaled for itself", font, sheet.width - right)
+        for place, words in enumerate(lines[number]):
+            top = y + height + gap // 2 + place * line
+            draw.text((x, top), _shorten(words, font, width), fill=_INK, font=font)
     sheet.paste(bar, (left, bottom + text // 8))
-    draw.text((gap, bottom), "weak", fill=_INK, font=font)
-    draw.text((right, bottom), strong, fill=_INK, font=font)
+    draw.text((gap, bottom), first, fill=_INK, font=font)
+    for place, words in enumerate(legend):
+        x = gap if place else right
+        words = _shorten(words, font, sheet_w - x)
+        draw.text((x, bottom + place * line), words, fill=_INK, font=font)
     return sheet
+
+
+def _draw_legend(height: int, colormap: str, against: bool) -> tuple[Image.Image, str, str]:
+    """Return a bar of all colours, and the words for its left and its right end."""
+    ramp = np.tile(np.linspace(0, 1, 8 * height), (height, 1))
+    if against:
+        white = Image.new("RGB", (8 * height, height), "white")
+        return overlay_signed(white, 2 * ramp - 1, opacity=1), "against", "for the class"
+    return Image.fromarray(colorize(ramp, colormap)), "weak", "strong"
 
 
 def _panel_size(picture: Image.Image, height: int) -> tuple[int, int]:
