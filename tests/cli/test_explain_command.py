@@ -15,6 +15,7 @@ import vit_reciprocam
 from vit_reciprocam.classifier.load import ASSETS
 from vit_reciprocam.cli import app
 from vit_reciprocam.pictures.scenes import CLASSES, draw_scene
+from vit_reciprocam.results.ranges import write_range
 
 
 def run(*arguments):
@@ -58,6 +59,49 @@ def test_json_is_the_only_thing_on_stdout(scenes, tmp_path):
     assert [name in names for name, names in zip(seen, present, strict=True)] == [True] * 3
 
 
+def test_table_and_json_say_the_range_of_each_map(scenes, tmp_path):
+    arguments = (scenes / "0.png", "--target", "top2", "--out", tmp_path / "out")
+    report = json.loads(explain_demo(*arguments, "--json").stdout)
+    table = explain_demo(*arguments).stdout
+    with np.load(tmp_path / "out" / "0" / "maps.npz") as saved:
+        scores = saved["scores"][0]
+    for target, map_scores in zip(report["images"][0]["targets"], scores, strict=True):
+        assert target["lowest"] == float(map_scores.min())
+        assert target["highest"] == float(map_scores.max())
+        assert (target["unit"], target["reliable"]) == ("probability", True)
+        assert write_range(target) in table
+
+
+@pytest.mark.needs_extras
+def test_against_draws_signed_evidence(scenes, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]
+    arguments += ["--method", "deep:fast"]
+    grids = []
+    for more in ([], ["--against"]):
+        result = run("explain", scenes / "0.png", *arguments, *more, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.stderr
+        with Image.open(tmp_path / "out" / "0" / "grid.png") as grid:
+            grids.append(np.asarray(grid).astype(int))
+    assert grids[0].shape == grids[1].shape
+    legends = [grid[-40:] for grid in grids]
+    assert [bool((legend == (0, 90, 181)).all(axis=-1).any()) for legend in legends] == [0, 1]
+    assert " nats" in result.stdout
+
+
+def test_against_is_refused_without_evidence(scenes):
+    result = run("explain", scenes / "0.png", "--model", "timm:test_vit", "--against")
+    assert result.exit_code == 2
+    assert "--against shows signed evidence, which reciprocam does not give" in result.stderr
+    assert "fetching" not in result.stderr
+    result = explain_demo(scenes / "0.png", "--against")
+    assert result.exit_code == 2
+    assert "this explanation has none" in result.stderr
+
+
 def test_targets_by_name_and_index(scenes, tmp_path):
     arguments = ("--target", "fish", "--target", "2", "--json", "--out", tmp_path / "out")
     record = json.loads(explain_demo(scenes / "0.png", *arguments).stdout)["images"][0]
@@ -92,7 +136,7 @@ def test_a_table_of_all_classes_is_cut_and_json_is_not(tmp_path, monkeypatch):
     arguments = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors"]
     arguments += ["--target", "all", "--out", tmp_path / "out"]
     table = run("explain", ASSETS / "demo.png", *arguments).stdout
-    assert table.count("%") == 12
+    assert table.count("%") == 3 * 12  # the probability, and both ends of the map's range
     assert "and 988 less" in table
     report = json.loads(run("explain", ASSETS / "demo.png", *arguments, "--json").stdout)
     assert len(report["images"][0]["targets"]) == 1000

@@ -14,6 +14,7 @@ from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.explanation import Explanation, softmax
+from vit_reciprocam.results.ranges import name_with_range
 
 NAMES = ("tench, Tinca tinca", "goldfish", "a/b: c")
 
@@ -164,7 +165,9 @@ def test_grid_and_html():
     assert e.grid(image=1).width > 3 * e.grid(image=1).height
     page = e._repr_html_()
     assert page.count('src="data:image/png;base64,') == 2
-    assert 'alt="Saliency maps: tench, Tinca tinca, a/b: c"' in page
+    words = [name_with_range(target) for target in e.record()["targets"]]
+    assert f'alt="Saliency maps: {words[0]}, {words[1]}"' in page
+    assert words[0].startswith("tench, Tinca tinca (map from ")
 
 
 def test_show_opens_each_grid(monkeypatch):

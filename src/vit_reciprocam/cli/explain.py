@@ -19,10 +19,10 @@ from vit_reciprocam.cli import options
 from vit_reciprocam.cli.console import err, errors_in_one_line, out, progress, say
 from vit_reciprocam.core.masks import NORMALIZATIONS, SCORES, Masking
 from vit_reciprocam.errors import InputError, ReciproCAMError, check_choice
-from vit_reciprocam.methods import MethodSpec
+from vit_reciprocam.methods import SIGNED, MethodSpec
 from vit_reciprocam.pictures.read import find_images
 from vit_reciprocam.pictures.render import COLORMAPS
-from vit_reciprocam.results.explanation import MOST_DRAWN, Explanation
+from vit_reciprocam.results.explanation import Explanation
 from vit_reciprocam.results.files import (
     GENERATOR,
     check_folder,
@@ -30,6 +30,8 @@ from vit_reciprocam.results.files import (
     is_ours,
     write_atomically,
 )
+from vit_reciprocam.results.pick import MOST_DRAWN
+from vit_reciprocam.results.ranges import write_range, write_remark
 
 __all__ = ["demo_command", "explain_command"]
 
@@ -67,6 +69,14 @@ def explain_command(
             min=0, max=1, help="Opacity of the map on the picture: 0 hides the map, 1 the picture."
         ),
     ] = 0.55,
+    against: Annotated[
+        bool,
+        typer.Option(
+            "--against",
+            help="Evidence against the class is drawn too, in blue, and evidence for it in orange; "
+            "needs a method with evidence, such as deep:fast.",
+        ),
+    ] = False,
     device: options.Device = "cpu",
     backend: options.Backend = None,
     threads: options.Threads = None,
@@ -98,6 +108,8 @@ def explain_command(
         masking = {"kernel": kernel, "class_token": class_token, "layer": layer, "depth": depth}
         reading = options.drop_none({"score": score, "normalize": normalize})
         settings = _read_settings(method, options.drop_none(masking), reading)
+        if against and not is_onnx(model):
+            _check_evidence(settings)
         paths = find_images(images, skip=holds_results)
         if not any(path.exists() for path in paths):
             raise InputError(f"no such file: {', '.join(map(str, paths))}")
@@ -130,7 +142,7 @@ def explain_command(
         for path, folder in progress(_name_folders(paths, destination), "Explaining"):
             try:
                 explanation = explain_with(explainer, path, classifier, targets=targets)
-                explanation.save(folder, colormap=colormap, opacity=opacity)
+                explanation.save(folder, colormap=colormap, opacity=opacity, against=against)
             except (ReciproCAMError, OSError) as error:
                 if debug:
                     err.print_exception()
@@ -201,6 +213,17 @@ def _read_settings(method: str, masking: dict[str, Any], reading: dict[str, Any]
     return {"method": spec.name, **spec.settings}
 
 
+def _check_evidence(settings: dict[str, Any]) -> None:
+    """Refuse --against before a model is loaded, if the method gives no evidence."""
+    method = settings["method"]
+    every = {"normalize": "evidence" if method in SIGNED else "minmax"} | settings
+    if every["normalize"] != "evidence":
+        raise InputError(
+            f"--against shows signed evidence, which {method} does not give with these settings: "
+            "use --method deep:fast, or --normalize evidence"
+        )
+
+
 def _name_folders(paths: list[Path], destination: Path) -> list[tuple[Path, Path]]:
     """Pair each picture with a folder of its name, with a number if that name is taken."""
     taken: set[str] = set()
@@ -230,28 +253,31 @@ def _add_picture(report: dict[str, Any], explanation: Explanation, folder: Path)
 
 def _print_report(report: dict[str, Any]) -> None:
     """Print a table with one line per picture and class."""
-    headings = ("picture", "explained class", "probability", "folder")
+    headings = ("picture", "explained class", "probability", "map", "folder")
     table = Table(*(Column(heading, overflow="fold") for heading in headings))
     for record in report["images"]:
         picture, folder = escape(Path(record["source"]).name), escape(record["folder"])
-        for name, probability in _list_classes(record):
-            table.add_row(picture, escape(name), probability, folder)
+        for name, probability, span in _list_classes(record):
+            table.add_row(picture, escape(name), probability, span, folder)
             picture = folder = ""  # they are printed once
     out.print(table)
 
 
-def _list_classes(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the explained classes, or the most probable of many, and their probabilities."""
+def _list_classes(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the explained classes, or the most probable of many, their probabilities and ranges.
+
+    The range is that of the scores from which the class's map is scaled.
+    """
     targets = record["targets"]
     if len(targets) > MOST_DRAWN:
         targets = sorted(targets, key=lambda target: -target["probability"])[:MOST_DRAWN]
     rows = []
     for target in targets:
-        note = " (no preference)" if target["degenerate"] else ""
-        rows.append((target["name"] + note, f"{target['probability']:.1%}"))
+        note = f" ({remark})" if (remark := write_remark(target)) else ""
+        rows.append((target["name"] + note, f"{target['probability']:.1%}", write_range(target)))
     if hidden := len(record["targets"]) - len(targets):
-        rows.append((f"… and {hidden} less probable: maps.npz, --json", ""))
+        rows.append((f"… and {hidden} less probable: maps.npz, --json", "", ""))
     predicted = record["prediction"]
     if predicted["index"] not in [target["index"] for target in record["targets"]]:
-        rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}"))
+        rows.append((f"(predicted: {predicted['name']})", f"{predicted['probability']:.1%}", ""))
     return rows

@@ -12,9 +12,16 @@ import numpy as np
 
 from vit_reciprocam.errors import InputError, UnknownClassError
 
-__all__ = ["find_class", "resolve_targets", "top_classes"]
+__all__ = ["find_class", "resolve_targets", "softmax", "top_classes"]
 
 _FORMS = "None (top-1), 'all', an int, (B,) one class per image, (B, K), or (1, K) for all images"
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities over the last axis, float32."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities.astype(np.float32)
 
 
 def top_classes(logits: np.ndarray, count: int) -> np.ndarray:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import html
-import io
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,27 +16,25 @@ import numpy as np
 from PIL import Image
 
 from vit_reciprocam.core.maps import min_max, positive_part
-from vit_reciprocam.core.targets import find_class
+from vit_reciprocam.core.targets import softmax
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.pictures import render
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.pictures.read import ImageSource, read_image
-from vit_reciprocam.results.files import write_folder
+from vit_reciprocam.results.files import npz, write_folder
+from vit_reciprocam.results.pick import file_name, find_target, first_synonym, pick_targets
+from vit_reciprocam.results.ranges import (
+    are_beyond_rounding,
+    find_ranges,
+    name_with_range,
+    write_caption,
+)
 from vit_reciprocam.results.region import find_region
+from vit_reciprocam.results.show import show_pictures, write_img
 
-__all__ = ["MOST_DRAWN", "Explanation", "softmax"]
-
-MOST_DRAWN = 12
-"""Largest number of targets that are drawn and listed; if there are more, the most probable are."""
+__all__ = ["Explanation", "softmax"]
 
 _SCHEMA = 1
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities over the last axis, float32."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
-    return probabilities.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +119,40 @@ class Explanation:
         """
         return self._scaled[1]
 
+    @functools.cached_property
+    def ranges(self) -> np.ndarray:
+        """Lowest and highest value (B, K, 2) of what each map is scaled from.
+
+        That is the `evidence`, if there is any, or else the `scores`. A map is scaled on its own,
+        so its colours do not tell a range of 90.3 % to 90.5 % from one of 0 % to 90 %.
+        """
+        ranges = find_ranges(self.scores if self.evidence is None else self.evidence)
+        ranges.flags.writeable = False
+        return ranges
+
+    @functools.cached_property
+    def reliable(self) -> np.ndarray:
+        """Whether the range of a map is wider than ten roundings of float32: (B, K) bool.
+
+        That is 10 * eps * max(1, largest absolute logit of the image), and the range is in nats:
+        for probabilities the logarithm of the highest over the lowest, else the highest minus the
+        lowest. A degenerate map is not reliable. Fused evidence, whose parts are divided by their
+        own maxima, and other methods' maps are reliable if they are not degenerate. A model that
+        rounds more than float32, such as an ONNX file in float16 or int8, needs a wider range.
+        """
+        reliable = ~self.degenerate
+        if not self.scores_are_maps and self._unit is not None:
+            reliable &= are_beyond_rounding(self.ranges, self.logits, self._unit)
+        reliable.flags.writeable = False
+        return reliable
+
+    @property
+    def _unit(self) -> str | None:
+        """Unit of the ranges; None for fused evidence, a sum of shares, and for other methods."""
+        if self.evidence is not None:
+            return None if self.scores_are_maps or "fuse" in self.settings else "nats"
+        return str(self.settings.get("score", "probability"))
+
     @property
     def ranking(self) -> np.ndarray:
         """Values (B, K, h, w) that put the patches of a map in order.
@@ -153,16 +182,10 @@ class Explanation:
         if not -len(self) <= image < len(self):
             raise IndexError(f"image {image} of an explanation of {len(self)} image(s)")
         one = slice(image % len(self), image % len(self) + 1)
-        return dataclasses.replace(
-            self,
-            scores=self.scores[one],
-            logits=self.logits[one],
-            probs=self.probs[one],
-            targets=self.targets[one],
-            evidence=None if self.evidence is None else self.evidence[one],
-            pictures=self.pictures and self.pictures[one],
-            sources=self.sources and self.sources[one],
-        )
+        names = ("scores", "logits", "probs", "targets", "evidence", "pictures", "sources")
+        parts = {name: getattr(self, name) for name in names}
+        taken: dict[str, Any] = {n: None if p is None else p[one] for n, p in parts.items()}
+        return dataclasses.replace(self, **taken)
 
     def __repr__(self) -> str:
         """Return shapes and the first image's targets; the arrays would fill the screen."""
@@ -187,10 +210,12 @@ class Explanation:
         picture: ImageSource | None = None,
         colormap: str = "viridis",
         opacity: float = 0.55,
+        against: bool = False,
     ) -> Image.Image:
         """Draw one map over its picture; in viridis bright yellow is strong and dark purple weak.
 
-        Each map is scaled on its own, so its colours compare patches, but not classes or images.
+        Each map is scaled on its own, so its colours compare patches, but not classes or images;
+        `ranges` says how much lies between them.
 
         Args:
             target: One of the K targets, by position or by class name.
@@ -199,45 +224,60 @@ class Explanation:
                 whole picture, in which the map then covers that region only.
             colormap: Colours of the map: "viridis", "inferno", "cividis", "jet" or "gray".
             opacity: Opacity of the map, 0 to 1.
+            against: True draws the signed evidence, over its largest absolute value, on the
+                picture in grey, without `colormap`: orange is for the class, blue against it.
 
         Raises:
-            InputError: If there is no such target or image, no picture to draw on, or `picture` is
-                neither the region nor the whole picture.
+            InputError: If there is no such target or image, no picture to draw on, `picture` is
+                neither the region nor the whole picture, or `against` asks for evidence where there
+                is none.
         """
-        position = self._position(target, image)
+        if against and self.evidence is None:
+            raise InputError(
+                "against=True shows signed evidence, and this explanation has none: make it with "
+                "normalize='evidence', or with method='deep:fast', which computes it"
+            )
+        if not 0 <= image < len(self):
+            raise InputError(f"no image {image}: there are {len(self)} image(s), counted from 0")
+        classes = self.class_names or self.probs.shape[1]
+        position = find_target(target, self.targets[image], self.names[image], classes)
         canvas = read_image(self._picture(image) if picture is None else picture)
-        box = find_region(
-            canvas,
-            seen=self.pictures[image].size if self.pictures else None,
-            preprocess=self.preprocess,
-            grid=(self.scores.shape[2], self.scores.shape[3]),
-        )
-        drawn = render.overlay(
-            canvas.crop(box), self.maps[image, position], colormap=colormap, opacity=opacity
-        )
+        seen = self.pictures[image].size if self.pictures else None
+        box = find_region(canvas, seen, self.preprocess, self.scores.shape[2:])
+        region, place = canvas.crop(box), (image, position)
+        if against:
+            drawn = render.overlay_signed(region, self.ranking[place], opacity=opacity)
+        else:
+            drawn = render.overlay(region, self.maps[place], colormap=colormap, opacity=opacity)
         canvas.paste(drawn, box)
         return canvas
 
     def grid(
-        self, *, image: int = 0, colormap: str = "viridis", opacity: float = 0.55
+        self,
+        *,
+        image: int = 0,
+        colormap: str = "viridis",
+        opacity: float = 0.55,
+        against: bool = False,
     ) -> Image.Image:
         """Draw the picture and each target's overlay side by side, with class and probability.
 
-        A legend says which colours are strong; each map is scaled on its own. If there are more
-        than 12 targets, the 12 most probable are drawn. Arguments and errors are those of
-        `overlay`.
+        Below these stands the range that the map is scaled from, and below that "within rounding"
+        if the map is not `reliable`. A legend says which colours are strong; each map is scaled on
+        its own. If there are more than 12 targets, the 12 most probable are drawn. Arguments and
+        errors are those of `overlay`.
         """
+        style: dict[str, Any] = {"colormap": colormap, "opacity": opacity, "against": against}
+        described = self.record(image)["targets"]
         positions = self._pick_targets(image)
         pictures, captions = [self._picture(image)], ["what the model saw"]
         if len(positions) < self.targets.shape[1]:
             captions = [f"top {len(positions)} of {self.targets.shape[1]} targets"]
         for position in positions:
-            target = self.targets[image, position]
-            pictures.append(self.overlay(position, image=image, colormap=colormap, opacity=opacity))
-            nothing = "no preference" if self.evidence is None else "no evidence"
-            flat = f" ({nothing})" if self.degenerate[image, position] else ""
-            captions.append(f"{self.probs[image, target]:.1%} {_short(self.name(target))}{flat}")
-        return render.panels(pictures, captions, colormap=colormap)
+            about = described[position]
+            pictures.append(self.overlay(position, image=image, **style))
+            captions.append(write_caption(about, first_synonym(about["name"])))
+        return render.panels(pictures, captions, colormap=colormap, against=against)
 
     def show(self) -> None:
         """Show the grid of each image, inline in a notebook, else in the system's viewer.
@@ -245,20 +285,7 @@ class Explanation:
         Raises:
             InputError: If there are no pictures to draw on.
         """
-        grids = [self.grid(image=image) for image in range(len(self))]
-        try:
-            from IPython import get_ipython
-
-            in_notebook = get_ipython() is not None
-        except ImportError:
-            in_notebook = False
-        for grid in grids:
-            if in_notebook:
-                from IPython.display import display
-
-                display(grid)
-            else:
-                grid.show()
+        show_pictures([self.grid(image=image) for image in range(len(self))])
 
     def _repr_html_(self) -> str:
         """Return the grid of each image as HTML, which notebooks show."""
@@ -266,38 +293,14 @@ class Explanation:
             return f"<pre>{html.escape(repr(self))}</pre>"
         figures = []
         for image in range(len(self)):
-            data = base64.b64encode(render.png(self.grid(image=image))).decode()
-            names = ", ".join(self.names[image][target] for target in self._pick_targets(image))
-            alt = html.escape(f"Saliency maps: {names}")
-            source = f"data:image/png;base64,{data}"
-            figures.append(f'<img style="max-width:100%" alt="{alt}" src="{source}">')
+            about = self.record(image)["targets"]
+            maps = (name_with_range(about[position]) for position in self._pick_targets(image))
+            figures.append(write_img(self.grid(image=image), f"Saliency maps: {', '.join(maps)}"))
         return "<br>".join(figures)
 
     def _pick_targets(self, image: int) -> list[int]:
         """Return positions of the targets to draw: all in their order, or the most probable."""
-        targets = self.targets[image]
-        if len(targets) <= MOST_DRAWN:
-            return list(range(len(targets)))
-        best = np.argsort(-self.probs[image, targets], kind="stable")[:MOST_DRAWN]
-        return [int(position) for position in best]
-
-    def _position(self, target: int | str, image: int) -> int:
-        """Return the position of a target among those of its image."""
-        images, targets = self.targets.shape
-        if not 0 <= image < images:
-            raise InputError(f"no image {image}: there are {images} image(s), counted from 0")
-        if isinstance(target, str):
-            index = find_class(target, self.class_names or self.probs.shape[1])
-            found = np.flatnonzero(self.targets[image] == index)
-            if not len(found):
-                names = ", ".join(self.names[image][:MOST_DRAWN])
-                raise InputError(f"{target!r} was not explained for this image, but: {names}")
-            return int(found[0])
-        if not isinstance(target, (int, np.integer)) or not 0 <= target < targets:
-            raise InputError(
-                f"target must be a class name or a position, 0 to {targets - 1}; got {target!r}"
-            )
-        return int(target)
+        return pick_targets(self.probs[image, self.targets[image]])
 
     def _picture(self, image: int) -> Image.Image:
         """Return the region that the model saw."""
@@ -311,7 +314,12 @@ class Explanation:
     # --- files ----------------------------------------------------------------------------
 
     def save(
-        self, directory: str | os.PathLike[str], *, colormap: str = "viridis", opacity: float = 0.55
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        colormap: str = "viridis",
+        opacity: float = 0.55,
+        against: bool = False,
     ) -> Path:
         """Write overlays and grids (PNG), `maps.npz`, and at the end `manifest.json`.
 
@@ -323,31 +331,29 @@ class Explanation:
             directory: Folder to write to; it is made if it does not exist.
             colormap: Colours of the maps, as in `overlay`.
             opacity: Opacity of the maps, 0 to 1.
+            against: True draws what speaks against the classes too, as in `overlay`.
 
         Returns:
             The folder.
 
         Raises:
-            InputError: If a file that is not ours is in the way, or the folder cannot be written
-                to.
+            InputError: If a file that is not ours is in the way, the folder cannot be written to,
+                or `against` asks for evidence where there is none.
         """
-        maps = io.BytesIO()
+        style: dict[str, Any] = {"colormap": colormap, "opacity": opacity, "against": against}
         names = ("maps", "scores", "evidence", "targets", "logits", "probs")
-        arrays = {name: getattr(self, name) for name in names}
-        np.savez_compressed(maps, **{k: v for k, v in arrays.items() if v is not None})
-        files = {"maps.npz": maps.getvalue()}
+        files = {"maps.npz": npz({name: getattr(self, name) for name in names})}
         records = []
         for image in range(len(self)):
             record = self.record(image)
             prefix = f"{image}-" if len(self) > 1 else ""
             if self.pictures is not None:
                 record["grid"] = f"{prefix}grid.png"
-                grid = self.grid(image=image, colormap=colormap, opacity=opacity)
-                files[record["grid"]] = render.png(grid)
+                files[record["grid"]] = render.png(self.grid(image=image, **style))
                 for number, target in enumerate(self._pick_targets(image), 1):
-                    picture = self.overlay(target, image=image, colormap=colormap, opacity=opacity)
+                    picture = self.overlay(target, image=image, **style)
                     about = record["targets"][target]
-                    about["overlay"] = f"{prefix}{number}-{_slug(_short(about['name']))}.png"
+                    about["overlay"] = f"{prefix}{number}-{file_name(about['name'])}.png"
                     files[about["overlay"]] = render.png(picture)
             records.append(record)
         manifest = {
@@ -363,7 +369,12 @@ class Explanation:
         return folder
 
     def record(self, image: int = 0) -> dict[str, Any]:
-        """Return the prediction and the targets of one image as plain JSON values."""
+        """Return the prediction and the targets of one image as plain JSON values.
+
+        A target's "lowest" and "highest" are its `ranges`, in the "unit" probability,
+        log-probability, logit or nats (evidence), or None (fused evidence, and what other methods
+        give with a sign). Other methods' maps that are scaled already have none of the three.
+        """
 
         def describe(target: int) -> dict[str, Any]:
             return {
@@ -372,21 +383,17 @@ class Explanation:
                 "probability": float(self.probs[image, target]),
             }
 
+        targets = []
+        for position, target in enumerate(self.targets[image]):
+            about = describe(int(target))
+            about["degenerate"] = bool(self.degenerate[image, position])
+            about["reliable"] = bool(self.reliable[image, position])
+            if self.evidence is not None or not self.scores_are_maps:
+                lowest, highest = self.ranges[image, position].tolist()
+                about |= {"lowest": lowest, "highest": highest, "unit": self._unit}
+            targets.append(about)
         return {
             "source": self.sources[image] if self.sources else None,
             "prediction": describe(int(self.probs[image].argmax())),
-            "targets": [
-                describe(int(target)) | {"degenerate": bool(flat)}
-                for target, flat in zip(self.targets[image], self.degenerate[image], strict=True)
-            ],
+            "targets": targets,
         }
-
-
-def _short(name: str) -> str:
-    """Return the first of a class's comma-separated synonyms."""
-    return name.split(",")[0].strip()
-
-
-def _slug(name: str) -> str:
-    """Return a class name as part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "unnamed"

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.libraries import LIBRARIES
 
@@ -24,6 +26,7 @@ __all__ = [
     "is_ours",
     "library_versions",
     "markdown_row",
+    "npz",
     "write_atomically",
     "write_folder",
 ]
@@ -129,6 +132,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def npz(arrays: Mapping[str, np.ndarray | None]) -> bytes:
+    """Return arrays as the content of a compressed .npz file; those that are None are left out."""
+    sink = io.BytesIO()
+    given = {name: array for name, array in arrays.items() if array is not None}
+    np.savez_compressed(sink, **given)  # type: ignore[arg-type]
+    return sink.getvalue()
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -14,10 +14,9 @@ _SHAPE_TOLERANCE = 0.05  # largest relative difference between a picture's and t
 
 def find_region(
     picture: Image.Image,
-    *,
     seen: tuple[int, int] | None,
     preprocess: Preprocess | None,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
 ) -> tuple[int, int, int, int]:
     """Return the box (left, top, right, bottom) of a picture that the model saw.
 
