@@ -203,6 +203,15 @@ def test_maps_of_other_methods_have_no_range():
     assert not one_map(0.5, path="", scores_are_maps=True).reliable
 
 
+def test_signed_values_of_other_methods_have_a_range_without_a_unit():
+    values = np.array([[[[-0.25, 0.5, 0], [0, 0, 0]]]], np.float32)
+    e = one_map(0.0, path="", scores_are_maps=True, evidence=values)
+    target = e.record()["targets"][0]
+    assert (target["lowest"], target["highest"], target["unit"]) == (-0.25, 0.5, None)
+    assert write_range(target) == "from -0.25 to +0.50"
+    assert e.reliable
+
+
 def test_each_image_is_judged_by_its_own_logits():
     scores = np.zeros((2, 1, 2, 3), np.float32)
     scores[:, 0, 0, 0] = 15 * EPS

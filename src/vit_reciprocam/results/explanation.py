@@ -59,8 +59,8 @@ class Explanation:
         evidence: Signed evidence (B, K, h, w) float32 in nats: log-probability of the target with
             only that patch's window kept, minus that with no patch kept. Positive speaks for the
             class, negative against it. If several settings are fused, the sum of their evidence,
-            each divided by its own maximum. None with `settings["normalize"] == "minmax"` and for
-            other methods.
+            each divided by its own maximum; for methods such as "trace", their signed values. None
+            with `settings["normalize"] == "minmax"` and for all else.
     """
 
     scores: np.ndarray

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _EVIDENCE_UNITS = ("nats", None)
-"""Units of evidence: of one setting, and of several that are fused, whose sum has none."""
+"""Units of signed values: evidence is in nats; fused evidence and other methods' have no unit."""
 
 _ROUNDINGS = 10 * float(np.finfo(np.float32).eps)
 _MOST_DIGITS = 5  # after the point; small numbers that need more are written with an exponent
@@ -62,9 +62,9 @@ def are_beyond_rounding(ranges: np.ndarray, logits: np.ndarray, unit: str | None
 def write_range(target: Mapping[str, Any]) -> str:
     """Write a map's range, such as "from 90.3% to 90.5%" or "from -0.07 to +0.09 nats".
 
-    There are as many digits as it takes to tell the two ends apart. Evidence has its sign; fused
-    evidence has no unit. The range is read from a target's record ("lowest", "highest", "unit");
-    for a map that another method had scaled already there is none, and the text is empty.
+    There are as many digits as it takes to tell the two ends apart. Evidence has its sign; with
+    unit None it is fused, or of another method. The range is read from a target's record ("lowest",
+    "highest", "unit"); if another method had scaled the map already, the text is empty.
     """
     if "unit" not in target:
         return ""
