@@ -312,6 +312,9 @@ def test_a_timm_model_with_local_weights(tmp_path):
         "kernel": "dirac",
         "class_token": False,
         "layer": "block",
+        "depth": 1,
+        "score": "probability",
+        "normalize": "minmax",
     }
     with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
         assert saved["maps"].shape == (1, 1, 10, 10)
