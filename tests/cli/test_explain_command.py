@@ -318,3 +318,28 @@ def test_a_timm_model_with_local_weights(tmp_path):
     }
     with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
         assert saved["maps"].shape == (1, 1, 10, 10)
+
+
+def test_depth_score_and_normalization(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    model = ["--model", "timm:test_vit", "--weights", tmp_path / "w.safetensors", "--json"]
+    model += ["--out", tmp_path / "out"]
+    deep = ["--depth", "2", "--kernel", "box", "--normalize", "evidence"]
+    result = run("explain", ASSETS / "demo.png", *model, *deep)
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["depth"], settings["kernel"], settings["normalize"]) == (2, "box", "evidence")
+    with np.load(tmp_path / "out" / "demo" / "maps.npz") as saved:
+        evidence = saved["evidence"]
+        assert evidence.min() < 0 < evidence.max()
+        np.testing.assert_allclose(saved["maps"], evidence.clip(0) / evidence.max(), rtol=1e-6)
+    for wrong, message in (
+        (["--method", "deep", "--depth", "2"], "--depth: for method reciprocam only, not for deep"),
+        (["--score", "softmax"], "score must be one of 'probability', 'log-probability', 'logit'"),
+        (["--depth", "7"], "depth=7, but the model has 6 blocks"),
+    ):
+        result = run("explain", ASSETS / "demo.png", *model, *wrong)
+        assert result.exit_code == 2
+        assert message in result.stderr
