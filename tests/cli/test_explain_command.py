@@ -320,6 +320,7 @@ def test_a_timm_model_with_local_weights(tmp_path):
         assert saved["maps"].shape == (1, 1, 10, 10)
 
 
+@pytest.mark.needs_extras
 def test_depth_score_and_normalization(tmp_path):
     import timm
     from safetensors.torch import save_file
