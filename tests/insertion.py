@@ -8,7 +8,7 @@ import pytest
 
 import exporters
 import onnx
-from reference import naive_logits
+from reference import naive_deep_logits, naive_logits
 from vit_reciprocam.errors import ModelError
 from vit_reciprocam.onnx.insert.insert import insert
 
@@ -28,6 +28,30 @@ def expected(name, count, kernel="gaussian", class_token=True):
     settings = {"kernel": kernel, "class_token": class_token, "layer": "norm1"}
     masked, _ = naive_logits(model, images, grid, **settings, find_cut=cut, prefix=prefix)
     return masked.softmax(dim=1).numpy()
+
+
+@functools.cache
+def expected_evidence(name, count, class_token=True):
+    """Return the evidence of the naive loops in float64: log p over log p without any patch."""
+    _, prefix, norm, _ = exporters.MODELS[name]
+
+    def find_cuts(model):
+        module = model.get_submodule(norm)
+        return [(module, [module], "output")]
+
+    images = exporters.pictures(name, count)
+    masked, null = naive_deep_logits(
+        exporters.build(name),
+        images,
+        (4, images.shape[3] // 8),
+        kernel="gaussian",
+        class_token=class_token,
+        depth=1,
+        find_cuts=find_cuts,
+        prefix=prefix,
+    )
+    masked, null = masked.log_softmax(dim=1), null.log_softmax(dim=1)
+    return (masked - null[..., None, None]).numpy()
 
 
 def run(path, images, *, optimized=True, outputs=None, **more):

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 import exporters
 import onnx
 import vit_reciprocam as vr
-from insertion import batch_size, correlate, expected, run
+from insertion import batch_size, correlate, expected, expected_evidence, run
 from vit_reciprocam.cli import app
 from vit_reciprocam.onnx.insert.insert import insert
+from vit_reciprocam.onnx.run.explainer import OnnxExplainer
 
 CASES = [
     *(("vit", writer) for writer in exporters.WRITERS),
@@ -89,6 +90,48 @@ def test_settings(name, kernel, class_token, source_of, tmp_path):
     insert(source_of(name, "dynamo 18"), tmp_path / "x.onnx", **settings)
     scores = run(tmp_path / "x.onnx", exporters.pictures(name, 2).numpy())["scores"]
     np.testing.assert_allclose(scores, expected(name, 2, **settings), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "writer", "settings"),
+    [
+        ("vit", "torchscript 17", {}),
+        ("registers", "dynamo fixed", {}),
+        ("distilled", "dynamo 18", {"class_token": False}),
+        ("qk_norm", "dynamo 18", {}),
+        ("relative", "torchscript 14", {}),
+        ("cait", "dynamo 23", {}),  # the direct path, by a loop
+        ("mean", "dynamo 18", {}),
+    ],
+)
+def test_evidence(name, writer, settings, source_of, tmp_path):
+    path = tmp_path / "x.onnx"
+    insert(source_of(name, writer), path, normalize="evidence", **settings)
+    count = batch_size(path)
+    images, wanted = exporters.pictures(name, count), expected_evidence(name, count, **settings)
+    assert wanted.min() < 0 < wanted.max()
+    outputs = run(path, images.numpy())
+    np.testing.assert_allclose(outputs["scores"], wanted, rtol=0, atol=1e-5)
+    positive = outputs["scores"].clip(0)
+    most = positive.max(axis=(2, 3), keepdims=True)
+    np.testing.assert_allclose(
+        outputs["saliency"], positive / np.where(most > 0, most, 1), rtol=0, atol=1e-6
+    )
+    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(model(images.numpy())["scores"], wanted, rtol=0, atol=1e-5)
+    explained = OnnxExplainer(path)(images.numpy(), "all")
+    assert (explained.evidence == explained.scores).all()
+    assert explained.settings["normalize"] == "evidence"
+
+
+def test_evidence_of_the_most_probable_classes(source_of, tmp_path):
+    path = tmp_path / "x.onnx"
+    insert(source_of("vit", "dynamo 18"), path, normalize="evidence", targets="top2", raw=True)
+    outputs = run(path, exporters.pictures("vit").numpy())
+    chosen = outputs["classes"][:, :, None, None]
+    wanted = np.take_along_axis(expected_evidence("vit", 3), chosen, axis=1)
+    np.testing.assert_allclose(outputs["scores"], wanted, rtol=0, atol=1e-5)
+    assert "saliency" not in outputs
 
 
 @pytest.mark.parametrize("targets", ["top2", "input"])

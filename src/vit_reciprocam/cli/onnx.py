@@ -146,6 +146,7 @@ def insert_command(
     target: options.FileTargets = "all",
     kernel: options.Kernel = None,
     class_token: options.ClassToken = None,
+    normalize: options.Normalize = None,
     raw: options.Raw = False,
     target_node: Annotated[
         str | None,
@@ -185,7 +186,9 @@ def insert_command(
         done = insert(
             source,
             destination,
-            **options.drop_none({"kernel": kernel, "class_token": class_token}),
+            **options.drop_none(
+                {"kernel": kernel, "class_token": class_token, "normalize": normalize}
+            ),
             targets=target,
             raw=raw,
             grid=options.parse_size(grid, "--grid"),

@@ -28,12 +28,14 @@ def direct_rows(
             yield np.ones((1, prefix_tokens + patches))
         for number, masking in enumerate(maskings):
             first = 1 + number * size + null  # row of the first patch's mask
-            if null and start < first <= stop:
-                prefix = np.full((1, prefix_tokens), float(masking.class_token))
-                yield np.concatenate([prefix, np.zeros((1, patches))], axis=1)
             inside = range(max(start - first, 0), min(stop - first, patches))
-            if inside:
-                yield mask_matrix(cut.grid, masking, prefix_tokens=prefix_tokens, patches=inside)
+            yield mask_matrix(
+                cut.grid,
+                masking,
+                prefix_tokens=prefix_tokens,
+                patches=inside,
+                null=null and start < first <= stop,
+            )
 
     def rows(start: int, stop: int) -> Tensor:
         return run(torch.from_numpy(np.concatenate([*masks(start, stop)])).to(cut.x))

@@ -163,20 +163,22 @@ def mask_matrix(
     *,
     prefix_tokens: int = 1,
     patches: range | None = None,
+    null: bool = False,
 ) -> np.ndarray:
     """Return the masks M of the paper, (N, T) float64 with N = h·w and T = prefix + N.
 
     Row n holds the kernel centred on patch n, cropped at the border and not renormalised; the
     prefix columns are 1, or 0 with the class token off. If `patches` is given, only the rows of
-    these patches are returned. Layer and depth make no difference here.
+    these patches are returned. If `null`, the all-null mask, which keeps no patch, comes first.
+    Layer and depth make no difference here.
     """
     height, width = grid
     rows = range(height * width) if patches is None else patches
-    masks = np.zeros((len(rows), height, width))
-    for mask, patch in zip(masks, rows, strict=True):
+    masks = np.zeros((null + len(rows), height, width))
+    for mask, patch in zip(masks[null:], rows, strict=True):
         for place in kernel_window(masking.kernel):
             row, column = patch // width + place.down, patch % width + place.right
             if 0 <= row < height and 0 <= column < width:
                 mask[row, column] = place.level
-    prefix = np.full((len(rows), prefix_tokens), float(masking.class_token))
-    return np.concatenate([prefix, masks.reshape(len(rows), height * width)], axis=1)
+    prefix = np.full((len(masks), prefix_tokens), float(masking.class_token))
+    return np.concatenate([prefix, masks.reshape(len(masks), height * width)], axis=1)

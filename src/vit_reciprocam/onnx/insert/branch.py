@@ -19,6 +19,7 @@ __all__ = ["PREFIX", "Branch", "append_direct", "append_outputs"]
 
 PREFIX = "reciprocam/"
 
+_LEAST = float(np.finfo(np.float32).tiny)  # stands for 0 in a denominator
 _info = helper.make_tensor_value_info
 _FLOAT, _INT64, _BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 
@@ -103,9 +104,14 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
             value.name = outer.get(value.name, value.name)
 
 
-def append_direct(branch: Branch, graph: Graph, reading: Reading, masking: Masking) -> str:
-    """Append a loop that runs the nodes after F once per mask; return the logits (B, N, C)."""
-    masks = reading.masks(masking)
+def append_direct(
+    branch: Branch, graph: Graph, reading: Reading, masking: Masking, *, null: bool
+) -> str:
+    """Append a loop that runs the nodes after F once per mask; return the logits (B, N, C).
+
+    If `null`, those under the all-null mask come first, (B, 1 + N, C).
+    """
+    masks = reading.masks(masking, null=null)
     all_masks = branch.const(masks)
     body = branch.body()
     mask = body.op("Gather", all_masks, f"{PREFIX}number", axis=0)
@@ -126,12 +132,22 @@ def append_direct(branch: Branch, graph: Graph, reading: Reading, masking: Maski
 
 
 def append_outputs(
-    branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool
+    branch: Branch, reading: Reading, logits: str, *, targets: str, raw: bool, null: bool
 ) -> None:
-    """Append scores, maps and classes, as `onnx.contract` names them, from logits (B, N, C)."""
+    """Append scores, maps and classes, as `onnx.contract` names them, from logits (B, N, C).
+
+    If `null`, logits (B, 1 + N, C) begin with those under the all-null mask, and the scores are the
+    evidence over it.
+    """
     top = check_file_targets(targets)
     batch = reading.batch or "batch"
-    probabilities = logits if reading.is_softmax else branch.op("Softmax", logits, axis=-1)
+    if null and reading.is_softmax:
+        least = branch.floats(np.finfo(np.float32).tiny)
+        values = branch.op("Log", branch.op("Max", logits, least))
+    elif reading.is_softmax:
+        values = logits
+    else:
+        values = branch.op("LogSoftmax" if null else "Softmax", logits, axis=-1)
     count: int | str = reading.classes
     if targets != "all":
         count = top or "targets"
@@ -147,27 +163,40 @@ def append_outputs(
             branch.inputs.append(chosen)
         index = branch.op("Reshape", chosen.name, branch.ints(0, 1, -1))
         patches = reading.layout.grid[0] * reading.layout.grid[1]
-        index = branch.op("Expand", index, branch.ints(1, patches, 1))
-        probabilities = branch.op("GatherElements", probabilities, index, axis=2)
+        index = branch.op("Expand", index, branch.ints(1, null + patches, 1))
+        values = branch.op("GatherElements", values, index, axis=2)
+    if null:
+        ends = branch.ints(0), branch.ints(1), branch.ints(1)
+        none = branch.op("Slice", values, *ends)
+        rest = branch.ints(1), branch.ints(np.iinfo(np.int64).max), branch.ints(1)
+        values = branch.op("Sub", branch.op("Slice", values, *rest), none)
     dims = [batch, count, *reading.layout.grid]
     # In this order a runtime copies the scores of all classes only once, into the output.
-    opened = branch.op("Reshape", probabilities, branch.ints(0, *reading.layout.grid, -1))
+    opened = branch.op("Reshape", values, branch.ints(0, *reading.layout.grid, -1))
     scores = branch.op("Transpose", opened, perm=[0, 3, 1, 2], name="scores")
     branch.outputs.insert(0, _info("scores", _FLOAT, dims))
     if not raw:
-        _append_maps(branch, scores)
+        _append_maps(branch, scores, null)
         branch.outputs.insert(0, _info("saliency", _FLOAT, dims))
 
 
-def _append_maps(branch: Branch, scores: str) -> None:
-    """Append maps in [0, 1]; a map is 0 everywhere if its scores differ by rounding only."""
+def _append_maps(branch: Branch, scores: str, null: bool) -> None:
+    """Append maps in [0, 1]; a map is 0 everywhere if its scores differ by rounding only.
 
-    def reduce(kind: str) -> str:  # the axes are an input since opset 18
+    Of evidence, which has a zero of its own (`null`), a map is the positive part.
+    """
+
+    def reduce(kind: str, values: str) -> str:  # the axes are an input since opset 18
         if branch.opset >= 18:
-            return branch.op(kind, scores, branch.ints(2, 3), keepdims=1)
-        return branch.op(kind, scores, axes=[2, 3], keepdims=1)
+            return branch.op(kind, values, branch.ints(2, 3), keepdims=1)
+        return branch.op(kind, values, axes=[2, 3], keepdims=1)
 
-    low, high = reduce("ReduceMin"), reduce("ReduceMax")
+    if null:
+        positive = branch.op("Relu", scores)
+        most = branch.op("Max", reduce("ReduceMax", positive), branch.floats(_LEAST))
+        branch.op("Div", positive, most, name="saliency")
+        return
+    low, high = reduce("ReduceMin", scores), reduce("ReduceMax", scores)
     spread = branch.op("Sub", high, low)
     least = branch.op("Mul", high, branch.floats(4 * np.finfo(np.float32).eps))
     differs = branch.op("Greater", spread, least)

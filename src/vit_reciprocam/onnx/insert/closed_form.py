@@ -2,7 +2,8 @@
 
 This attention has one row per mask, and the readout token's query in every row. The level of a
 token is the number that a mask multiplies it with. M (T, T) holds all levels: rows of ones for the
-prefix tokens, then the mask of each patch as one row. A token at level l has the score s_l and the
+prefix tokens, then the mask of each patch as one row. For evidence, the all-null mask takes the
+place of the last row of ones. A token at level l has the score s_l and the
 value v_l. If keys and values are projected affinely, these are s_0 + l (s_1 - s_0) and
 v_0 + l (v_1 - v_0), with the same v_0 for all tokens. So the output is
 
@@ -35,10 +36,11 @@ __all__ = ["append_closed_form"]
 
 
 def append_closed_form(
-    branch: Branch, graph: Graph, reading: Reading, masking: Masking, *, rounded: bool
+    branch: Branch, graph: Graph, reading: Reading, masking: Masking, *, null: bool, rounded: bool
 ) -> str:
     """Append the logits (B, N, C) under all masks and return their name.
 
+    If `null`, those under the all-null mask come first, (B, 1 + N, C).
     If the file rounds its values (`rounded`), its queries, keys and values are computed anew by the
     nodes of `graph`, which does not round.
     """
@@ -46,7 +48,7 @@ def append_closed_form(
     assert attention is not None
     assert head is not None
     patches, prefix = reading.layout.grid[0] * reading.layout.grid[1], reading.layout.prefix
-    attend = _prepare_attention(branch, graph, reading, attention, masking, rounded)
+    attend = _prepare_attention(branch, graph, reading, attention, masking, null, rounded)
     values: dict[str, str] = {}
     for token in sorted({read.token for read in head.reads.values()}):
         slots = branch.ints(*[token] * (prefix + patches))
@@ -62,7 +64,7 @@ def append_closed_form(
         copied = branch.copy(graph, graph.nodes_between(given, sources), given)
         for name, read in reads.items():
             # From here on each mask is an image of its own: (B, T, …) -> (B, N, …) -> (B N, …).
-            chosen = branch.ints(*range(prefix, prefix + patches))
+            chosen = branch.ints(*range(prefix - null, prefix + patches))
             masked = branch.op("Gather", copied[read.source], chosen, axis=read.axis)
             if read.axis == 0:  # tokens before images
                 perm = [1, 0, *range(2, len(read.shape) + 1)]
@@ -71,7 +73,7 @@ def append_closed_form(
     rest = graph.nodes_between(values, [reading.logits])
     logits = branch.copy(graph, rest, values)[reading.logits]
     logits = branch.op("Cast", logits, to=onnx.TensorProto.FLOAT)
-    return branch.op("Reshape", logits, branch.ints(-1, patches, reading.classes))
+    return branch.op("Reshape", logits, branch.ints(-1, null + patches, reading.classes))
 
 
 def _prepare_attention(
@@ -80,6 +82,7 @@ def _prepare_attention(
     reading: Reading,
     attention: SelfAttention,
     masking: Masking,
+    null: bool,
     rounded: bool,
 ) -> Callable[[int], str]:
     """Append what the attentions of all readout tokens share, in float32: operands and masks M.
@@ -90,8 +93,8 @@ def _prepare_attention(
     normed, heads, scale = reading.normed, attention.heads, np.float32(attention.scale)
     query_0, key_0, value_0, affine = _read_level_0(graph, reading, attention)
     prefix = reading.layout.prefix
-    rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix)
-    masks = np.concatenate([np.ones((prefix, rows.shape[1])), rows]).astype(np.float32)
+    rows = mask_matrix(reading.layout.grid, masking, prefix_tokens=prefix, null=null)
+    masks = np.concatenate([np.ones((prefix - null, rows.shape[1])), rows]).astype(np.float32)
     mask = branch.floats(masks)
     names = {operand.name: operand.name for operand in attention.operands}
     if rounded:

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 
 import onnx
 from onnx import external_data_helper, inliner
-from vit_reciprocam.core.masks import Masking
-from vit_reciprocam.errors import InputError, ModelError
+from vit_reciprocam.core.masks import NORMALIZATIONS, Masking
+from vit_reciprocam.errors import InputError, ModelError, check_choice
 from vit_reciprocam.onnx.contract import METADATA_KEY, Metadata, check_classes, check_file_targets
 from vit_reciprocam.onnx.files import check_output, find_weights, write_then_move
 from vit_reciprocam.onnx.insert.branch import PREFIX, Branch, append_direct, append_outputs
@@ -28,6 +28,7 @@ from vit_reciprocam.results.files import library_versions
 __all__ = ["Inserted", "insert"]
 
 _LEAST_OPSET = 11
+_ROUNDING = 2e-5  # largest error of evidence in float32, in nats
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def insert(
     *,
     kernel: str = "gaussian",
     class_token: bool = True,
+    normalize: str = "minmax",
     targets: str = "all",
     raw: bool = False,
     grid: tuple[int, int] | None = None,
@@ -77,8 +79,10 @@ def insert(
     Args:
         source: ONNX file of a classifier, written by any exporter.
         destination: File to write.
-        kernel: "gaussian" or "dirac".
+        kernel: Window kept around each patch, as in `ReciproCAM`.
         class_token: Whether prefix tokens are kept, as in `ReciproCAM`.
+        normalize: "minmax" or "evidence", as in `ReciproCAM`. With evidence, the output `scores`
+            holds the signed evidence.
         targets: Classes to explain: "all", "top1", "top2" … or "input", which adds an input
             `targets` (B, K).
         raw: Whether to leave out the maps scaled to [0, 1]; the scores remain.
@@ -98,6 +102,8 @@ def insert(
         InputError: If a setting does not fit.
     """
     masking = Masking(kernel, class_token)
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    null = normalize == "evidence"
     top = check_file_targets(targets)
     source, destination = Path(source), check_output(destination)
     graph = Graph(_load(source, destination), source.parent)
@@ -115,11 +121,12 @@ def insert(
         raise InputError(
             f"preprocess makes pictures of {preprocess.size}, the maps hold for {(height, width)}"
         )
-    explained, inserted = _explain(graph, unrounded, reading, masking, targets, raw)
+    explained, inserted = _explain(graph, unrounded, reading, masking, targets, raw, null)
     metadata = Metadata(
         name=name or source.stem,
         masking=masking,
         path=inserted.path,
+        normalize=normalize,
         targets=targets,
         images=reading.images,
         logits=reading.logits,
@@ -149,18 +156,29 @@ def _refuse_names(graph: Graph, source: Path, targets: str, raw: bool) -> None:
 
 
 def _explain(
-    graph: Graph, unrounded: Graph, reading: Reading, masking: Masking, targets: str, raw: bool
+    graph: Graph,
+    unrounded: Graph,
+    reading: Reading,
+    masking: Masking,
+    targets: str,
+    raw: bool,
+    null: bool,
 ) -> tuple[onnx.ModelProto, Inserted]:
-    """Return the model with an explanation, by the closed form if the graph permits."""
+    """Return the model with an explanation, by the closed form if the graph permits.
+
+    If `null`, its scores are the evidence over the all-null mask.
+    """
 
     def build(because: str) -> tuple[onnx.ModelProto, Inserted]:
         branch = Branch(_find_opset(graph.model))
         if because:
-            logits = append_direct(branch, unrounded, reading, masking)
+            logits = append_direct(branch, unrounded, reading, masking, null=null)
         else:
             rounded = unrounded is not graph
-            logits = append_closed_form(branch, unrounded, reading, masking, rounded=rounded)
-        append_outputs(branch, reading, logits, targets=targets, raw=raw)
+            logits = append_closed_form(
+                branch, unrounded, reading, masking, null=null, rounded=rounded
+            )
+        append_outputs(branch, reading, logits, targets=targets, raw=raw, null=null)
         model = onnx.ModelProto()
         model.CopyFrom(graph.model)
         # Everything is appended, so that no node, weight or output of the file changes. Only the
@@ -180,7 +198,7 @@ def _explain(
             prefix_tokens=reading.layout.prefix,
             normed=reading.normed,
             classes=reading.classes,
-            difference=_prove(graph, unrounded, reading, masking, model, targets),
+            difference=_prove(graph, unrounded, reading, masking, model, targets, null),
         )
 
     because = reading.direct_because
@@ -199,6 +217,7 @@ def _prove(
     masking: Masking,
     model: onnx.ModelProto,
     targets: str,
+    null: bool,
 ) -> float:
     """Refuse an explained model whose own outputs changed, or whose scores are wrong.
 
@@ -228,21 +247,33 @@ def _prove(
         # A dozen patches, with the first and the last, show what all would in far less time.
         patches = sorted({*np.linspace(0, scores.shape[2] - 1, 12).astype(int).tolist()})
         expected = _score_masks(graph, unrounded, reading, masking, pictures, patches)
+        if null:
+            logs = np.log(np.maximum(expected, np.finfo(np.float32).tiny))
+            expected = logs[:, :, 1:] - logs[:, :, :1]
+        else:
+            expected = expected[:, :, 1:]
         if chosen is not None:
             expected = np.take_along_axis(expected, chosen[:, :, None], axis=1)
-        worst = max(worst, _compare(scores[:, :, patches], expected, reading))
+        room = _ROUNDING if null else 0.0
+        worst = max(worst, _compare(scores[:, :, patches], expected, reading, room))
     return worst
 
 
-def _compare(scores: np.ndarray, expected: np.ndarray, reading: Reading) -> float:
-    """Return the largest difference, relative to the largest score; refuse it if too large."""
-    difference = float(np.abs(scores - expected).max() / expected.max())
+def _compare(
+    scores: np.ndarray, expected: np.ndarray, reading: Reading, room: float = 0.0
+) -> float:
+    """Return the largest difference, relative to the largest score; refuse it if too large.
+
+    Differences up to `room` do not count.
+    """
+    largest = np.abs(expected).max()
+    difference = float((np.abs(scores - expected) - room).clip(0).max() / largest)
     # Scores that hardly vary from patch to patch can be close to what they should be and still give
     # another map. So the shapes of maps are compared too, except of those that are flat.
     spread = np.ptp(expected, axis=2, keepdims=True)
     shapes = [each - each.mean(axis=2, keepdims=True) for each in (scores, expected)]
     shapes = [each / np.maximum(spread, 1e-30) for each in shapes]
-    clear = np.broadcast_to(spread > 1e-3 * expected.max(), scores.shape)
+    clear = np.broadcast_to(spread > 1e-3 * largest, scores.shape)
     alike = np.corrcoef(*(each[clear] for each in shapes))[0, 1] if clear.any() else 1.0
     if not difference <= reading.tolerance or not alike >= 0.9:
         raise ModelError(
@@ -260,7 +291,10 @@ def _score_masks(
     pictures: np.ndarray,
     patches: Sequence[int],
 ) -> np.ndarray:
-    """Return scores (B, C, n) as the method defines them: mask F and run the nodes after it."""
+    """Return scores (B, C, 1 + n) as the method defines them: mask F, run the nodes after it.
+
+    The first are those under the all-null mask.
+    """
     entering = unrounded.values_entering(
         unrounded.nodes_between([reading.normed], [reading.logits])
     )
@@ -270,7 +304,8 @@ def _score_masks(
     normed = given[reading.normed]
     run = unrounded.prepare(given, [reading.logits])
     scores = []
-    for mask in reading.masks(masking)[patches]:
+    masks = reading.masks(masking, null=True)
+    for mask in masks[[0, *(1 + patch for patch in patches)]]:
         given[reading.normed] = normed * mask
         logits = run(given)[reading.logits].astype(np.float32)
         scores.append(logits if reading.is_softmax else softmax(logits))

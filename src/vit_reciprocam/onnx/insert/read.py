@@ -80,10 +80,13 @@ class Reading:
         """How much results may differ, relative to the largest."""
         return 0.01 if self.is_half else 1e-4
 
-    def masks(self, masking: Masking) -> np.ndarray:
-        """Return all masks (N, ...), each of a shape and type that F can be multiplied with."""
+    def masks(self, masking: Masking, *, null: bool = False) -> np.ndarray:
+        """Return all masks (N, ...), each of a shape and type that F can be multiplied with.
+
+        If `null`, the all-null mask comes first.
+        """
         normed, layout = self.values[self.normed], self.layout
-        masks = mask_matrix(layout.grid, masking, prefix_tokens=layout.prefix)
+        masks = mask_matrix(layout.grid, masking, prefix_tokens=layout.prefix, null=null)
         shape = [size if axis in layout.axes else 1 for axis, size in enumerate(normed.shape)]
         return masks.reshape(-1, *shape).astype(normed.dtype)
 
