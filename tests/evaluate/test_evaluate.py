@@ -20,9 +20,12 @@ import vit_reciprocam as vr
 from vit_reciprocam.cli import app
 from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate import store
+from vit_reciprocam.evaluate.metrics.perturbation import insertion
+from vit_reciprocam.evaluate.metrics.protocols import Protocol
 from vit_reciprocam.evaluate.run import evaluate, summaries
 from vit_reciprocam.evaluate.store import columns_of, read_run
 from vit_reciprocam.pictures.scenes import draw_scene
+from vit_reciprocam.results.explanation import softmax
 
 SPEC = "timm:test_vit"
 
@@ -169,6 +172,36 @@ def test_settings_of_one_method_share_what_comes_before_the_mask(small, pictures
         figures = [name for name in alone if name not in ("model", "method")]
         for name in figures:
             assert together[name] == pytest.approx(alone[name], rel=1e-5), (method, name)
+
+
+def test_signed_evidence_puts_patches_in_order(small, pictures, tmp_path):
+    """The run's insertion is that of the ranking, and not that of the maps, which are clipped."""
+    protocol = Protocol("mine", steps=100, baseline="mean")  # every patch on its own
+    method, out = "reciprocam:normalize=evidence", tmp_path / "run"
+    evaluate(str(pictures), [small], [method], out=out, protocol=protocol, insertion=True)
+    x = np.stack(
+        [
+            protocol.preprocess(small.preprocess)(Image.open(pictures / f"{number}.png"))
+            for number in range(3)
+        ]
+    )
+    labels = np.array([0, 3, 4])
+    explained = small.backend.make_explainer(normalize="evidence")(x, labels[:, None])
+    assert (explained.ranking < 0).sum() > 20, "the test needs values that are clipped"
+    expected, clipped = (
+        insertion(
+            lambda images: softmax(small.backend.predict(images)),
+            x,
+            np.zeros_like(x),
+            values[:, 0],
+            labels,
+            steps=100,
+        )
+        for values in (explained.ranking, explained.maps)
+    )
+    found = [row["insertion"] for row in rows(out)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert abs(expected - clipped).max() > 1e-4
 
 
 def test_boxes_count_where_the_label_is_explained(small, pictures, tmp_path):

@@ -32,6 +32,7 @@ def observe(protocol, images, maps, masked_maps=None, p=None, o=None, **more):
         "preprocess": Preprocess(images.shape[-2:]),
         "targets": np.zeros(count, int),
         "masked_maps": maps if masked_maps is None else masked_maps,
+        "ranking": maps,
         "p": np.full(count, 0.5) if p is None else p,
         "o": np.full(count, 0.5) if o is None else o,
         "predict": None,
@@ -207,3 +208,43 @@ def test_each_kind_is_measured_on_its_own():
         of_kind = [name for name, one in METRICS.items() if one.kind == kind and one.is_stored]
         assert list(measure(seen, {kind})) == ["p", "o", *of_kind]
     assert list(measure(seen)) == ["p", "o", *(n for n, one in METRICS.items() if one.is_stored)]
+
+
+def test_the_order_is_the_ranking_s_and_the_mass_the_map_s():
+    """A black-box model that counts what it sees, weighted .4, .3, .2 and .1 by patch."""
+    weights = np.array([[0.4, 0.3], [0.2, 0.1]])
+    signed = np.array([[[-1.0, -0.5], [2.0, -3.0]]])
+    left = np.array([[True, False], [True, False]])
+    seen = observe(
+        Protocol("mine", steps=4, baseline="mean"),
+        np.ones((1, 3, 2, 2)),
+        signed.clip(0) / 2,
+        ranking=signed,
+        predict=lambda x: (x.mean(axis=1) * weights).sum(axis=(1, 2))[:, None],
+        objects=[Objects(left, from_boxes=False)],
+    )
+    got = measure(seen, {"order", "location"})
+    # bottom left, top right, top left: (0/2 + .2 + .5 + .9 + 1/2) / 4, and the complement
+    np.testing.assert_allclose(got["insertion"], [0.525])
+    np.testing.assert_allclose(got["deletion"], [0.475])
+    assert got["pointing_game"] == got["mass_accuracy"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("ranking", "hits"),
+    [
+        ([[-2.0, -0.5], [-1.0, -3.0]], 0),  # the least that speaks against is on the right
+        ([[-2.0, -2.5], [-1.0, -3.0]], 1),
+        ([[0.0, 0.0], [0.0, 0.0]], 1),  # all equal: the first pixel counts
+    ],
+)
+def test_a_map_of_zeros_points_where_its_ranking_is_highest(ranking, hits):
+    left = np.array([[True, False], [True, False]])
+    seen = observe(
+        BYUN,
+        np.zeros((1, 3, 2, 2)),
+        np.zeros((1, 2, 2)),
+        ranking=np.array([ranking]),
+        objects=[Objects(left, from_boxes=False)],
+    )
+    assert measure(seen, {"location"})["pointing_game"] == [hits]

@@ -140,6 +140,7 @@ def test_baselines():
         (lambda: transition_images(BASELINE, IMAGES[..., 1:], MAPS), "one shape"),
         (lambda: transition_images(BASELINE, IMAGES, np.ones((2, 2, 2))), "one map"),
         (lambda: transition_images(BASELINE, IMAGES, MAPS * np.nan), "NaN"),
+        (lambda: transition_images(BASELINE, IMAGES, MAPS + np.inf), "4 are NaN or infinite"),
         (lambda: transition_images(BASELINE, IMAGES, MAPS, unit="row"), "'patch', 'pixel'"),
         (lambda: transition_images(BASELINE, IMAGES, MAPS, steps=0), "1 or more; got 0"),
         (lambda: insertion(predict, IMAGES, BASELINE, MAPS, [2]), "classes 0 to 1"),
@@ -155,3 +156,30 @@ def test_baselines():
 def test_what_cannot_be_measured_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("unit", ["patch", "pixel"])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e9])
+def test_signed_values_of_any_scale_put_patches_in_order(unit, scale):
+    """Clipped at 0 the last three patches would be equal, and appear row by row."""
+    signed = np.array([[[-1.0, -0.5], [2.0, -3.0]]]) * scale
+    images = IMAGES[..., ::2, ::2]  # a pixel per patch, so that both units change the same
+    order = np.zeros((2, 2), int)
+    for step, (_, shown) in enumerate(
+        transition_images(np.zeros_like(images), images, signed, steps=4, unit=unit)
+    ):
+        order[(shown[0, 0] == 1) & (order == 0)] = step
+    # 2 before -.5 before -1 before -3
+    assert order.tolist() == [[3, 2], [1, 4]]
+
+
+def test_insertion_of_signed_values_by_hand():
+    signed = np.array([[[-1.0, -0.5], [2.0, -3.0]]])
+    given = (predict, IMAGES, BASELINE, signed, TARGETS)
+    # bottom left .2, top right .5, top left .9, 1: (0/2 + .2 + .5 + .9 + 1/2) / 4 = .525
+    np.testing.assert_allclose(insertion(*given, steps=4), [0.525])
+    np.testing.assert_allclose(deletion(*given, steps=4), [0.475])
+    clipped = signed.clip(0) / 2  # bottom left .2, then row by row: .6, .9, 1
+    np.testing.assert_allclose(
+        insertion(predict, IMAGES, BASELINE, clipped, TARGETS, steps=4), [0.55]
+    )

@@ -283,6 +283,7 @@ class _Measurer:
             images=images,
             targets=targets,
             maps=maps,
+            ranking=first.ranking[:, 0],
             masked_maps=masked.maps[:, 0],
             p=_pick(first.probs, targets),
             o=_pick(masked.probs, targets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_pairs",
     "check_pictures",
     "check_range",
+    "check_ranking",
     "divide",
 ]
 
@@ -31,10 +33,23 @@ _ROUNDING = 1e-5  # how far outside [0, 1] a probability or map may lie
 
 def check_maps(maps: np.ndarray, name: str = "maps") -> np.ndarray:
     """Return maps (..., h, w) as float64; refuse empty ones, NaN and what is outside [0, 1]."""
+    maps = _check_grids(maps, name)
+    check_range(name, maps)
+    return maps
+
+
+def check_ranking(ranking: np.ndarray, name: str = "maps") -> np.ndarray:
+    """Return values (..., h, w) that put patches in order as float64; refuse NaN and infinity."""
+    ranking = _check_grids(ranking, name)
+    if bad := int((~np.isfinite(ranking)).sum()):
+        raise InputError(f"{name} must be finite numbers; {bad} are NaN or infinite")
+    return ranking
+
+
+def _check_grids(maps: np.ndarray, name: str) -> np.ndarray:
     maps = np.asarray(maps, np.float64)
     if maps.ndim < 2 or maps.size == 0:
         raise InputError(f"{name} must be (..., h, w) and not empty; got {maps.shape}")
-    check_range(name, maps)
     return maps
 
 
@@ -49,9 +64,11 @@ def check_pictures(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def check_pairs(images: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_pairs(
+    images: np.ndarray, maps: np.ndarray, *, check: Callable[[np.ndarray], np.ndarray] = check_maps
+) -> tuple[np.ndarray, np.ndarray]:
     """Check images (..., 3, H, W) and one map (..., h, w) for each, and return both."""
-    images, maps = check_pictures(images), check_maps(maps)
+    images, maps = check_pictures(images), check(maps)
     if images.shape[:-3] != maps.shape[:-2]:
         raise InputError(
             "each picture (..., 3, H, W) needs one map (..., h, w); "

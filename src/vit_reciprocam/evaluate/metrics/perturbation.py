@@ -1,7 +1,8 @@
 """Insertion and deletion: how soon the target's probability rises or falls in the map's order.
 
-Every function raises `InputError` if shapes do not fit, maps or probabilities are NaN or outside
-[0, 1], or a choice does not exist.
+Maps may hold any finite values, so that signed ones put patches below zero in order too. Every
+function raises `InputError` if shapes do not fit, maps are not finite, probabilities are NaN or
+outside [0, 1], or a choice does not exist.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vit_reciprocam.evaluate.metrics.arrays import (
     check_pairs,
     check_pictures,
     check_range,
+    check_ranking,
 )
 
 __all__ = [
@@ -74,15 +76,16 @@ def transition_images(
     """Return the pictures on the way from start to end; the map's highest cells change first.
 
     Insertion goes from the baseline to the images, deletion back; both are (..., 3, H, W), with one
-    map (..., h, w) for each. After i steps ⌊i · cells / steps⌋ cells have changed; a step that
-    would change none is left out. Equal cells change row by row from the top left. The unit "patch"
-    changes the map's own cells, "pixel" those of the map upsampled in a `mode` of `MODES`.
+    map (..., h, w) of any finite values for each. After i steps ⌊i · cells / steps⌋ cells have
+    changed; a step that would change none is left out. Equal cells change row by row from the top
+    left. The unit "patch" changes the map's own cells, "pixel" those of the map upsampled in a
+    `mode` of `MODES`.
 
     Returns:
         One pair per step: the share of cells that have changed, from 0 to 1, and the pictures.
     """
     check_choice("unit", unit, UNITS)
-    start, maps = check_pairs(start, maps)
+    start, maps = check_pairs(start, maps, check=check_ranking)
     if np.shape(end) != start.shape:
         raise InputError(
             f"images and baseline must have one shape; got {start.shape} and {np.shape(end)}"
@@ -90,7 +93,11 @@ def transition_images(
     if steps < 1:
         raise InputError(f"steps must be 1 or more; got {steps}")
     height, width = start.shape[-2:]
-    cells = maps if unit == "patch" else upsample(maps, (height, width), mode).round(DECIMALS)
+    cells = maps
+    if unit == "pixel":  # rounded in units of the largest value, so that any scale has its ties
+        largest = abs(maps).max(axis=(-2, -1), keepdims=True)
+        cells = maps / np.where(largest > 0, largest, 1)
+        cells = upsample(cells, (height, width), mode).round(DECIMALS)
     count = cells.shape[-2] * cells.shape[-1]
     order = np.argsort(-cells.reshape(*cells.shape[:-2], count), axis=-1, kind="stable")
     ranks = np.argsort(order, axis=-1).reshape(cells.shape)  # each cell's turn, from 0
@@ -121,7 +128,7 @@ def insertion(
             and once before the first.
         images: Normalised images (B, 3, H, W).
         baseline: Normalised images to start from, see `baseline_images`.
-        maps: Maps (B, h, w) in [0, 1].
+        maps: Maps (B, h, w); any finite values put patches in order, signed ones too.
         targets: Class indices (B,).
         way: Steps, unit and mode of `transition_images`.
     """

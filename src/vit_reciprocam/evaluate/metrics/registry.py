@@ -6,6 +6,7 @@ table in docs/evaluation.md all read these records, so that a new metric is one 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_reciprocam.core.maps import min_max
 from vit_reciprocam.errors import InputError, check_choice
 from vit_reciprocam.evaluate.metrics.adcc import (
     adcc,
@@ -38,8 +40,9 @@ KINDS = {
 """Kind -> when its metrics are measured.
 
 adcc: ADCC, its terms and other metrics that compare the picture with the picture under its map;
-map: metrics of the map alone; order: those that perturb the picture in the map's order; location:
-those that compare the map with the object's place, and may therefore be NaN for some pictures.
+map: metrics of the map alone; order: those that perturb the picture in the order of its ranking;
+location: those that compare the map with the object's place, and may therefore be NaN for some
+pictures.
 """
 
 _NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed from
@@ -66,6 +69,7 @@ class Observation:
     images: np.ndarray  # normalised pictures (B, 3, H, W)
     targets: np.ndarray  # class c of each picture, (B,)
     maps: np.ndarray  # A, (B, h, w) in [0, 1]
+    ranking: np.ndarray  # (B, h, w), puts patches in order: signed evidence, or else the maps
     masked_maps: np.ndarray  # A', (B, h, w) in [0, 1]
     p: np.ndarray  # probability of c on the pictures, (B,)
     o: np.ndarray  # probability of c on E, (B,)
@@ -141,7 +145,7 @@ def _perturb(area: Callable[..., np.ndarray]) -> Callable[[Observation], np.ndar
 
     def compute(seen: Observation) -> np.ndarray:
         protocol = seen.protocol
-        given = (seen.predict, seen.images, seen.baseline, seen.maps, seen.targets)
+        given = (seen.predict, seen.images, seen.baseline, seen.ranking, seen.targets)
         return area(*given, steps=protocol.steps, unit=protocol.unit, mode=protocol.upsampling)
 
     return compute
@@ -163,6 +167,13 @@ def _locate(
         return values
 
     return compute
+
+
+def _point(seen: Observation) -> np.ndarray:
+    """Return the pointing game; a map of zeros points where the ranking is highest."""
+    nothing = seen.maps.max(axis=(1, 2), keepdims=True) == 0
+    maps = np.where(nothing, min_max(seen.ranking)[0], seen.maps)
+    return _locate(pointing_game)(dataclasses.replace(seen, maps=maps))
 
 
 METRICS: dict[str, Metric] = {
@@ -251,7 +262,7 @@ METRICS: dict[str, Metric] = {
             "Pointing",
             higher=True,
             kind="location",
-            compute=_locate(pointing_game),
+            compute=_point,
             description="1 where the maximum of A lies in the object, else 0",
             source="Zhang et al. 2016",
         ),
