@@ -67,6 +67,14 @@ def evaluate_command(
             "picture."
         ),
     ] = False,
+    mosaic: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Number of pictures along each side of a mosaic, to measure GridPG and nothing "
+            "else: mosaics of pictures that the model classifies rightly take their place.",
+        ),
+    ] = None,
     resume: options.Resume = False,
     limit: options.Limit = None,
     batch_size: options.BatchSize = 16,
@@ -96,10 +104,10 @@ def evaluate_command(
     """Measure methods on a data set.
 
     The metrics are drop, increase, coherency, complexity and ADCC, and how well maps find the
-    objects, if the data set says where these are. Every picture's figures and maps are kept in the
-    run's folder. --resume continues a run that was cut short, and `vit-reciprocam report` makes
-    tables and a page from it. By default the method is reciprocam and the model
-    timm:deit_tiny_patch16_224.
+    objects, if the data set says where these are; with --mosaic, GridPG alone. Every picture's
+    figures and maps are kept in the run's folder. --resume continues a run that was cut short, and
+    `vit-reciprocam report` makes tables and a page from it. By default the method is reciprocam and
+    the model timm:deit_tiny_patch16_224.
 
     Exit code 0: all was done. 1: some pictures failed; they are listed, and the others were done.
     2: nothing could be done. 3: the run was cut short, for instance by a full disk; 130: by Ctrl-C.
@@ -136,6 +144,7 @@ def evaluate_command(
                 out=destination,
                 protocol=chosen,
                 insertion=insertion,
+                mosaic=mosaic,
                 resume=resume,
                 limit=limit,
                 batch_size=batch_size,
@@ -199,13 +208,13 @@ def report_command(
 
 def _describe_kept(folder: Path) -> str:
     """Return how much of a stopped run is kept, and the command that continues it."""
-    from vit_reciprocam.evaluate.store import RunFolder, read_run
+    from vit_reciprocam.evaluate.store import RunFolder, count_wanted, read_run
 
     try:
         settings, _ = read_run(folder)
     except InputError:
         return "nothing was measured yet"
-    total = settings["data"]["pictures"] * len(settings["models"])
+    total = count_wanted(settings)
     done = len(RunFolder(folder, settings).done())
     models = f", of {len(settings['models'])} models" if len(settings["models"]) > 1 else ""
     return (
@@ -216,7 +225,10 @@ def _describe_kept(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[Any], None] | None]:
-    """Show a bar and the ADCC so far; yield the function to call after each batch, if any."""
+    """Show a bar, and the ADCC or GridPG so far; yield the function to call after each batch.
+
+    Outside of a terminal nothing is shown, and there is no such function.
+    """
     if not err.is_terminal:
         yield None
         return
@@ -231,10 +243,12 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
                     continue
                 model = f"{record['model'].rpartition(':')[2]} " if name_models else ""
                 each = seen.setdefault(f"{model}{record['method']}", defaultdict(list))
-                for name in ("p", "o", "coherency", "complexity"):
-                    each[name].append(record[name])
+                for name in ("p", "o", "coherency", "complexity", "gridpg"):
+                    each[name].append(record.get(name, np.nan))
             columns = {n: {k: np.array(v) for k, v in each.items()} for n, each in seen.items()}
-            adcc = [f"{n} {summarize(each, protocol)['adcc']:.1f}" for n, each in columns.items()]
+            found = {n: summarize(each, protocol) for n, each in columns.items()}
+            watched = "gridpg" if any("gridpg" in one for one in found.values()) else "adcc"
+            figures = ", ".join(f"{name} {one[watched]:.1f}" for name, one in found.items())
             speed = shown.tasks[0].speed
             shown.update(
                 task,
@@ -242,7 +256,8 @@ def _show_progress(protocol: Any, *, name_models: bool) -> Iterator[Callable[[An
                 completed=progress.done,
                 speed=f"{speed:.1f} images/s" if speed else "",
             )
-            live.update(Group(shown, Text(f"ADCC: {', '.join(adcc)}" if adcc else "")))
+            heading = f"{METRICS[watched].heading}: "
+            live.update(Group(shown, Text(heading + figures if figures else "")))
 
         yield update
 
@@ -260,7 +275,10 @@ def _print(manifest: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
             out.print(_table([row for row in summaries if row["model"] == model], metrics))
     protocol, data = manifest["protocol"]["name"], escape(manifest["data"]["name"])
     left_out = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
-    about = f"percent, protocol {protocol}, {manifest['images']} pictures of {data}{left_out}"
+    what = "pictures"
+    if "mosaic" in manifest:
+        what = "cells of {n}x{n} mosaics of pictures".format(n=manifest["mosaic"]["n"])
+    about = f"percent, protocol {protocol}, {manifest['images']} {what} of {data}{left_out}"
     out.print(about, soft_wrap=True)
 
 

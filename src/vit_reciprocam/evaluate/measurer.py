@@ -29,6 +29,7 @@ class Measurer:
     protocol: Protocol
     preprocess: Preprocess
     insertion: bool
+    cells: int = 1  # number of pictures in a row that are the cells of one mosaic: same pixels
 
     def records(self, batch: Sequence[Picture]) -> list[dict[str, Any]]:
         """Return one record per picture and method, also for pictures that fail."""
@@ -40,7 +41,8 @@ class Measurer:
             for method in self.explainers
         ]
         if good:
-            images = np.stack([picture.pixels for picture in good if picture.pixels is not None])
+            pixels = [picture.pixels for picture in good if picture.pixels is not None]
+            images = np.stack(pixels[:: self.cells])
             shared = self.classifier.backend.batch(images)  # what all methods need, computed once
             for method in self.explainers:
                 records += self._measure(method, good, images, shared)
@@ -62,14 +64,20 @@ class Measurer:
     ) -> list[dict[str, Any]]:
         """Measure one method on a batch, or picture by picture if it fails on the whole batch."""
         try:
-            columns = self._columns(method, batch, images, shared)
+            find = self._columns if self.cells == 1 else self._mosaic_columns
+            columns = find(method, batch, images, shared)
         except ReciproCAMError as error:
-            if len(batch) == 1:
-                return [self._begin_record(batch[0], method) | {"error": str(error)}]
+            if len(images) == 1:
+                return [self._begin_record(one, method) | {"error": str(error)} for one in batch]
             return [
                 record
-                for row, picture in enumerate(batch)
-                for record in self._measure(method, [picture], images[row : row + 1], None)
+                for row in range(len(images))
+                for record in self._measure(
+                    method,
+                    batch[row * self.cells : (row + 1) * self.cells],
+                    images[row : row + 1],
+                    None,
+                )
             ]
         maps = columns.pop("map")
         records = []
@@ -110,8 +118,39 @@ class Measurer:
                 for one, target in zip(batch, targets, strict=True)
             ],
         )
-        columns = measure(seen, KINDS.keys() - (set() if self.insertion else {"order"}))
+        left_out = {"mosaic"} if self.insertion else {"mosaic", "order"}
+        columns = measure(seen, KINDS.keys() - left_out)
         return columns | {"map": maps, "target": targets, "predicted": first.logits.argmax(axis=1)}
+
+    def _mosaic_columns(
+        self, method: str, batch: Sequence[Picture], images: np.ndarray, shared: Batch | None
+    ) -> dict[str, np.ndarray]:
+        """Return the store's columns (B, ...) for the cells of images (B / cells, 3, H, W).
+
+        The maps of all classes of a mosaic come from one call.
+        """
+        labels = np.array([one.item.label for one in batch])
+        wanted = labels.reshape(len(images), self.cells)
+        found = self.explainers[method](images if shared is None else shared, wanted)
+        grid = found.maps.shape[2:]
+        maps = found.maps.reshape(-1, *grid)
+        mosaic = np.arange(len(batch)) // self.cells  # that each cell is in
+        seen = Observation(
+            protocol=self.protocol,
+            preprocess=self.preprocess,
+            images=images[mosaic],
+            targets=labels,
+            maps=maps,
+            ranking=found.ranking.reshape(-1, *grid),
+            masked_maps=np.full_like(maps, np.nan),
+            p=_pick(found.probs[mosaic], labels),
+            o=np.full(len(batch), np.nan),
+            predict=lambda x: softmax(self.classifier.backend.predict(x)),
+            objects=[one.objects for one in batch],
+        )
+        columns = measure(seen, {"mosaic"})
+        predicted = found.logits.argmax(axis=1)[mosaic]
+        return columns | {"map": maps, "target": labels, "predicted": predicted}
 
 
 def _pick(probs: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -21,7 +21,14 @@ from vit_reciprocam.evaluate.data.datasets import (
 from vit_reciprocam.evaluate.measurer import Measurer
 from vit_reciprocam.evaluate.metrics.protocols import Protocol, get_protocol
 from vit_reciprocam.evaluate.metrics.registry import summarize
-from vit_reciprocam.evaluate.store import RunFolder, columns_of, read_run
+from vit_reciprocam.evaluate.mosaics import THRESHOLD, Mosaics, find_mosaics, load_mosaics
+from vit_reciprocam.evaluate.store import (
+    RunFolder,
+    check_unused,
+    columns_of,
+    count_wanted,
+    read_run,
+)
 from vit_reciprocam.methods import MethodSpec
 from vit_reciprocam.results.files import library_versions
 
@@ -30,7 +37,11 @@ __all__ = ["Progress", "evaluate", "summaries"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has got. A picture counts once per model."""
+    """How far a run has got. A picture counts once per model.
+
+    A run of mosaics first counts the pictures that each model predicts, and then, from the
+    beginning, the cells that are measured.
+    """
 
     done: int  # number of pictures measured or failed, including those of earlier processes
     total: int  # number of pictures in the run
@@ -45,6 +56,7 @@ def evaluate(
     out: Path,
     protocol: str | Protocol = "byun2023",
     insertion: bool = False,
+    mosaic: int | None = None,
     resume: bool = False,
     limit: int | None = None,
     batch_size: int = 16,
@@ -69,6 +81,10 @@ def evaluate(
         protocol: Name in `PROTOCOLS`, file with your own, or a `Protocol`.
         insertion: Whether to measure insertion and deletion too, which takes some thirty forward
             passes per picture.
+        mosaic: Number n of pictures along each side of a mosaic; None for the pictures themselves.
+            Each model predicts all pictures that have a label. Those that it classifies rightly,
+            with probability 0.5 or more, stand in n x n mosaics of distinct classes; GridPG is the
+            share of each cell's class's map in the cell, and nothing else is measured.
         resume: Whether to go on with a run that was cut short; everything else must be as before.
         limit: Number of pictures to measure, counted from the first; None for all.
         batch_size: Number of pictures in one call.
@@ -82,7 +98,8 @@ def evaluate(
 
     Raises:
         InputError: If the data set, a method or a setting cannot be used, the protocol needs labels
-            that are missing, or the folder holds anything but a run to resume.
+            that are missing, there are too few pictures for a mosaic, or the folder holds anything
+            but a run to resume.
         OSError: If records cannot be written; earlier ones are kept, and `resume` goes on.
     """
     protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
@@ -98,6 +115,8 @@ def evaluate(
         raise InputError(
             f"batch_size, workers and limit must be 1 or more; got {batch_size}, {workers}, {limit}"
         )
+    if mosaic is not None:
+        _check_mosaic(mosaic, insertion, models)
     explainers = {
         name: {
             label: classifier.backend.make_explainer(method=spec.name, **spec.settings)
@@ -111,25 +130,54 @@ def evaluate(
         whole = read_dataset(data, labels, ground_truth=ground_truth, boxes=boxes)
         datasets[name] = dataclasses.replace(whole, items=whole.items[:limit])
     dataset = next(iter(datasets.values()))
-    _check_labels(dataset, protocol)
+    if mosaic is None:
+        _check_labels(dataset, protocol)
     for name, classifier in models.items():
         _check_methods(classifier, explainers[name])
     settings = _describe(protocol, insertion, dataset, models, specs)
-    total = len(models) * len(dataset.items)
+    preprocesses = {name: protocol.preprocess(one.preprocess) for name, one in models.items()}
+    mosaics: dict[str, Mosaics] = {}
+    if mosaic is not None:
+        if not resume:
+            check_unused(out)  # before all pictures are predicted
+        for name, classifier in models.items():
+            mosaics[name] = find_mosaics(
+                classifier,
+                datasets[name].items,
+                preprocesses[name],
+                mosaic,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress and (lambda done, total: progress(Progress(done, total, []))),
+            )
+        described = {name: one.describe() for name, one in mosaics.items()}
+        settings["mosaic"] = {"n": mosaic, "threshold": THRESHOLD, "models": described}
+    total = count_wanted(settings)
     with RunFolder.open(out, settings, resume=resume) as run:
         done = run.done()
         count = len(done)
         for name, classifier in models.items():
-            preprocess = protocol.preprocess(classifier.preprocess)
-            wanted = [item for item in datasets[name].items if (item.index, name) not in done]
-            measurer = Measurer(classifier, explainers[name], protocol, preprocess, insertion)
-            for batch in load_batches(wanted, preprocess, batch_size, workers):
+            preprocess, found = preprocesses[name], explainers[name]
+            if mosaic is not None:
+                measurer = Measurer(classifier, found, protocol, preprocess, insertion, mosaic**2)
+                left = [
+                    one
+                    for one in mosaics[name].mosaics
+                    if any((cell.index, name) not in done for cell in one.cells)
+                ]
+                batches = load_mosaics(left, preprocess, mosaic, batch_size, workers)
+            else:
+                measurer = Measurer(classifier, found, protocol, preprocess, insertion)
+                wanted = [item for item in datasets[name].items if (item.index, name) not in done]
+                batches = load_batches(wanted, preprocess, batch_size, workers)
+            for batch in batches:
                 records = measurer.records(batch)
                 run.write(records)
                 count += len(batch)
                 if progress is not None:
                     progress(Progress(count, total, records))
-        return run.finish({"duplicates": dataset.duplicates})
+        failures = [failure for one in mosaics.values() for failure in one.failures]
+        return run.finish({"duplicates": dataset.duplicates, "failures": failures})
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
@@ -194,4 +242,18 @@ def _check_labels(dataset: DataSet, protocol: Protocol) -> None:
             f"protocol {protocol.name} explains the true class, and {len(unlabelled)} of "
             f"{len(dataset.items)} pictures have no label, such as {unlabelled[0]}: add a column "
             "label, or take a protocol that explains the model's own class, such as poppi2021"
+        )
+
+
+def _check_mosaic(n: int, insertion: bool, models: Mapping[str, Classifier]) -> None:
+    smallest = min(min(classifier.preprocess.size) for classifier in models.values())
+    if not 2 <= n <= smallest:
+        raise InputError(
+            f"mosaic is the number of pictures along each side, from 2 to the {smallest} pixels "
+            f"of the model's input; got {n}"
+        )
+    if insertion:
+        raise InputError(
+            "insertion is not measured on mosaics, only GridPG is: leave insertion out, or make "
+            "another run for it, without mosaic"
         )

@@ -27,7 +27,16 @@ from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.results.files import GENERATOR, check_folder, is_ours, write_atomically
 
-__all__ = ["RUN", "RunFolder", "columns_of", "read_run", "records_of", "schema"]
+__all__ = [
+    "RUN",
+    "RunFolder",
+    "check_unused",
+    "columns_of",
+    "count_wanted",
+    "read_run",
+    "records_of",
+    "schema",
+]
 
 RUN = "run.json"
 MANIFEST = "manifest.json"
@@ -108,7 +117,7 @@ class RunFolder:
         write_atomically(self.path / f"part-{number:06d}.parquet", sink.getvalue().to_pybytes())
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the manifest, to which `more` adds entries, and return it."""
+        """Write the manifest, to which `more` adds entries and failures, and return it."""
         rows = _read_parts(self.path, ["source", "digest", "note", "error"]).to_pylist()
         pictures = {row["index"]: row["digest"] for row in rows}
         digests = json.dumps(sorted(pictures.items())).encode()
@@ -116,7 +125,7 @@ class RunFolder:
             **self.settings,
             **more,
             "images": len({row["index"] for row in rows if row["error"] is None}),
-            "failures": _list_problems(rows, "error"),
+            "failures": [*more.get("failures", ()), *_list_problems(rows, "error")],
             "not_located": _list_problems(rows, "note"),
             "pixels": hashlib.sha256(digests).hexdigest(),
             "parts": [part.name for part in _parts(self.path)],
@@ -144,6 +153,21 @@ def read_run(path: Path) -> tuple[dict[str, Any], pyarrow.Table]:
             settings = manifest
     table = _read_parts(path, schema().names)
     return settings, table.sort_by([(name, "ascending") for name in ("model", "method", "index")])
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a folder that cannot take a new run, because it holds one or something else."""
+    check_folder(path)
+    if path.exists():
+        _check_content(path, {}, resume=False)
+
+
+def count_wanted(settings: Mapping[str, Any]) -> int:
+    """Return the number of pictures in a run, or of cells of its mosaics, each once per model."""
+    if "mosaic" in settings:
+        mosaics = settings["mosaic"]["models"].values()
+        return int(settings["mosaic"]["n"] ** 2 * sum(one["mosaics"] for one in mosaics))
+    return int(settings["data"]["pictures"] * len(settings["models"]))
 
 
 def records_of(table: pyarrow.Table, model: str, method: str) -> pyarrow.Table:

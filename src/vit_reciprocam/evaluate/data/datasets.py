@@ -11,12 +11,12 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -35,6 +35,7 @@ __all__ = [
     "Labels",
     "Picture",
     "check_dataset",
+    "load_ahead",
     "load_batches",
     "picture_digest",
     "read_dataset",
@@ -42,6 +43,9 @@ __all__ = [
 
 Box = tuple[float, float, float, float]
 """xmin, ymin, xmax and ymax in pixels; those at xmax and ymax still belong to the object."""
+
+_Wanted = TypeVar("_Wanted")
+_Loaded = TypeVar("_Loaded")
 
 _SYNSET = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
@@ -256,11 +260,18 @@ def load_batches(
     items: Sequence[Item], preprocess: Preprocess, batch_size: int, workers: int
 ) -> Iterator[list[Picture]]:
     """Yield batches of pictures in their order, while `workers` threads load the next ones."""
+    return load_ahead(partial(_load, preprocess=preprocess), items, batch_size, workers)
+
+
+def load_ahead(
+    load: Callable[[_Wanted], _Loaded], wanted: Sequence[_Wanted], batch_size: int, workers: int
+) -> Iterator[list[_Loaded]]:
+    """Yield batches of what `load` returns, while `workers` threads load the next ones."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Any] = deque()
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            ahead.append([pool.submit(_load, item, preprocess) for item in batch])
+        for start in range(0, len(wanted), batch_size):
+            batch = wanted[start : start + batch_size]
+            ahead.append([pool.submit(load, one) for one in batch])
             if len(ahead) > _AHEAD:
                 yield [future.result() for future in ahead.popleft()]
         for futures in ahead:

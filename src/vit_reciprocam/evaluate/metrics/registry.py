@@ -36,13 +36,15 @@ KINDS = {
     "map": "always",
     "order": "with `--insertion`",
     "location": "where the label's objects are known and c is the label",
+    "mosaic": "with `--mosaic`, and then alone",
 }
 """Kind -> when its metrics are measured.
 
 adcc: ADCC, its terms and other metrics that compare the picture with the picture under its map;
 map: metrics of the map alone; order: those that perturb the picture in the order of its ranking;
 location: those that compare the map with the object's place, and may therefore be NaN for some
-pictures.
+pictures; mosaic: those that compare it with the place of c's cell, and have no other kinds beside
+them.
 """
 
 _NEEDED = ("p", "o", "coherency", "complexity")  # columns that ADCC is computed from
@@ -72,7 +74,7 @@ class Observation:
     ranking: np.ndarray  # (B, h, w), puts patches in order: signed evidence, or else the maps
     masked_maps: np.ndarray  # A', (B, h, w) in [0, 1]
     p: np.ndarray  # probability of c on the pictures, (B,)
-    o: np.ndarray  # probability of c on E, (B,)
+    o: np.ndarray  # probability of c on E, (B,); like A' it is NaN if it was not computed
     predict: Callable[[np.ndarray], np.ndarray]  # from images (B, 3, H, W) to probabilities (B, C)
     objects: Sequence[Objects | None]  # per picture: None if not known or c is not the label
 
@@ -284,6 +286,15 @@ METRICS: dict[str, Metric] = {
             description="share of the sum of A that lies in the object's mask",
             source="Arras et al. 2022",
         ),
+        Metric(
+            "gridpg",
+            "GridPG",
+            higher=True,
+            kind="mosaic",
+            compute=_locate(mass_accuracy),
+            description="share of the sum of A that lies in c's cell of a mosaic; chance is 1/n²",
+            source="Böhle et al. 2021, Rao et al. 2022",
+        ),
     )
 }
 """Column -> metric, in the order of tables."""
@@ -311,10 +322,20 @@ def summarize(columns: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str
     or NaN throughout. A metric of kind "location" may be NaN for pictures whose objects are not
     known: its figure is the mean over the others.
 
+    If a metric of kind "mosaic" was measured, the figures are those of this kind alone.
+
     The columns are fractions; those that `METRICS` does not know are ignored. `InputError` is
     raised if p, o, coherency or complexity is missing, or a column is empty, of another length, NaN
     or outside [0, 1].
     """
+    mosaic = {
+        name: columns[name]
+        for name, metric in METRICS.items()
+        if metric.kind == "mosaic" and not np.isnan(columns.get(name, np.nan)).all()
+    }
+    if mosaic:
+        check_columns(**mosaic)
+        return {name: 100 * float(np.mean(values)) for name, values in mosaic.items()}
     missing = [name for name in _NEEDED if name not in columns]
     if missing:
         raise InputError(f"a summary needs column {', '.join(missing)}; got {list(columns)}")

@@ -97,7 +97,9 @@ def resample(
     values = {name: means[..., number] for number, name in enumerate(names)}
     for name, metric in METRICS.items():
         if metric.combines_means(protocol):
-            values[name] = metric.compute(*(values[term] for term in metric.terms))
+            terms = [values[term] for term in metric.terms]
+            unknown = any(np.isnan(term).all() for term in terms)  # as in a run of mosaics
+            values[name] = terms[0] * np.nan if unknown else metric.compute(*terms)
     return Resampled(
         tuple(columns), pictures, {name: 100 * value for name, value in values.items()}
     )

@@ -193,6 +193,8 @@ def choose(model: ModelRows, count: int = 4) -> dict[str, list[int]]:
     indices = np.array(sorted(common))
     records = {method: _choose(each, indices) for method, each in records.items()}
     adcc = records[model.reference]["adcc"].to_numpy()
+    if np.isnan(adcc).all():
+        return {}  # a run of mosaics
     ranked = indices[np.argsort(-adcc, kind="stable")].tolist()
     found = {"Best": ranked[:count], "Worst": ranked[count:][::-1][:count]}
     maps = [_maps(records[row.method]) for row in model.rows if not row.is_null]

@@ -270,6 +270,8 @@ def provenance(table: Table) -> str:
     versions = "; ".join(dict.fromkeys(_versions(run.settings) for run in table.runs))
     measured = max((row.images for one in table.models for row in one.rows), default=0)
     share = f"{measured} of " if measured < data["pictures"] else ""
+    if "mosaic" in settings:
+        share = "{0} cells of {n}x{n} mosaics of ".format(measured, n=settings["mosaic"]["n"])
     return (
         f"Protocol {settings['protocol']['name']}; {share}{data['pictures']} pictures of "
         f"{PurePath(data['name']).name} (digest {data['digest'][:_SHOWN_DIGITS]}); "

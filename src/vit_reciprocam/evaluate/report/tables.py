@@ -19,7 +19,7 @@ from vit_reciprocam.errors import InputError
 from vit_reciprocam.evaluate.metrics.protocols import Protocol
 from vit_reciprocam.evaluate.metrics.registry import METRICS
 from vit_reciprocam.evaluate.report.bootstrap import Estimate, Resampled, resample
-from vit_reciprocam.evaluate.store import columns_of, read_run
+from vit_reciprocam.evaluate.store import columns_of, count_wanted, read_run
 from vit_reciprocam.methods.null import NULLS
 
 __all__ = ["DEFAULTS", "ModelRows", "Row", "Run", "Table", "read_tables"]
@@ -132,6 +132,8 @@ def _find_difference(group: Sequence[Run], run: Run) -> str:
     first = group[0]
     if first.settings["protocol"] != run.settings["protocol"]:
         return f"its protocol is {run.protocol.name}, or differs from that of {first.path}"
+    if first.settings.get("mosaic") != run.settings.get("mosaic"):
+        return f"one of it and {first.path} has mosaics, or they have others"
     if first.settings["data"]["digest"] != run.settings["data"]["digest"]:
         return f"its data set differs from that of {first.path}"
     for other in group:
@@ -150,7 +152,7 @@ def _find_difference(group: Sequence[Run], run: Run) -> str:
 def _table(runs: Sequence[Run], resamples: int, seed: int, apart: str) -> Table:
     notes = []
     for run in runs:
-        total = run.settings["data"]["pictures"] * len(run.settings["models"])
+        total = count_wanted(run.settings)
         if "images" not in run.settings:
             columns = run.records.select(["model", "index"]).to_pydict()
             done = len(set(zip(columns["model"], columns["index"], strict=True)))

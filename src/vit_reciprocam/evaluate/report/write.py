@@ -21,8 +21,8 @@ from vit_reciprocam.results.files import check_folder, write_folder
 __all__ = ["PAGE", "make_report", "render_page", "write_report"]
 
 PAGE = "report.html"
-_DIFFERENCES = ("adcc", "insertion_minus_deletion")
-_DISTRIBUTIONS = ("adcc", "drop", "coherency")
+_DIFFERENCES = ("adcc", "insertion_minus_deletion", "gridpg")
+_DISTRIBUTIONS = ("adcc", "drop", "coherency", "gridpg")
 
 
 def write_report(
@@ -125,6 +125,7 @@ def _illustrate(model: ModelRows, key: str) -> dict[str, Any]:
         "distributions": [
             (metric, Markup(gallery.distribution_plot(model, metric, key=f"{key}-{metric}")))
             for metric in _DISTRIBUTIONS
+            if any(metric in row.figures for row in model.rows)
         ],
         "sections": gallery.sections(model),
     }
