@@ -16,6 +16,7 @@ from vit_reciprocam.cli import app
 from vit_reciprocam.core.batch import Batch
 from vit_reciprocam.core.targets import resolve_targets
 from vit_reciprocam.errors import InputError
+from vit_reciprocam.evaluate import mosaics
 from vit_reciprocam.evaluate.data.datasets import Item
 from vit_reciprocam.evaluate.mosaics import Mosaic, group_pictures, load_mosaics
 from vit_reciprocam.evaluate.report.tables import read_tables
@@ -123,6 +124,22 @@ def data(tmp_path):
 
 def rows(folder):
     return read_run(folder)[1].to_pylist()
+
+
+@pytest.fixture(autouse=True)
+def in_order(request, monkeypatch):
+    """Leave pictures in the order of the data set, by which the values here were worked out."""
+    if request.function is not test_pictures_are_shuffled_alike_everywhere:
+        monkeypatch.setattr(mosaics, "shuffle", list)
+
+
+def test_pictures_are_shuffled_alike_everywhere():
+    items = [Item(index, "", index) for index in range(8)]
+    # sha256("0") begins with 5feceb66, then 6b86b273, d4735e3a, 4e074085, 4b227777, ef2d127d,
+    # e7f6c011 and 7902699b
+    expected = [4, 3, 0, 1, 7, 2, 6, 5]
+    assert [item.index for item in mosaics.shuffle(items)] == expected
+    assert [item.index for item in mosaics.shuffle(items[::-1])] == expected
 
 
 # --- grouping and drawing ------------------------------------------------------------------------

@@ -31,7 +31,15 @@ from vit_reciprocam.evaluate.metrics.registry import Objects
 from vit_reciprocam.pictures.preprocess import Preprocess
 from vit_reciprocam.results.explanation import softmax
 
-__all__ = ["THRESHOLD", "Mosaic", "Mosaics", "find_mosaics", "group_pictures", "load_mosaics"]
+__all__ = [
+    "THRESHOLD",
+    "Mosaic",
+    "Mosaics",
+    "find_mosaics",
+    "group_pictures",
+    "load_mosaics",
+    "shuffle",
+]
 
 THRESHOLD = 0.5
 """Least probability of the label that a picture must have to stand in a mosaic."""
@@ -125,7 +133,7 @@ def find_mosaics(
         done += len(batch)
         if progress is not None:
             progress(done, len(labelled))
-    groups = group_pictures(confident, n * n)
+    groups = group_pictures(shuffle(confident), n * n)
     if not groups:
         classes = len({item.label for item in confident})
         raise InputError(
@@ -136,6 +144,14 @@ def find_mosaics(
         )
     mosaics = tuple(Mosaic(number, group) for number, group in enumerate(groups))
     return Mosaics(mosaics, len(confident), tuple(failures))
+
+
+def shuffle(items: Sequence[Item]) -> list[Item]:
+    """Return pictures in an order that a digest of their place in the data set gives.
+
+    Data sets are often sorted by class, and neighbours among ImageNet's classes look alike.
+    """
+    return sorted(items, key=lambda item: hashlib.sha256(str(item.index).encode()).digest())
 
 
 def group_pictures(items: Sequence[Item], count: int) -> list[tuple[Item, ...]]:
