@@ -178,6 +178,6 @@ def test_the_model_is_left_as_it_was(method):
 
 
 def test_public_names():
-    others = {"null_baseline", "grid_and_targets", "split_and_check"}
+    others = {"null_baseline", "grid_and_targets", "split_and_check", "trace", "traced"}
     assert {*(method.__name__ for method in BY_LAYER), *others} == set(baselines.__all__)
     assert {method.__name__ for method in NULLS} == set(DRAWN)
