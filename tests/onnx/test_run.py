@@ -205,7 +205,10 @@ def test_what_null_baselines_refuse(images):
     for settings, words in (
         ({"method": "uniform", "kernel": "dirac"}, "uniform has no settings; got 'kernel'"),
         ({"method": "center", "score": "logit"}, "of center must be one of 'sigma'; got 'score'"),
-        ({"method": "rollout"}, "'reciprocam', 'random', 'center', 'uniform', 'image_edges'; got"),
+        (
+            {"method": "rollout"},
+            "'reciprocam', 'deep', 'deep:fast', 'random', 'center', 'uniform', 'image_edges'; got",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             explainer.make_explainer(**settings)
