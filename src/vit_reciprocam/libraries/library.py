@@ -35,6 +35,9 @@ class Library:
             features instead of logits. None if the library has no towers.
         encoder: (model) -> its `Encoder`, for methods that read the attention of every layer. None
             if none of its models can be described so.
+        encodes: The models that `encoder` takes, in words, such as "ViT and DeiT".
+        own_hooks: The Python module of hooks that the library itself leaves on its models, and that
+            change nothing; they are not a user's.
         takes_prompts: Whether some of its models take texts as classes.
     """
 
@@ -47,6 +50,8 @@ class Library:
     listing: Callable[..., Any]
     split_tower: Callable[..., Any] | None = None
     encoder: Callable[..., Any] | None = None
+    encodes: str = ""
+    own_hooks: str = ""
     takes_prompts: bool = False
 
     @property

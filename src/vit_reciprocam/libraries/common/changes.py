@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vit_reciprocam.errors import ModelError
+from vit_reciprocam.libraries import LIBRARIES
 
 __all__ = [
     "find_override",
@@ -26,13 +27,13 @@ __all__ = [
     "why_unknown",
 ]
 
+_LIBRARIES_OWN = {library.own_hooks for library in LIBRARIES.values()} - {""}
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a user put forward hooks on the module."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers leaves some on a model after output_hidden_states=True, which change nothing
-    harmless = "transformers.utils.output_capturing"
-    return any(getattr(hook, "__module__", None) != harmless for hook in hooks)
+    return any(getattr(hook, "__module__", None) not in _LIBRARIES_OWN for hook in hooks)
 
 
 def runs_as(module: Any, *classes: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vit_reciprocam.core.split import Attention, Projection
 from vit_reciprocam.errors import ModelError
-from vit_reciprocam.libraries import library_of
+from vit_reciprocam.libraries import LIBRARIES, library_of
 from vit_reciprocam.libraries.common.changes import has_hooks, runs_as, why_not_linear
 
 __all__ = ["Encoder", "Layer", "Step", "encoder_of", "no_encoder", "step_without_rule", "steps"]
@@ -72,10 +72,10 @@ def encoder_of(model: nn.Module) -> Encoder:
 
 def no_encoder(model: nn.Module, because: str) -> ModelError:
     """Return the error that names a model, the reason, and what to use instead."""
+    known = "; ".join(f"{one.module}: {one.encodes}" for one in LIBRARIES.values() if one.encodes)
     return ModelError(
         f"attention of every layer is not available from this {type(model).__name__}: {because}. "
-        "Rollout, relevance and raw_attention take class-token models of timm's VisionTransformer, "
-        "transformers' ViT, DeiT and DINOv2, and torchvision's VisionTransformer. Use ReciproCAM "
+        f"Rollout, relevance and raw_attention take class-token models ({known}). Use ReciproCAM "
         "or a method that needs no attention"
     )
 

@@ -13,4 +13,5 @@ LIBRARY = Library(
     load=import_on_call(f"{__name__}.load:load_timm"),
     listing=import_on_call(f"{__name__}.load:architectures"),
     encoder=import_on_call(f"{__name__}.split:encoder"),
+    encodes="VisionTransformer",
 )

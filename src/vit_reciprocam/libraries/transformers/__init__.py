@@ -14,5 +14,7 @@ LIBRARY = Library(
     load=import_on_call(f"{__name__}.load:load_transformers"),
     listing=import_on_call(f"{__name__}.load:architectures"),
     encoder=import_on_call(f"{__name__}.blocks:encoder"),
+    encodes="ViT, DeiT and DINOv2",
+    own_hooks="transformers.utils.output_capturing",  # after output_hidden_states=True
     takes_prompts=True,
 )
